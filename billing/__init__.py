@@ -1,0 +1,1 @@
+"""A multi-tenant billing platform API, defined by one OpenAPI document."""
