@@ -1,0 +1,67 @@
+"""Passwords: hashed with a pepper and bcrypt, refused when easy to guess."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import secrets
+import unicodedata
+from collections.abc import Iterable
+
+import bcrypt
+from zxcvbn import zxcvbn
+
+from billing.errors import PasswordTooWeak
+from billing.keyrings import Keyring
+
+SCHEME = "bcrypt-hmac-sha384"
+SHORTEST, LONGEST = 12, 128
+LEAST_SCORE = 3
+# zxcvbn refuses more than 72 characters; no longer password is guessed by its end.
+SCORED_CHARACTERS = 72
+
+
+class Passwords:
+    """Makes and checks what is stored of a password: `scheme$pepper id$bcrypt`.
+
+    bcrypt looks at 72 bytes, so it is given base64(HMAC-SHA384(pepper, NFC(password))): 64 bytes, no NUL.
+    A check costs a quarter of a second at cost 12; callers run it off the event loop.
+    """
+
+    def __init__(self, peppers: Keyring, cost: int) -> None:
+        self._peppers = peppers
+        self._cost = cost
+        self._dummy = self.hash(secrets.token_urlsafe())
+
+    def hash(self, password: str) -> str:
+        """What to store for a new password."""
+        kid, pepper = self._peppers.first
+        return f"{SCHEME}${kid}${bcrypt.hashpw(_prehash(pepper, password), bcrypt.gensalt(self._cost)).decode()}"
+
+    def check(self, password: str, stored: str | None) -> bool:
+        """Whether the password is the stored one. None (no such user) takes the same time and says no."""
+        scheme, kid, hashed = (stored or self._dummy).split("$", 2)
+        pepper = self._peppers.get(kid)
+        if scheme != SCHEME or pepper is None:
+            raise LookupError(f"no way to check a password stored by {scheme} with the pepper {kid}")
+        return bcrypt.checkpw(_prehash(pepper, password), hashed.encode()) and stored is not None
+
+    def is_stale(self, stored: str) -> bool:
+        """Whether the stored text was made with another pepper or cost than new ones are."""
+        scheme, kid, hashed = stored.split("$", 2)
+        return (scheme, kid, int(hashed.split("$")[2])) != (SCHEME, self._peppers.first[0], self._cost)
+
+
+def require_strength(password: str, own_words: Iterable[str]) -> None:
+    """Refuse what is too short or long once composed, common, or made of the account's own words."""
+    composed = unicodedata.normalize("NFC", password)
+    if not SHORTEST <= len(composed) <= LONGEST:
+        raise PasswordTooWeak(f"The password must have {SHORTEST} to {LONGEST} characters.")
+    if zxcvbn(composed[:SCORED_CHARACTERS], user_inputs=[w for w in own_words if w])["score"] < LEAST_SCORE:
+        raise PasswordTooWeak()
+
+
+def _prehash(pepper: bytes, password: str) -> bytes:
+    digest = hmac.digest(pepper, unicodedata.normalize("NFC", password).encode(), hashlib.sha384)
+    return base64.b64encode(digest)

@@ -1,0 +1,31 @@
+"""What every chapter may ask of storage. Each chapter names the rest of what it needs itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Protocol
+from uuid import UUID
+
+
+class TenantLock(Protocol):
+    def lock(self) -> None:
+        """Let no one else change this tenant's things until the transaction ends."""
+
+
+class Directory(Protocol):
+    def claim(self, kind: str, name: str, id: UUID) -> bool:
+        """Take a name for this tenant's thing; False when it is taken, by whomever."""
+
+
+class Audit(Protocol):
+    def record(
+        self,
+        action: str,
+        *,
+        now: datetime,
+        subject: str | None = None,
+        reason: str | None = None,
+        details: Mapping[str, object] | None = None,
+    ) -> None:
+        """Add a row to the tenant's audit log, by whoever opened the transaction."""

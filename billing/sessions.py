@@ -1,0 +1,118 @@
+"""Sessions: a login and the family of refresh tokens that follow each other in it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Protocol
+from uuid import UUID
+
+from billing.errors import BillingError, RefreshTokenReused, SessionEnded
+from billing.ids import new_id
+from billing.ports import Audit
+from billing.tenants import User
+from billing.tokens import Claims, Holder, TokenPair, Tokens
+
+FAMILY_LIFETIME = timedelta(days=30)
+# Two tabs, or a retry after a lost answer, are no attack.
+RETRY_WINDOW = timedelta(seconds=10)
+
+
+@dataclass(frozen=True)
+class Session:
+    """One login. Of its refresh tokens only the SHA-256 of the `jti` is kept, of the last two."""
+
+    tenant_id: UUID
+    id: UUID
+    user_id: UUID
+    current_jti: bytes
+    previous_jti: bytes | None
+    created_at: datetime
+    rotated_at: datetime
+    expires_at: datetime
+    ended_at: datetime | None = None
+
+    def works_at(self, now: datetime) -> bool:
+        return self.ended_at is None and now < self.expires_at
+
+    def forgives(self, jti: str, now: datetime) -> bool:
+        """Whether this is the last token's repeat, soon enough, with its successor unused."""
+        return self.previous_jti == hashed(jti) and now - self.rotated_at <= RETRY_WINDOW
+
+
+def hashed(jti: str) -> bytes:
+    """What is kept of a refresh token."""
+    return hashlib.sha256(jti.encode()).digest()
+
+
+def start(tx: Storage, user: User, *, tokens: Tokens, now: datetime) -> TokenPair:
+    """Begin a session and hand out its first tokens."""
+    jti = str(new_id())
+    session = Session(
+        user.tenant_id, new_id(), user.id, hashed(jti), None, now, now, expires_at=now + FAMILY_LIFETIME
+    )
+    tx.sessions.add(session)
+    return _pair(tokens, _holder(user, session.id), jti, session, now)
+
+
+def refresh(tx: Storage, claims: Claims, *, tokens: Tokens, now: datetime) -> TokenPair | BillingError:
+    """Exchange a refresh token for its successor and a fresh access token.
+
+    A repeat within ten seconds gets the same successor again. Any other ends the session; as that must
+    outlast the refusal, the refusal is returned, to be raised when the transaction is over.
+    """
+    user = tx.users.find(claims.user_id)
+    if user is None or not user.is_active or user.token_version != claims.token_version:
+        return SessionEnded()
+    successor = tokens.successor(claims.jti)
+    rotated = tx.sessions.rotate(claims.session_id, hashed(claims.jti), hashed(successor), now)
+    session = rotated or tx.sessions.find(claims.session_id)
+    if session is None or not session.works_at(now):
+        return SessionEnded()
+    if rotated is None and not session.forgives(claims.jti, now):
+        return _end_for_reuse(tx, session, now)
+    return _pair(tokens, _holder(user, session.id), successor, session, now)
+
+
+def _end_for_reuse(tx: Storage, session: Session, now: datetime) -> RefreshTokenReused:
+    tx.sessions.end(session.id, now)
+    tx.audit.record("session.refresh_token_reused", subject=str(session.id), now=now)
+    return RefreshTokenReused()
+
+
+def _pair(tokens: Tokens, holder: Holder, jti: str, session: Session, now: datetime) -> TokenPair:
+    return TokenPair(
+        access=tokens.access(holder, now),
+        refresh=tokens.refresh(holder, jti, session.rotated_at, session.expires_at),
+    )
+
+
+def _holder(user: User, session_id: UUID) -> Holder:
+    return Holder(user.tenant_id, user.id, session_id, user.token_version, user.role)
+
+
+class SessionShelf(Protocol):
+    def add(self, session: Session) -> None: ...
+    def find(self, id: UUID) -> Session | None: ...
+    def rotate(self, id: UUID, used: bytes, successor: bytes, now: datetime) -> Session | None:
+        """Put the successor in the place of the token used, if that is the current one of a living session."""
+
+    def end(self, id: UUID, now: datetime) -> None: ...
+    def end_all(self, user_id: UUID, now: datetime) -> None: ...
+
+
+class UserShelf(Protocol):
+    def find(self, id: UUID) -> User | None: ...
+    def change_password(self, user: User, password_hash: str, now: datetime) -> User | None: ...
+
+
+class Storage(Protocol):
+    """What this chapter asks of storage, inside one transaction of one tenant."""
+
+    @property
+    def users(self) -> UserShelf: ...
+    @property
+    def sessions(self) -> SessionShelf: ...
+    @property
+    def audit(self) -> Audit: ...

@@ -1,0 +1,203 @@
+"""Settings: frozen, read once, from the environment and a `.env` file. No secret has a default."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from ipaddress import IPv4Network, IPv6Network, ip_network
+from pathlib import Path
+from typing import Literal, TypeVar, cast
+from urllib.parse import urlsplit
+
+from dotenv import dotenv_values
+
+from billing.keyrings import Keyring, KeyringError, new_keyring
+
+Network = IPv4Network | IPv6Network
+T = TypeVar("T")
+
+KEYRINGS = ("JWT_KEYS", "ENCRYPTION_KEYS", "KEY_PEPPERS", "PASSWORD_PEPPERS")
+LOWEST_PRODUCTION_COST = 10
+
+
+class SettingsError(Exception):
+    """A setting is missing or wrong; the sentence names it and what it should be."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a deployment decides. docs/settings.md has the same in a table."""
+
+    environment: Literal["development", "production"]
+    host: str
+    port: int
+    state_dir: Path
+    database_url: str | None = field(repr=False)
+    migration_database_url: str | None = field(repr=False)
+    jwt_keys: Keyring
+    encryption_keys: Keyring
+    key_peppers: Keyring
+    password_peppers: Keyring
+    password_cost: int
+    public_base_url: str
+    cors_allowed_origins: tuple[str, ...]
+    trusted_proxies: tuple[Network, ...]
+    webhook_allow_cidrs: tuple[Network, ...]
+    webhook_allow_http: bool
+    worker_threads: int
+
+    @property
+    def in_production(self) -> bool:
+        return self.environment == "production"
+
+    @classmethod
+    def load(cls, environ: Mapping[str, str] | None = None, *, dotenv: Path | None = Path(".env")) -> Settings:
+        """Read the environment, then `dotenv` for what it lacks; raises `SettingsError`."""
+        given = {**_dotenv(dotenv), **(os.environ if environ is None else environ)}
+        return _Reader({name: value for name, value in given.items() if value}).settings()
+
+
+def default_state_dir(environ: Mapping[str, str]) -> Path:
+    """Where state is kept unless `BILLING_STATE_DIR` says: by root below /var/lib, else below the home."""
+    if os.geteuid() == 0:
+        return Path("/var/lib/billing")
+    home = environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(home) / "billing"
+
+
+def new_secrets() -> dict[str, str]:
+    """A new value for every keyring, by the name of its variable."""
+    return {name: new_keyring() for name in KEYRINGS}
+
+
+def _dotenv(path: Path | None) -> dict[str, str]:
+    if path is None:
+        return {}
+    return {name: value for name, value in dotenv_values(path, interpolate=False).items() if value is not None}
+
+
+class _Reader:
+    """Reads one variable at a time, and knows what development may leave out."""
+
+    def __init__(self, given: Mapping[str, str]) -> None:
+        self.given = given
+        self.production = self.choice("ENVIRONMENT", "development", "production") == "production"
+        self.state_dir = Path(given.get("BILLING_STATE_DIR") or default_state_dir(given)).expanduser().absolute()
+
+    def settings(self) -> Settings:
+        port = self.whole("PORT", 8000, lowest=0, highest=65535)
+        rings = self.keyrings()
+        return Settings(
+            environment="production" if self.production else "development",
+            host=self.given.get("HOST", "127.0.0.1"),
+            port=port,
+            state_dir=self.state_dir,
+            database_url=self.database_url(),
+            migration_database_url=self.given.get("MIGRATION_DATABASE_URL"),
+            jwt_keys=rings["JWT_KEYS"],
+            encryption_keys=rings["ENCRYPTION_KEYS"],
+            key_peppers=rings["KEY_PEPPERS"],
+            password_peppers=rings["PASSWORD_PEPPERS"],
+            password_cost=self.whole(
+                "PASSWORD_COST", 12, lowest=LOWEST_PRODUCTION_COST if self.production else 4, highest=16
+            ),
+            public_base_url=self.public_base_url(port),
+            cors_allowed_origins=self.origins(),
+            trusted_proxies=self.networks("TRUSTED_PROXIES"),
+            webhook_allow_cidrs=self.development_only("WEBHOOK_ALLOW_CIDRS", self.networks),
+            webhook_allow_http=self.development_only("WEBHOOK_ALLOW_HTTP", self.switch),
+            worker_threads=self.whole("WORKER_THREADS", 8, lowest=1, highest=64),
+        )
+
+    def choice(self, name: str, *allowed: str) -> str:
+        value = self.given.get(name, allowed[0])
+        if value not in allowed:
+            raise SettingsError(f"{name} must be one of: {', '.join(allowed)}.")
+        return value
+
+    def whole(self, name: str, default: int, *, lowest: int, highest: int) -> int:
+        text = self.given.get(name, str(default))
+        if not (text.isascii() and text.isdigit() and lowest <= int(text) <= highest):
+            raise SettingsError(f"{name} must be a whole number from {lowest} to {highest}.")
+        return int(text)
+
+    def switch(self, name: str) -> bool:
+        text = self.given.get(name, "off").lower()
+        if text not in ("on", "off", "true", "false", "1", "0"):
+            raise SettingsError(f"{name} must be on or off.")
+        return text in ("on", "true", "1")
+
+    def networks(self, name: str) -> tuple[Network, ...]:
+        try:
+            return tuple(ip_network(part.strip()) for part in self.given.get(name, "").split(",") if part.strip())
+        except ValueError:
+            raise SettingsError(f"{name} must list networks such as 10.0.0.0/8, separated by commas.") from None
+
+    def development_only(self, name: str, read: Callable[[str], T]) -> T:
+        if self.production and name in self.given:
+            raise SettingsError(f"{name} is for development: production never opens private addresses.")
+        return read(name)
+
+    def origins(self) -> tuple[str, ...]:
+        text = self.given.get("CORS_ALLOWED_ORIGINS", "http://localhost:3000,http://127.0.0.1:3000")
+        origins = tuple(part.strip() for part in text.split(",") if part.strip())
+        if not all(_is_origin(origin) for origin in origins):
+            raise SettingsError("CORS_ALLOWED_ORIGINS must list origins such as https://app.example, no wildcard.")
+        return origins
+
+    def public_base_url(self, port: int) -> str:
+        url = self.given.get("PUBLIC_BASE_URL")
+        if url is None and self.production:
+            raise SettingsError("PUBLIC_BASE_URL is missing: the https origin at which clients reach this API.")
+        url = (url or f"http://127.0.0.1:{port}").rstrip("/")
+        if not _is_origin(url):
+            raise SettingsError("PUBLIC_BASE_URL must be an origin such as https://billing.example.")
+        return url
+
+    def database_url(self) -> str | None:
+        url = self.given.get("DATABASE_URL")
+        if url is None and self.production:
+            raise SettingsError("DATABASE_URL is missing: production needs a PostgreSQL of its own.")
+        return url
+
+    def keyrings(self) -> dict[str, Keyring]:
+        missing = [name for name in KEYRINGS if name not in self.given]
+        if missing and self.production:
+            raise SettingsError(f"{', '.join(missing)} missing: `billing secrets generate` prints a set.")
+        kept = _kept_secrets(self.state_dir) if missing else {}
+        return {name: _keyring(name, self.given.get(name) or kept.get(name, "")) for name in KEYRINGS}
+
+
+def _is_origin(text: str) -> bool:
+    parts = urlsplit(text)
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and text == f"{parts.scheme}://{parts.netloc}"
+
+
+def _keyring(name: str, text: str) -> Keyring:
+    try:
+        return Keyring.parse(text)
+    except KeyringError as error:
+        raise SettingsError(f"{name}: {error}.") from None
+
+
+def _kept_secrets(state_dir: Path) -> dict[str, str]:
+    """The development secrets of this state directory, made once and readable by their owner only."""
+    path = state_dir / "secrets.env"
+    if not path.exists():
+        _write_once(path, "".join(f"{name}={value}\n" for name, value in new_secrets().items()))
+    return cast(dict[str, str], dotenv_values(path, interpolate=False))
+
+
+def _write_once(path: Path, text: str) -> None:
+    # A hard link appears whole or not at all: of several processes that start at once, one wins.
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        pass
+    finally:
+        draft.unlink()

@@ -1,0 +1,22 @@
+-- What a DBA runs once, as superuser, before the first `billing migrate`. It can be run again.
+-- Three roles: the owner makes the tables, the application reads and writes them under row-level
+-- security, and a role that nobody can log in as owns the look-ups that come before a tenant is known.
+
+DO $$
+BEGIN
+    -- NOINHERIT: a member who inherits would fall under the other role's policies too.
+    IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'billing_owner') THEN
+        CREATE ROLE billing_owner LOGIN NOINHERIT NOSUPERUSER NOBYPASSRLS;
+    END IF;
+    IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'billing_app') THEN
+        CREATE ROLE billing_app LOGIN NOSUPERUSER NOBYPASSRLS;
+    END IF;
+    IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'billing_lookup') THEN
+        CREATE ROLE billing_lookup NOLOGIN NOSUPERUSER NOBYPASSRLS;
+    END IF;
+EXCEPTION WHEN duplicate_object OR unique_violation THEN
+    NULL;  -- somebody else runs this at the same moment
+END $$;
+
+-- So that migrations may hand the look-ups over.
+GRANT billing_lookup TO billing_owner;

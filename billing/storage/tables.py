@@ -1,0 +1,190 @@
+"""The tables, as the queries need them. The migrations make them; a test compares the two.
+
+`tenant_id` leads every key, so that the schema can be spread by tenant. What must be unique or be found
+across tenants (emails, slugs, key digests) lives in `directory`.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    DateTime,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    PrimaryKeyConstraint,
+    Table,
+    Text,
+    Uuid,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+metadata = MetaData()
+
+
+def _time(name: str, *, nullable: bool = False) -> Column[object]:
+    return Column(name, DateTime(timezone=True), nullable=nullable)
+
+
+tenants = Table(
+    "tenants",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("company_name", Text, nullable=False),
+    Column("slug", Text, nullable=False),
+    Column("email", Text, nullable=False),
+    Column("domain", Text),
+    Column("stripe_account_id", Text),
+    Column("stripe_status", Text, nullable=False),
+    Column("tier", Text, nullable=False),
+    Column("is_active", Boolean, nullable=False),
+    _time("created_at"),
+    _time("updated_at"),
+    CheckConstraint("tier IN ('free', 'pro', 'enterprise')", name="tenants_tier"),
+)
+
+users = Table(
+    "users",
+    metadata,
+    Column("tenant_id", Uuid, nullable=False),
+    Column("id", Uuid, nullable=False),
+    Column("email", Text, nullable=False),
+    Column("first_name", Text, nullable=False),
+    Column("last_name", Text, nullable=False),
+    Column("role", Text, nullable=False),
+    Column("is_active", Boolean, nullable=False),
+    Column("password_hash", Text, nullable=False),
+    # Access tokens bear it: raising it ends them all.
+    Column("token_version", Integer, nullable=False),
+    _time("last_login", nullable=True),
+    _time("created_at"),
+    _time("updated_at"),
+    PrimaryKeyConstraint("tenant_id", "id"),
+    ForeignKeyConstraint(["tenant_id"], ["tenants.id"]),
+    CheckConstraint("role IN ('owner', 'admin', 'developer')", name="users_role"),
+)
+
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("tenant_id", Uuid, nullable=False),
+    Column("id", Uuid, nullable=False),
+    Column("user_id", Uuid, nullable=False),
+    # SHA-256 of the `jti` of the refresh token that is good now, and of the one before it.
+    Column("current_jti", LargeBinary, nullable=False),
+    Column("previous_jti", LargeBinary),
+    _time("created_at"),
+    _time("rotated_at"),
+    _time("expires_at"),
+    _time("ended_at", nullable=True),
+    PrimaryKeyConstraint("tenant_id", "id"),
+    ForeignKeyConstraint(["tenant_id", "user_id"], ["users.tenant_id", "users.id"]),
+    Index("sessions_of_user", "tenant_id", "user_id", postgresql_where=text("ended_at IS NULL")),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("tenant_id", Uuid, nullable=False),
+    Column("id", Uuid, nullable=False),
+    Column("type", Text, nullable=False),
+    Column("digest", Text, nullable=False),
+    # A publishable key may be shown again, a secret one never.
+    Column("text", Text),
+    Column("last4", Text, nullable=False),
+    _time("created_at"),
+    _time("expires_at", nullable=True),
+    _time("revoked_at", nullable=True),
+    _time("last_used_at", nullable=True),
+    PrimaryKeyConstraint("tenant_id", "id"),
+    ForeignKeyConstraint(["tenant_id"], ["tenants.id"]),
+    CheckConstraint(
+        "type IN ('live_public', 'live_secret', 'test_public', 'test_secret')", name="api_keys_type"
+    ),
+    CheckConstraint("(text IS NULL) = (type IN ('live_secret', 'test_secret'))", name="api_keys_no_secret"),
+    Index("api_keys_digest", "tenant_id", "digest", unique=True),
+    Index("api_keys_by_age", "tenant_id", "type", text("id DESC")),
+    Index(
+        "api_keys_one_current",
+        "tenant_id",
+        "type",
+        unique=True,
+        postgresql_where=text("expires_at IS NULL AND revoked_at IS NULL"),
+    ),
+)
+
+webhook_endpoints = Table(
+    "webhook_endpoints",
+    metadata,
+    Column("tenant_id", Uuid, nullable=False),
+    Column("url", Text),
+    _time("updated_at"),
+    PrimaryKeyConstraint("tenant_id"),
+    ForeignKeyConstraint(["tenant_id"], ["tenants.id"]),
+)
+
+webhook_secrets = Table(
+    "webhook_secrets",
+    metadata,
+    Column("tenant_id", Uuid, nullable=False),
+    Column("id", Uuid, nullable=False),
+    Column("sealed", Text, nullable=False),
+    Column("last4", Text, nullable=False),
+    _time("created_at"),
+    _time("expires_at", nullable=True),
+    PrimaryKeyConstraint("tenant_id", "id"),
+    ForeignKeyConstraint(["tenant_id"], ["tenants.id"]),
+    Index(
+        "webhook_secrets_one_current",
+        "tenant_id",
+        unique=True,
+        postgresql_where=text("expires_at IS NULL"),
+    ),
+)
+
+# No foreign key to tenants: spread by name, this table lies elsewhere than its tenant's rows.
+directory = Table(
+    "directory",
+    metadata,
+    Column("kind", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("tenant_id", Uuid, nullable=False),
+    Column("id", Uuid, nullable=False),
+    PrimaryKeyConstraint("kind", "name"),
+    CheckConstraint("kind IN ('email', 'slug', 'api_key')", name="directory_kind"),
+)
+
+audit_heads = Table(
+    "audit_heads",
+    metadata,
+    Column("tenant_id", Uuid, nullable=False),
+    Column("sequence", BigInteger, nullable=False),
+    Column("hash", LargeBinary, nullable=False),
+    PrimaryKeyConstraint("tenant_id"),
+    ForeignKeyConstraint(["tenant_id"], ["tenants.id"]),
+)
+
+audit_log = Table(
+    "audit_log",
+    metadata,
+    Column("tenant_id", Uuid, nullable=False),
+    Column("sequence", BigInteger, nullable=False),
+    _time("at"),
+    Column("action", Text, nullable=False),
+    Column("actor_kind", Text, nullable=False),
+    Column("actor_id", Uuid),
+    Column("subject", Text),
+    Column("reason", Text),
+    Column("details", JSONB, nullable=False),
+    Column("address", Text),
+    Column("request_id", Text),
+    Column("hash", LargeBinary, nullable=False),
+    PrimaryKeyConstraint("tenant_id", "sequence"),
+    ForeignKeyConstraint(["tenant_id"], ["tenants.id"]),
+)

@@ -1,0 +1,175 @@
+"""Tenants and their users: who they are, and how one comes to be."""
+
+from __future__ import annotations
+
+import secrets
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal, Protocol
+from uuid import UUID
+
+from slugify import slugify
+
+from billing import keys
+from billing.errors import EmailTaken
+from billing.ids import new_id
+from billing.keys import KeyDigests, NewKey
+from billing.webhooks.signing import new_secret
+
+Role = Literal["owner", "admin", "developer"]
+Tier = Literal["free", "pro", "enterprise"]
+
+LONGEST_SLUG = 60
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """A company that bills through the platform."""
+
+    id: UUID
+    company_name: str
+    slug: str
+    email: str
+    domain: str | None
+    webhook_url: str | None
+    stripe_account_id: str | None
+    stripe_status: str
+    tier: str
+    is_active: bool
+    created_at: datetime
+    updated_at: datetime
+
+
+@dataclass(frozen=True)
+class User:
+    """A person who acts for a tenant."""
+
+    tenant_id: UUID
+    id: UUID
+    email: str
+    first_name: str
+    last_name: str
+    role: str
+    is_active: bool
+    token_version: int
+    last_login: datetime | None
+    created_at: datetime
+    updated_at: datetime
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A tenant just made. The secrets in it are shown now and never again."""
+
+    tenant: Tenant
+    owner: User
+    keys: Sequence[NewKey]
+    webhook_secret: str
+
+
+def normalise_email(email: str) -> str:
+    """The form in which emails are compared and kept: composed, and without capitals."""
+    return unicodedata.normalize("NFC", email.strip()).lower()
+
+
+def own_words(details: Mapping[str, str]) -> list[str]:
+    """The words of an account that its passwords must not be made of, from what its registration says."""
+    email = details["email"]
+    names = [details.get(name, "") for name in ("company_name", "first_name", "last_name", "domain")]
+    return [email, *email.split("@"), *names, *(word for name in names for word in name.split())]
+
+
+def slugs(company_name: str) -> Iterator[str]:
+    """Slugs to try for a name: the plain one, then ones that nobody else will have."""
+    plain = slugify(company_name, max_length=LONGEST_SLUG, word_boundary=True) or "tenant"
+    yield plain
+    while True:
+        yield f"{plain}-{secrets.token_hex(3)}"
+
+
+def register(
+    tx: Storage,
+    details: Mapping[str, str],
+    *,
+    password_hash: str,
+    digests: KeyDigests,
+    now: datetime,
+) -> Registered:
+    """Make a tenant, its owner, four keys and a webhook secret; raises `EmailTaken`."""
+    tenant = _new_tenant(tx, details, now)
+    owner = new_user(tenant, details, role="owner", now=now)
+    tx.tenants.add(tenant)
+    tx.audit.record("tenant.registered", subject=tenant.slug, now=now)
+    add_user(tx, owner, password_hash=password_hash, now=now)
+    minted = keys.mint_each(tx, digests=digests, now=now)
+    secret = new_secret()
+    tx.webhooks.open(details.get("webhook_url"), secret, now=now)
+    return Registered(tenant, owner, minted, secret)
+
+
+def add_user(tx: Storage, user: User, *, password_hash: str, now: datetime) -> None:
+    """Give a tenant one more user; raises `EmailTaken`, whoever has taken it."""
+    if not tx.directory.claim("email", user.email, user.id):
+        raise EmailTaken()
+    tx.users.add(user, password_hash=password_hash)
+    tx.audit.record("user.added", subject=user.email, now=now, details={"role": user.role})
+
+
+def _new_tenant(tx: Storage, details: Mapping[str, str], now: datetime) -> Tenant:
+    return Tenant(
+        id=tx.tenant_id,
+        company_name=details["company_name"].strip(),
+        slug=next(slug for slug in slugs(details["company_name"]) if tx.directory.claim("slug", slug, tx.tenant_id)),
+        email=normalise_email(details["email"]),
+        domain=details.get("domain"),
+        webhook_url=details.get("webhook_url"),
+        stripe_account_id=None,
+        stripe_status="not_connected",
+        tier="free",
+        is_active=True,
+        created_at=now,
+        updated_at=now,
+    )
+
+
+def new_user(tenant: Tenant, details: Mapping[str, str], *, role: Role, now: datetime) -> User:
+    """A user of the tenant, not yet kept."""
+    return User(
+        tenant_id=tenant.id,
+        id=new_id(),
+        email=normalise_email(details["email"]),
+        first_name=details.get("first_name", ""),
+        last_name=details.get("last_name", ""),
+        role=role,
+        is_active=True,
+        token_version=1,
+        last_login=None,
+        created_at=now,
+        updated_at=now,
+    )
+
+
+class TenantShelf(Protocol):
+    def add(self, tenant: Tenant) -> None: ...
+    def lock(self) -> None: ...
+
+
+class UserShelf(Protocol):
+    def add(self, user: User, *, password_hash: str) -> None: ...
+
+
+class WebhookShelf(Protocol):
+    def open(self, url: str | None, secret: str, *, now: datetime) -> None: ...
+
+
+class Storage(keys.Storage, Protocol):
+    """What this chapter asks of storage, inside one transaction of one tenant."""
+
+    @property
+    def tenants(self) -> TenantShelf: ...
+    @property
+    def users(self) -> UserShelf: ...
+    @property
+    def webhooks(self) -> WebhookShelf: ...
