@@ -26,6 +26,7 @@ BillingError
 │   └── AccessDenied
 ├── NotFound                     404
 ├── MethodNotAllowed             405
+├── RequestTimeout               408
 ├── Conflict                     409  the state of things
 │   ├── EmailTaken
 │   ├── StripeAlreadyConnected
@@ -38,6 +39,7 @@ BillingError
 │   ├── WebhookUrlRefused
 │   └── CodeRejected
 ├── RateLimited                  429
+├── RequestHeadersTooLarge       431
 ├── InternalError                500
 ├── NotBuilt                     501
 ├── StripeUnavailable            502
@@ -52,6 +54,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,8 +79,8 @@ class BillingError(Exception):
         faults: Sequence[Fault] = (),
         retry_after_seconds: int | None = None,
     ) -> None:
-        super().__init__(detail or self.title())
-        self.detail = detail or self.title()
+        self.detail = detail or self.explanation() or self.title()
+        super().__init__(self.detail)
         self.faults = tuple(faults)
         if retry_after_seconds is not None:
             self.retry_after_seconds = retry_after_seconds
@@ -94,6 +99,13 @@ class BillingError(Exception):
     def explanation(cls) -> str:
         """What the docstring says after its first line, on one line."""
         return " ".join(" ".join((cls.__doc__ or "").strip().splitlines()[1:]).split())
+
+
+def settled(outcome: T | BillingError) -> T:
+    """The outcome, unless it is a refusal that had to outlast its transaction: that is raised now."""
+    if isinstance(outcome, BillingError):
+        raise outcome
+    return outcome
 
 
 def catalogue() -> Iterator[type[BillingError]]:
@@ -263,7 +275,7 @@ class AccessDenied(Forbidden):
     """
 
 
-# 404, 405 ----------------------------------------------------------------------------------------
+# 404, 405, 408 -----------------------------------------------------------------------------------
 
 
 class NotFound(BillingError):
@@ -277,6 +289,13 @@ class MethodNotAllowed(BillingError):
     """The method is not one of this path's.
 
     The header `Allow` lists those that are.
+    """
+
+
+class RequestTimeout(BillingError):
+    """The request took too long to arrive.
+
+    Its head and its body must each be here within 15 seconds. Nothing was changed: repeat the request.
     """
 
 
@@ -357,7 +376,7 @@ class CodeRejected(Refused):
     """
 
 
-# 429 ---------------------------------------------------------------------------------------------
+# 429, 431 ----------------------------------------------------------------------------------------
 
 
 class RateLimited(BillingError):
@@ -367,6 +386,13 @@ class RateLimited(BillingError):
     """
 
     retry_after_seconds = 1
+
+
+class RequestHeadersTooLarge(BillingError):
+    """The request line and the headers are too large.
+
+    Together they may have 32 KiB, and there may be 100 headers.
+    """
 
 
 # 5xx ---------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import re
 import secrets
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Literal, Protocol, cast
 from uuid import UUID
@@ -79,7 +79,7 @@ class NewKey:
     """A key just made, with the text that is shown now and never again."""
 
     key: ApiKey
-    text: str
+    text: str = field(repr=False)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import bcrypt
 from zxcvbn import zxcvbn
 
-from billing.errors import PasswordTooWeak
+from billing.errors import PasswordTooWeak, WrongPassword
 from billing.keyrings import Keyring
 
 SCHEME = "bcrypt-hmac-sha384"
@@ -47,10 +47,16 @@ class Passwords:
             raise LookupError(f"no way to check a password stored by {scheme} with the pepper {kid}")
         return bcrypt.checkpw(_prehash(pepper, password), hashed.encode()) and stored is not None
 
-    def is_stale(self, stored: str) -> bool:
-        """Whether the stored text was made with another pepper or cost than new ones are."""
+    def require(self, password: str, stored: str) -> None:
+        """Raises `WrongPassword` unless the password is the stored one."""
+        if not self.check(password, stored):
+            raise WrongPassword()
+
+    def renewed(self, password: str, stored: str) -> str | None:
+        """What to store instead, if another pepper or cost is the present one."""
         scheme, kid, hashed = stored.split("$", 2)
-        return (scheme, kid, int(hashed.split("$")[2])) != (SCHEME, self._peppers.first[0], self._cost)
+        present = (SCHEME, self._peppers.first[0], self._cost)
+        return None if (scheme, kid, int(hashed.split("$")[2])) == present else self.hash(password)
 
 
 def require_strength(password: str, own_words: Iterable[str]) -> None:

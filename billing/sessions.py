@@ -8,10 +8,17 @@ from datetime import datetime, timedelta
 from typing import Protocol
 from uuid import UUID
 
-from billing.errors import BillingError, RefreshTokenReused, SessionEnded
+from billing.errors import (
+    BillingError,
+    InvalidCredentials,
+    RefreshTokenReused,
+    SessionEnded,
+    TenantDisabled,
+)
 from billing.ids import new_id
+from billing.passwords import Passwords
 from billing.ports import Audit
-from billing.tenants import User
+from billing.tenants import Account, Tenant, User
 from billing.tokens import Claims, Holder, TokenPair, Tokens
 
 FAMILY_LIFETIME = timedelta(days=30)
@@ -56,16 +63,47 @@ def start(tx: Storage, user: User, *, tokens: Tokens, now: datetime) -> TokenPai
     return _pair(tokens, _holder(user, session.id), jti, session, now)
 
 
+def authenticate(account: Account | None, password: str, passwords: Passwords) -> Account:
+    """The account, if the password is its own; raises `InvalidCredentials`, for each reason as slowly."""
+    matches = passwords.check(password, account.password_hash if account else None)
+    if account is None or not matches or not (account.user.is_active and account.tenant.is_active):
+        raise InvalidCredentials()
+    return account
+
+
+def log_in(
+    tx: Storage, account: Account, *, renewed_hash: str | None, tokens: Tokens, now: datetime
+) -> tuple[User, TokenPair]:
+    """Begin a session for an authenticated account, unless it has changed in the meantime."""
+    user = tx.users.note_login(account.user, renewed_hash, now)
+    if user is None:
+        raise InvalidCredentials()
+    tx.audit.record("user.logged_in", subject=user.email, now=now)
+    return user, start(tx, user, tokens=tokens, now=now)
+
+
+def change_password(tx: Storage, user: User, password_hash: str, *, tokens: Tokens, now: datetime) -> TokenPair:
+    """Put a new password in place, end every session of the user, and begin a new one."""
+    changed = tx.users.change_password(user, password_hash, now)
+    if changed is None:
+        raise SessionEnded()
+    tx.sessions.end_all(user.id, now)
+    tx.audit.record("user.password_changed", subject=user.email, now=now)
+    return start(tx, changed, tokens=tokens, now=now)
+
+
 def refresh(tx: Storage, claims: Claims, *, tokens: Tokens, now: datetime) -> TokenPair | BillingError:
     """Exchange a refresh token for its successor and a fresh access token.
 
     A repeat within ten seconds gets the same successor again. Any other ends the session; as that must
     outlast the refusal, the refusal is returned, to be raised when the transaction is over.
     """
+    if not tx.tenants.get().is_active:
+        return TenantDisabled()
     user = tx.users.find(claims.user_id)
     if user is None or not user.is_active or user.token_version != claims.token_version:
         return SessionEnded()
-    successor = tokens.successor(claims.jti)
+    successor = tokens.successor(claims)
     rotated = tx.sessions.rotate(claims.session_id, hashed(claims.jti), hashed(successor), now)
     session = rotated or tx.sessions.find(claims.session_id)
     if session is None or not session.works_at(now):
@@ -102,14 +140,23 @@ class SessionShelf(Protocol):
     def end_all(self, user_id: UUID, now: datetime) -> None: ...
 
 
+class TenantShelf(Protocol):
+    def get(self) -> Tenant: ...
+
+
 class UserShelf(Protocol):
+    """The two that change a user return it changed, or None if its tokens were ended in the meantime."""
+
     def find(self, id: UUID) -> User | None: ...
+    def note_login(self, user: User, renewed_hash: str | None, now: datetime) -> User | None: ...
     def change_password(self, user: User, password_hash: str, now: datetime) -> User | None: ...
 
 
 class Storage(Protocol):
     """What this chapter asks of storage, inside one transaction of one tenant."""
 
+    @property
+    def tenants(self) -> TenantShelf: ...
     @property
     def users(self) -> UserShelf: ...
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal, Protocol
 from uuid import UUID
@@ -60,13 +60,22 @@ class User:
 
 
 @dataclass(frozen=True)
+class Account:
+    """What a login looks at: a user, their tenant, and what is kept of the password."""
+
+    tenant: Tenant
+    user: User
+    password_hash: str = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Registered:
     """A tenant just made. The secrets in it are shown now and never again."""
 
     tenant: Tenant
     owner: User
     keys: Sequence[NewKey]
-    webhook_secret: str
+    webhook_secret: str = field(repr=False)
 
 
 def normalise_email(email: str) -> str:
@@ -79,6 +88,12 @@ def own_words(details: Mapping[str, str]) -> list[str]:
     email = details["email"]
     names = [details.get(name, "") for name in ("company_name", "first_name", "last_name", "domain")]
     return [email, *email.split("@"), *names, *(word for name in names for word in name.split())]
+
+
+def words_of(user: User, tenant: Tenant) -> list[str]:
+    """The words of an existing account that its passwords must not be made of."""
+    names = {"first_name": user.first_name, "last_name": user.last_name, "domain": tenant.domain or ""}
+    return own_words({"email": user.email, "company_name": tenant.company_name, **names})
 
 
 def slugs(company_name: str) -> Iterator[str]:

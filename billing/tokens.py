@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -37,8 +37,8 @@ OPTIONS: Any = {
 class TokenPair:
     """What a client holds: an access token for 15 minutes, a refresh token that is good once."""
 
-    access: str
-    refresh: str
+    access: str = field(repr=False)
+    refresh: str = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Claims:
     session_id: UUID
     token_version: int
     jti: str
+    signed_by: str
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,13 @@ class Tokens:
         """What the refresh token says; raises `TokenInvalid` or `TokenExpired`."""
         return self._read(REFRESH, text, now)
 
-    def successor(self, jti: str) -> str:
-        """The `jti` that follows: a keyed hash, so that a retry finds it without its being stored."""
-        _, key = self._keys.first
-        return hmac.digest(key, b"refresh token successor\0" + jti.encode(), hashlib.sha256).hex()
+    def successor(self, claims: Claims) -> str:
+        """The `jti` that follows: a keyed hash of it, so that a retry finds it without its being stored.
+
+        The key is the one that signed the token, so that the answer outlives a rotation of the ring.
+        """
+        key = self._keys.get(claims.signed_by) or b""
+        return hmac.digest(key, b"refresh token successor\0" + claims.jti.encode(), hashlib.sha256).hex()
 
     def _sign(
         self, typ: str, holder: Holder, claims: dict[str, Any], issued_at: datetime, ends_at: datetime
@@ -129,5 +133,10 @@ class Tokens:
         if now >= datetime.fromtimestamp(claims["exp"], UTC):
             raise TokenExpired()
         return Claims(
-            UUID(claims["tid"]), UUID(claims["sub"]), UUID(claims["sid"]), int(claims["ver"]), str(claims["jti"])
+            tenant_id=UUID(claims["tid"]),
+            user_id=UUID(claims["sub"]),
+            session_id=UUID(claims["sid"]),
+            token_version=int(claims["ver"]),
+            jti=str(claims["jti"]),
+            signed_by=header["kid"],
         )

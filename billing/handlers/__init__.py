@@ -1,0 +1,1 @@
+"""One module a tag of the document, one function an operation: open, ask, answer."""

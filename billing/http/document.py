@@ -104,9 +104,9 @@ def _template(path: str) -> re.Pattern[str]:
 class Operation:
     """One method of one path, as far as anything but Connexion needs to know it.
 
-    `schemes` are the names of the security schemes offered; none means that the operation is public.
-    `roles` are those a user must have one of; none means that any user may. `request` is the JSON schema of
-    the body as it stands in the document, `None` where there is no body.
+    `roles` are those a user must have one of; none means that any user may. `schemes` are the names of the
+    security schemes offered; none means that the operation is public. `query` are its query parameters, resolved.
+    `request` is the JSON schema of the body as it stands in the document, `None` where there is no body.
     """
 
     operation_id: str
@@ -116,6 +116,7 @@ class Operation:
     tags: tuple[str, ...]
     roles: tuple[str, ...]
     schemes: tuple[str, ...]
+    query: tuple[dict[str, Any], ...]
     request: dict[str, Any] | None
     body_required: bool
 
@@ -153,6 +154,7 @@ def _operation(document: dict[str, Any], method: str, path: str, said: dict[str,
     if "operationId" not in said:
         raise DocumentError(f"{method.upper()} {path} has no operationId")
     body = resolve(document, said.get("requestBody", {}))
+    parameters = [resolve(document, parameter) for parameter in said.get("parameters", ())]
     security = said.get("security", document.get("security", []))
     return Operation(
         operation_id=said["operationId"],
@@ -162,6 +164,7 @@ def _operation(document: dict[str, Any], method: str, path: str, said: dict[str,
         tags=tuple(said.get("tags", ())),
         roles=tuple(said.get("x-roles", ())),
         schemes=tuple(dict.fromkeys(name for alternative in security for name in alternative)),
+        query=tuple(parameter for parameter in parameters if parameter["in"] == "query"),
         request=body.get("content", {}).get("application/json", {}).get("schema"),
         body_required=body.get("required", False),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -220,9 +221,18 @@ def _problem(
 
 
 def _example(error: type[BillingError], public_base_url: str) -> str:
+    """The whole answer, head and body, as a client may see it."""
     faults = [errors.Fault("/email", "must be an email address")] if error is errors.InvalidRequest else []
-    body = orjson.loads(problems.render(error(faults=faults), request_id="7d3f0c6a51b24e88").body)
-    # Two workers make the same page, and so the same entity tag.
+    answer = problems.render(error(faults=faults), request_id="7d3f0c6a51b24e88")
+    body = orjson.loads(answer.body)
+    # Every worker makes the same page, and so the same entity tag.
     body["type"] = f"{public_base_url}/problems/{error.code()}"
     body["instance"] = "urn:uuid:0198a3c4-7b1e-7c52-9f0d-5e2b8a416d37"
-    return orjson.dumps(body, option=orjson.OPT_INDENT_2).decode()
+    return f"{_head(answer)}\n\n{orjson.dumps(body, option=orjson.OPT_INDENT_2).decode()}"
+
+
+def _head(answer: problems.Rendered) -> str:
+    shown = [
+        f"{name.decode()}: {value.decode()}" for name, value in answer.headers if name != b"content-length"
+    ]
+    return "\n".join([f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}", *shown])

@@ -34,6 +34,11 @@ class UrlPolicy:
             raise WebhookUrlRefused(f"The webhook URL {reason}.")
         return url
 
+    def check_optional(self, url: str | None) -> None:
+        """The same for a URL that may be left out."""
+        if url is not None:
+            self.check(url)
+
     def _refusal(self, url: str, parts: SplitResult, port: int | None) -> str | None:
         host = (parts.hostname or "").rstrip(".")
         local = self.allow_localhost and host == "localhost"

@@ -1,0 +1,109 @@
+"""The only place that knows everyone: settings → store, clock, services → `app`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import anyio
+import structlog
+from anyio import to_thread
+from starlette.types import ASGIApp
+
+from billing.clock import Clock, utc_now
+from billing.encryption import Vault
+from billing.errors import DatabaseUnavailable
+from billing.http import application, document, problems
+from billing.http.pages import pages
+from billing.keys import KeyDigests
+from billing.passwords import Passwords
+from billing.security import Doorkeeper, KeyUses
+from billing.settings import Settings
+from billing.storage.database import open_database
+from billing.storage.schema import SchemaError
+from billing.storage.store import Store
+from billing.tokens import Tokens
+from billing.webhooks.endpoints import UrlPolicy
+
+log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing")
+
+KEY_USES_FLUSHED_EVERY_SECONDS = 1
+
+
+def create_app(settings: Settings, *, clock: Clock = utc_now) -> ASGIApp:
+    """The application for these settings. The database is opened by its lifespan."""
+    problems.configure(settings.public_base_url)
+    contract = document.load()
+    store = Store(Vault(settings.encryption_keys), connections=2 * settings.worker_threads + 2)
+    tokens = Tokens(settings.jwt_keys, settings.public_base_url)
+    digests = KeyDigests(settings.key_peppers)
+    uses = KeyUses()
+    return application.build(
+        contract,
+        services={
+            "store": store,
+            "clock": clock,
+            "tokens": tokens,
+            "digests": digests,
+            "passwords": Passwords(settings.password_peppers, settings.password_cost),
+            "url_policy": UrlPolicy(
+                allow_http=settings.webhook_allow_http, allow_localhost=bool(settings.webhook_allow_cidrs)
+            ),
+        },
+        doorkeeper=Doorkeeper(store, tokens, digests, uses, clock),
+        routes=pages(
+            served=document.served(contract, settings.public_base_url), ready=lambda: require_ready(store)
+        ),
+        lifespan=lambda _: running(settings, store, uses),
+        threads=settings.worker_threads,
+        allowed_origins=settings.cors_allowed_origins,
+        trusted_proxies=settings.trusted_proxies,
+    )
+
+
+@asynccontextmanager
+async def running(settings: Settings, store: Store, uses: KeyUses) -> AsyncIterator[None]:
+    """Everything that lives as long as the server: the database, the pool, the notes of used keys."""
+    database = await to_thread.run_sync(open_database, settings)
+    store.open(database.app_url)
+    try:
+        await to_thread.run_sync(store.require_ready)
+        await to_thread.run_sync(store.require_safe)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(keep_flushing, uses, store)
+            yield
+            tasks.cancel_scope.cancel()
+    finally:
+        with anyio.CancelScope(shield=True):
+            await to_thread.run_sync(store.close)
+            await to_thread.run_sync(database.close)
+
+
+async def keep_flushing(uses: KeyUses, store: Store) -> None:
+    """Write down which keys were used, once a second and a last time at the end."""
+    try:
+        while True:
+            await anyio.sleep(KEY_USES_FLUSHED_EVERY_SECONDS)
+            await to_thread.run_sync(flush, uses, store)
+    finally:
+        with anyio.CancelScope(shield=True):
+            await to_thread.run_sync(flush, uses, store)
+
+
+def flush(uses: KeyUses, store: Store) -> None:
+    """A database that is away for a moment must not end the task: the next use notes the key again."""
+    try:
+        uses.flush(store)
+    except DatabaseUnavailable:
+        log.warning("key uses not written down: the database is unavailable")
+
+
+async def require_ready(store: Store) -> None:
+    """Raises `DatabaseUnavailable` while requests cannot be answered as they should."""
+    try:
+        await to_thread.run_sync(store.require_ready)
+    except SchemaError as error:
+        raise DatabaseUnavailable() from error
+
+
+app = create_app(Settings.load())

@@ -1,0 +1,58 @@
+"""API keys: list, replace, revoke."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from billing import keys
+from billing.actors import Actor
+from billing.clock import Clock
+from billing.handlers import shapes
+from billing.http.replies import Reply, ok
+from billing.keys import KeyDigests
+from billing.security import Caller
+from billing.storage.store import Store
+
+SHOWN_ONCE = "Store the new keys now: the secret ones are not shown again."
+MASKED = "Secret keys are shown once, when they are made. Regenerate one that is lost."
+ENDED = "The revoked keys no longer work. Regenerate to get new ones."
+
+
+def list_api_keys(*, caller: Caller, actor: Actor, store: Store, clock: Clock) -> Reply:
+    now = clock()
+    with store.tenant(caller.tenant_id, actor) as tx:
+        found = tx.api_keys.worth_showing(now)
+    return ok({"keys": [shapes.listed_key(key, now) for key in keys.to_show(found, now)], "warning": MASKED})
+
+
+def regenerate_api_keys(
+    body: dict[str, Any], *, caller: Caller, actor: Actor, store: Store, clock: Clock, digests: KeyDigests
+) -> Reply:
+    grace = timedelta(seconds=body.get("grace_period_seconds", 0))
+    with store.tenant(caller.tenant_id, actor) as tx:
+        renewal = keys.regenerate(tx, body["key_type"], grace=grace, digests=digests, now=clock())
+        return ok(
+            {
+                "message": "New keys are made.",
+                "keys": shapes.new_keys(renewal.new),
+                "warning": SHOWN_ONCE,
+                "previous": [shapes.previous_key(key) for key in renewal.previous],
+            }
+        )
+
+
+def revoke_api_keys(
+    body: dict[str, Any], *, caller: Caller, actor: Actor, store: Store, clock: Clock
+) -> Reply:
+    reason = body.get("reason")
+    with store.tenant(caller.tenant_id, actor) as tx:
+        revoked = keys.revoke(tx, body["key_type"], reason=reason, now=clock())
+        return ok(
+            {
+                "message": "The keys are revoked." if revoked else "There was no living key to revoke.",
+                "revoked_keys": revoked,
+                "reason": reason,
+                "warning": ENDED,
+            }
+        )

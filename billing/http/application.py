@@ -1,0 +1,136 @@
+"""Connexion, cured: our guard, errors, security, validation and pages around its routing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import connexion
+import structlog
+from connexion.exceptions import ProblemException
+from connexion.lifecycle import ConnexionRequest, ConnexionResponse
+from connexion.middleware import MiddlewarePosition
+from connexion.options import SwaggerUIOptions
+from starlette.exceptions import HTTPException
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp
+
+from billing import errors
+from billing.errors import BillingError
+from billing.http import problems
+from billing.http.access import Gate, NameOperation, security_map
+from billing.http.cors import Cors
+from billing.http.document import Operation, operations
+from billing.http.edge import Edge, Network
+from billing.http.guard import Guard
+from billing.http.lanes import Lanes
+from billing.http.pages import beside
+from billing.http.validation import Rules, validator_map
+from billing.http.wiring import ByOperationId, endpoints
+from billing.security import Doorkeeper
+
+log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.http")
+
+# What Connexion and Starlette raise themselves, said in our words; theirs repeat what the client sent.
+BY_STATUS: dict[int, type[BillingError]] = {
+    400: errors.InvalidRequest,
+    401: errors.CredentialsMissing,
+    403: errors.InsufficientScope,
+    404: errors.NotFound,
+    405: errors.MethodNotAllowed,
+    413: errors.PayloadTooLarge,
+    415: errors.UnsupportedMediaType,
+}
+
+
+def build(
+    document: dict[str, Any],
+    *,
+    services: Mapping[str, object],
+    doorkeeper: Doorkeeper,
+    routes: list[Route],
+    lifespan: Callable[..., Any],
+    threads: int,
+    allowed_origins: Collection[str],
+    trusted_proxies: Sequence[Network],
+) -> ASGIApp:
+    """The whole ASGI application; raises at once what is wrong with the document or a handler."""
+    listed = operations(document)
+    app = connexion.AsyncApp(
+        "billing",
+        lifespan=lifespan,
+        strict_validation=True,
+        swagger_ui_options=SwaggerUIOptions(swagger_ui=False, serve_spec=False),
+        resolver=ByOperationId(endpoints(listed, services, Lanes(general_threads=threads))),
+        validator_map=validator_map({o.operation_id: Rules(document, o) for o in listed}),
+        security_map=security_map(doorkeeper, threads=threads),
+    )
+    app.add_middleware(Guard, position=MiddlewarePosition.BEFORE_SWAGGER)
+    app.add_middleware(beside, position=MiddlewarePosition.BEFORE_ROUTING, routes=routes)
+    app.add_middleware(NameOperation, position=MiddlewarePosition.BEFORE_SECURITY)
+    by_id = {o.operation_id: o for o in listed}
+    app.add_middleware(Gate, position=MiddlewarePosition.BEFORE_VALIDATION, operations=by_id)
+    for kind in (BillingError, ProblemException, HTTPException, Exception):
+        app.add_error_handler(kind, answer_with(allowed_methods(listed)))
+    app.add_api(document)
+    start(app)
+    return Edge(Cors(app, allowed_origins), trusted_proxies=trusted_proxies)
+
+
+def start(app: connexion.AsyncApp) -> None:
+    """Build the middleware stack now, so that a broken document stops the start and not the first request."""
+    app.middleware.app, app.middleware.middleware_stack = app.middleware._build_middleware_stack()
+    for layer in app.middleware.middleware_stack:
+        keep_slashes(getattr(layer, "router", None))
+
+
+def keep_slashes(router: object) -> None:
+    """No redirect for a missing slash: its address is made from the Host header."""
+    if isinstance(router, Router):
+        router.redirect_slashes = False
+        for route in router.routes:
+            keep_slashes(getattr(route, "app", None))
+
+
+def allowed_methods(listed: Sequence[Operation]) -> dict[str, str]:
+    """What `Allow` says of each path; HEAD goes with GET."""
+    by_path: dict[str, set[str]] = {}
+    for operation in listed:
+        methods = {operation.method, "HEAD"} if operation.method == "GET" else {operation.method}
+        by_path.setdefault(operation.path, set()).update(methods)
+    return {path: ", ".join(sorted(methods)) for path, methods in by_path.items()}
+
+
+def answer_with(allow: Mapping[str, str]) -> Callable[..., Any]:
+    """The handler of every error."""
+
+    async def answer(request: ConnexionRequest, error: Exception) -> ConnexionResponse:
+        ours = in_our_words(error)
+        rendered = problems.render(ours, request_id=request.scope["state"]["request_id"])
+        headers = {name.decode(): value.decode() for name, value in rendered.headers}
+        if isinstance(ours, errors.MethodNotAllowed):
+            headers["allow"] = allow.get(request.scope["path"]) or allow_of(error)
+        return ConnexionResponse(
+            rendered.status, body=rendered.body, headers=headers, mimetype=problems.MEDIA_TYPE
+        )
+
+    return answer
+
+
+def allow_of(error: Exception) -> str:
+    """What the router that refused the method would allow: the pages' own."""
+    headers = getattr(error, "headers", None) or {}
+    return str(headers.get("Allow", "GET, HEAD"))
+
+
+def in_our_words(error: Exception) -> BillingError:
+    """The error as a fact of ours. What is none of ours is logged, and told as an internal error."""
+    if isinstance(error, BillingError):
+        if error.__cause__ is not None:
+            log.warning(error.code(), cause=type(error.__cause__).__name__)
+        return error
+    status = getattr(error, "status", None) or getattr(error, "status_code", None)
+    if isinstance(error, ProblemException | HTTPException) and status in BY_STATUS:
+        return BY_STATUS[status]()
+    log.error("unexpected error", exc_info=error)
+    return errors.InternalError()

@@ -1,0 +1,83 @@
+"""Cross-origin requests (Fetch standard): the configured origins may call the API, with credentials."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from billing.http.edge import Failsafe
+
+METHODS = b"GET, POST, DELETE"
+ACCEPTED = b"Authorization, X-API-Key, Content-Type, Idempotency-Key, X-Request-Id"
+EXPOSED = b"X-Request-Id, X-Key-Expires-At, Retry-After, RateLimit, RateLimit-Policy"
+MAX_AGE_SECONDS = b"600"
+
+# On every answer: a cache must not give one origin the answer made for another, or for none.
+VARY = (b"vary", b"Origin")
+WITH_CREDENTIALS = (b"access-control-allow-credentials", b"true")
+FOR_PREFLIGHT = [
+    WITH_CREDENTIALS,
+    (b"access-control-allow-methods", METHODS),
+    (b"access-control-allow-headers", ACCEPTED),
+    (b"access-control-max-age", MAX_AGE_SECONDS),
+]
+FOR_ANSWER = [WITH_CREDENTIALS, (b"access-control-expose-headers", EXPOSED)]
+
+Header = tuple[bytes, bytes]
+
+
+class Cors:
+    """ASGI middleware around Connexion, inside `Edge`.
+
+    Starlette's refuses a preflight with a 400 in text/plain, tells unknown origins what it exposes, and costs
+    a request without Origin as much as one with it. Here a preflight is always 204: the refusing is the
+    browser's part, by what the answer allows or does not mention.
+    """
+
+    def __init__(self, app: ASGIApp, allowed_origins: Collection[str]) -> None:
+        if "*" in allowed_origins:
+            raise ValueError("CORS with credentials needs the origins by name: `*` would admit any site.")
+        # Inside, so that a 500 bears the headers too: else the browser hides it from the program.
+        self.app = Failsafe(app)
+        self.allowed_origins = frozenset(origin.encode() for origin in allowed_origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        origin = value(scope["headers"], b"origin")
+        if origin and is_preflight(scope):
+            headers = self._allow(origin, FOR_PREFLIGHT)
+            await send({"type": "http.response.start", "status": 204, "headers": headers})
+            await send({"type": "http.response.body"})
+        else:
+            await self.app(scope, receive, with_headers(send, self._allow(origin, FOR_ANSWER)))
+
+    def _allow(self, origin: bytes | None, headers: list[Header]) -> list[Header]:
+        if origin is None or origin not in self.allowed_origins:
+            return [VARY]
+        return [VARY, (b"access-control-allow-origin", origin), *headers]
+
+
+def is_preflight(scope: Scope) -> bool:
+    """Whether a browser asks what it may send; any other OPTIONS is a request."""
+    return (
+        scope["method"] == "OPTIONS" and value(scope["headers"], b"access-control-request-method") is not None
+    )
+
+
+def value(headers: Iterable[Header], name: bytes) -> bytes | None:
+    """The value of a header, or None."""
+    return next((found for key, found in headers if key == name), None)
+
+
+def with_headers(send: Send, headers: list[Header]) -> Send:
+    """A `send` that adds the headers to an answer."""
+
+    async def send_with_headers(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), *headers]}
+        await send(message)
+
+    return send_with_headers

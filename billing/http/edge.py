@@ -1,0 +1,193 @@
+"""The outermost layer: a name for each request, an answer to each, and one line in the log."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from time import perf_counter
+from typing import Any
+
+import structlog
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from billing import errors
+from billing.http import problems
+from billing.ids import new_id
+
+SECURITY_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
+SAFE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{8,64}")
+CLIENT_CLOSED_REQUEST = 499  # nginx's word for a client that left before its answer; never sent.
+MAX_LOGGED_PATH = 200
+
+Headers = Iterable[tuple[bytes, bytes]]
+Address = IPv4Address | IPv6Address
+Network = IPv4Network | IPv6Network
+
+log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.http")
+
+
+class Edge:
+    """ASGI middleware around everything else.
+
+    It leaves `request_id` and `client_address` in `scope["state"]`, and reads for its log line what others
+    leave there: `operation_id` and `tenant_id`.
+    """
+
+    def __init__(self, app: ASGIApp, *, trusted_proxies: Sequence[Network] = ()) -> None:
+        self.app = Failsafe(app)
+        self.trusted_proxies = tuple(trusted_proxies)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id = request_id_of(scope["headers"])
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        state["client_address"] = client_address(scope, self.trusted_proxies)
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            await self._answer(scope, receive, Signature(send, request_id))
+
+    async def _answer(self, scope: Scope, receive: Receive, signature: Signature) -> None:
+        started = perf_counter()
+        try:
+            await self.app(scope, receive, signature.send)
+        finally:
+            log.info("request", **summary(scope, signature.status, perf_counter() - started))
+
+
+class Signature:
+    """Signs an answer with what every answer bears, and remembers its status."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self._request_id = (b"x-request-id", request_id.encode())
+        self.status: int | None = None
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message = {**message, "headers": self._signed(message.get("headers", ()))}
+        await self._send(message)
+
+    def _signed(self, headers: Headers) -> list[tuple[bytes, bytes]]:
+        others = [(name, value) for name, value in headers if name.lower() != b"x-request-id"]
+        present = {name.lower() for name, _ in others}
+        missing = [header for header in SECURITY_HEADERS if header[0] not in present]
+        # RFC 9110, section 15.5.9: the rest of the slow request is not waited for.
+        closing = [(b"connection", b"close")] if self.status == 408 else []
+        return [*others, *missing, *closing, self._request_id]
+
+
+class Failsafe:
+    """ASGI middleware that answers what the application leaves unanswered, and logs why, once."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        exchange = Exchange(receive, send)
+        # Whatever it was, the client is owed an answer and the operator a line; nothing is carried on with.
+        try:
+            await self.app(scope, exchange.receive, exchange.send)
+        except Exception:
+            log.exception("request failed")
+        else:
+            if exchange.is_unanswered:
+                log.error("request left unanswered")
+        if exchange.is_unanswered:
+            await apologise(send, scope["state"]["request_id"])
+
+
+class Exchange:
+    """A request and its answer, watched."""
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self._receive = receive
+        self._send = send
+        self.is_unanswered = True
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            self.is_unanswered = False  # Nobody is left to be answered.
+        return message
+
+    async def send(self, message: Message) -> None:
+        self.is_unanswered = False
+        await self._send(message)
+
+
+async def apologise(send: Send, request_id: str) -> None:
+    """Send the 500 problem."""
+    rendered = problems.render(errors.InternalError(), request_id=request_id)
+    await send({"type": "http.response.start", "status": rendered.status, "headers": rendered.headers})
+    await send({"type": "http.response.body", "body": rendered.body})
+
+
+def request_id_of(headers: Headers) -> str:
+    """The client's X-Request-Id when it is one and safe to repeat and to log, else a new UUIDv7."""
+    offered = [value for name, value in headers if name == b"x-request-id"]
+    if len(offered) == 1 and SAFE_REQUEST_ID.fullmatch(offered[0]):
+        return offered[0].decode()
+    return str(new_id())
+
+
+def summary(scope: Scope, status: int | None, seconds: float) -> dict[str, Any]:
+    """What the log says of a request: never its query, body or credentials."""
+    state = scope["state"]
+    said = {"method": scope["method"], "status": status or CLIENT_CLOSED_REQUEST}
+    said["duration_ms"] = round(seconds * 1000, 2)
+    if operation_id := state.get("operation_id"):
+        said["operation_id"] = operation_id
+    else:
+        said["path"] = ascii(scope["path"][:MAX_LOGGED_PATH])[1:-1]
+    if tenant_id := state.get("tenant_id"):
+        said["tenant_id"] = str(tenant_id)
+    return said
+
+
+def client_address(scope: Scope, trusted_proxies: Sequence[Network]) -> str | None:
+    """Who is asking: the peer, or what trusted proxies say of it, read from the right; None on a Unix socket.
+
+    Each trusted proxy appended the address it was asked from; what stands left of the first untrusted
+    address is the client's own invention.
+    """
+    if not scope.get("client"):
+        return None
+    peer: str = scope["client"][0]
+    address = parse_address(peer)
+    hops = forwarded_for(scope["headers"])
+    while hops and any(address in network for network in trusted_proxies if address):
+        hop = parse_address(hops.pop())
+        if hop is None:
+            break
+        address = hop
+    return str(address or peer)
+
+
+def forwarded_for(headers: Headers) -> list[str]:
+    """The hops of X-Forwarded-For, the nearest last; several headers are one list (RFC 9110, section 5.3)."""
+    lines = [value.decode("latin-1") for name, value in headers if name == b"x-forwarded-for"]
+    return ",".join(lines).split(",") if lines else []
+
+
+@lru_cache(maxsize=1024)
+def parse_address(text: str) -> Address | None:
+    """The address in `192.0.2.1`, `192.0.2.1:80`, `2001:db8::1` or `[2001:db8::1]:80`, else None."""
+    text = text.strip()
+    if text.startswith("["):
+        text = text[1:].partition("]")[0]
+    elif text.count(":") == 1:
+        text = text.partition(":")[0]
+    try:
+        address = ip_address(text)
+    except ValueError:
+        return None
+    # A dual-stack socket shows IPv4 peers as ::ffff:192.0.2.1, which no IPv4 network contains.
+    return getattr(address, "ipv4_mapped", None) or address

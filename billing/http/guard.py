@@ -1,0 +1,163 @@
+"""The gate before Connexion: it reads a request whole and hands on what Connexion cannot trip over."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from email.message import Message as EmailMessage
+from functools import lru_cache
+from urllib.parse import unquote_to_bytes
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from billing import errors
+
+MAX_BODY_BYTES = 64 * 1024
+BODY_TIMEOUT_SECONDS = 15.0
+
+Headers = Iterable[tuple[bytes, bytes]]
+
+# Said anew for the buffered body, or meaningless without one.
+BODY_HEADERS = frozenset({b"content-type", b"content-length", b"content-encoding", b"transfer-encoding"})
+
+
+class Guard:
+    """ASGI middleware for `MiddlewarePosition.BEFORE_SWAGGER`, inside the error handlers: it raises errors.
+
+    As it comes, Connexion answers 500 to a body without Content-Type, to `Application/JSON` in capitals, to
+    other charsets and to invalid UTF-8, 400 to a chunked one (spec-first/connexion#2020), and has no limit.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        max_body_bytes: int = MAX_BODY_BYTES,
+        body_timeout_seconds: float = BODY_TIMEOUT_SECONDS,
+    ) -> None:
+        self.app = app
+        self.max_body_bytes = max_body_bytes
+        self.body_timeout_seconds = body_timeout_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        match scope["type"]:
+            case "http":
+                await self._admit(scope, receive, send)
+            case "websocket":
+                # Closing before accepting is how ASGI says 403; no operation speaks websocket.
+                await send({"type": "websocket.close"})
+            case _:
+                await self.app(scope, receive, send)
+
+    async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
+        check_target(scope)
+        self._check_declared_length(scope["headers"])
+        body = await self._read(receive)
+        if body is None:  # The client went away: nobody is left to answer.
+            return
+        if body:
+            check_content(scope["headers"], body)
+        headers = headers_for(scope["headers"], body)
+        await self.app({**scope, "headers": headers}, replay(body, receive), send)
+
+    def _check_declared_length(self, headers: Headers) -> None:
+        for declared in values(headers, b"content-length"):
+            # Refused unread; a number this long is not worth parsing.
+            if len(declared) > 18 or (declared.isdigit() and int(declared) > self.max_body_bytes):
+                raise errors.PayloadTooLarge
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        """The whole body, or None when the client goes away; counted while reading, whatever was declared."""
+        try:
+            async with asyncio.timeout(self.body_timeout_seconds):
+                return await self._read_whole(receive)
+        except TimeoutError:
+            raise errors.RequestTimeout from None
+
+    async def _read_whole(self, receive: Receive) -> bytes | None:
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            if len(body) > self.max_body_bytes:
+                raise errors.PayloadTooLarge
+            if not message.get("more_body", False):
+                return bytes(body)
+
+
+def check_target(scope: Scope) -> None:
+    """Raise unless the path and the query, decoded, are text that a router and a database can hold."""
+    # `*`, or an absolute form (RFC 9112, section 3.2) that the server did not reduce to a path, has no slash.
+    path: bytes = scope.get("raw_path") or scope["path"].encode("utf-8", "surrogatepass")
+    if not (path.startswith(b"/") and is_text(path)):
+        raise errors.NotFound
+    if not is_text(scope["query_string"]):
+        fault = errors.Fault("/query", "It must be percent-encoded UTF-8 without NUL.")
+        raise errors.InvalidRequest("The query string is not text in UTF-8.", faults=[fault])
+
+
+def is_text(raw: bytes) -> bool:
+    """Whether the percent-encoded bytes decode to UTF-8 without NUL; lone surrogates are no UTF-8."""
+    decoded = unquote_to_bytes(raw)
+    try:
+        decoded.decode()
+    except UnicodeDecodeError:
+        return False
+    return b"\0" not in decoded
+
+
+def check_content(headers: Headers, body: bytes) -> None:
+    """Raise unless the body is declared, once, to be plain JSON in UTF-8, and is UTF-8."""
+    media_types = values(headers, b"content-type")
+    if len(media_types) != 1 or not is_json(media_types[0]):
+        raise errors.UnsupportedMediaType
+    if any(coding.strip().lower() != b"identity" for coding in values(headers, b"content-encoding")):
+        raise errors.UnsupportedMediaType
+    # The server undoes `chunked`; it hands on anything before that, as in `gzip, chunked`, still coded.
+    if any(coding.strip().lower() != b"chunked" for coding in values(headers, b"transfer-encoding")):
+        raise errors.UnsupportedMediaType
+    try:
+        body.decode()
+    except UnicodeDecodeError:
+        raise errors.MalformedBody from None
+
+
+@lru_cache(maxsize=64)
+def is_json(content_type: bytes) -> bool:
+    """Whether a Content-Type means application/json in UTF-8: any case, any other parameter."""
+    message = EmailMessage()
+    message["content-type"] = content_type.decode("latin-1")
+    parameters = message.get_params([])
+    charsets = [value for name, value in parameters if name.lower() == "charset"]
+    return message.get_content_type() == "application/json" and all(is_utf8(charset) for charset in charsets)
+
+
+def is_utf8(charset: object) -> bool:
+    """Whether a charset parameter says UTF-8; in RFC 2231's form, of no use here, it is a tuple."""
+    return isinstance(charset, str) and charset.lower() == "utf-8"
+
+
+def headers_for(headers: Headers, body: bytes) -> list[tuple[bytes, bytes]]:
+    """The headers with the body described as it now is; an empty one is no body, whatever was said of it."""
+    others = [header for header in headers if header[0] not in BODY_HEADERS]
+    if not body:
+        return others
+    length = str(len(body)).encode()
+    return [*others, (b"content-type", b"application/json"), (b"content-length", length)]
+
+
+def replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the body as one message, and after it what the server has to say."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive_again() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return receive_again
+
+
+def values(headers: Headers, name: bytes) -> list[bytes]:
+    """All values of a header, in their order."""
+    return [value for key, value in headers if key == name]

@@ -1,0 +1,195 @@
+"""uvicorn's httptools protocol, hardened: `uvicorn --http billing.http.protocol:Protocol`."""
+
+from __future__ import annotations
+
+import asyncio
+from http import HTTPStatus
+
+import httptools
+import structlog
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from billing import errors
+from billing.errors import BillingError
+from billing.http import problems
+from billing.http.edge import SECURITY_HEADERS
+from billing.ids import new_id
+
+MAX_HEAD_BYTES = 32 * 1024
+MAX_HEADERS = 100
+PATIENCE_SECONDS = 15.0
+LOOK_SECONDS = 5.0
+
+UPGRADING = frozenset({b"upgrade", b"http2-settings"})
+VERSIONS = frozenset({"1.0", "1.1"})
+
+log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.http")
+
+
+class Protocol(HttpToolsProtocol):
+    """What uvicorn leaves open, on a connection that no middleware sees.
+
+    - `Upgrade: h2c`, as Java's HttpClient sends it, makes it drop the body (Kludex/uvicorn#2722). We upgrade
+      to nothing, and a server may ignore the header (RFC 9110, section 7.8).
+    - Its own refusals are text/plain; here every error is a problem.
+    - A head has no limit of size, number or time, and a trailer adds to the headers.
+    """
+
+    has_refused = False
+    in_head = True
+    head_bytes = 0
+    waiting_since: float | None  # On the loop's clock; None while it is not the client that we wait for.
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+        self.watch = self.loop.call_later(LOOK_SECONDS, self._look)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.watch.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        if self.has_refused:
+            return
+        self.head_bytes += len(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._parse_without_upgrade(data[upgrade.args[0] :])
+        except httptools.HttpParserError as error:
+            self._refuse(reason_of(error))
+        else:
+            # One endless header never reaches a callback: only the bytes tell.
+            if self.in_head and self.head_bytes > MAX_HEAD_BYTES:
+                self._refuse(errors.RequestHeadersTooLarge())
+
+    # The parser's callbacks, in their order --------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.waiting_since = self.loop.time()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        # RFC 9110, section 6.5.1: a trailer is not to be merged into the headers; the guard has seen those.
+        if self.in_head:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._check_head()
+        if self.parser.should_upgrade():
+            return  # It comes again, without the header that asks.
+        super().on_headers_complete()
+        self.in_head = False
+        self.head_bytes = 0
+        self.waiting_since = None
+
+    def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
+        self._await_head()
+        super().on_message_complete()
+
+    # -----------------------------------------------------------------------------------------------
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.in_head or not self.cycle.response_complete:
+            return
+        # Answered before the body was here, as with 413. What still comes is read and dropped: most clients
+        # read the answer only after sending all. One that waits for 100 may send its next request instead.
+        if self.expect_100_continue:
+            self.transport.close()
+        self.waiting_since = self.loop.time()
+
+    def _await_head(self) -> None:
+        self.in_head = True
+        self.head_bytes = 0
+        self.waiting_since = self.loop.time()
+
+    def _check_head(self) -> None:
+        """Raise for what the parser accepts and RFC 9112 (sections 2.3, 3.2) or our limits do not."""
+        version = self.parser.get_http_version()
+        hosts = sum(name == b"host" for name, _ in self.headers)
+        if version not in VERSIONS or self.parser.get_method() == b"CONNECT":
+            raise malformed()
+        if hosts > 1 or (hosts == 0 and version == "1.1"):
+            raise malformed()
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if size > MAX_HEAD_BYTES or len(self.headers) > MAX_HEADERS:
+            raise errors.RequestHeadersTooLarge
+
+    def _parse_without_upgrade(self, rest: bytes) -> None:
+        """Ignore the wish for another protocol: parse the request again as if it had none."""
+        version = self.parser.get_http_version().encode()
+        request_line = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)
+        lines = [b"%b: %b" % header for header in without_upgrade(self.headers)]
+        self.parser = httptools.HttpRequestParser(self)
+        self._await_head()
+        self.data_received(b"\r\n".join([request_line, *lines, b"", rest]))
+
+    def _look(self) -> None:
+        """Close a connection that keeps us waiting; uvicorn's own timer minds only idle ones."""
+        if not self._is_overdue():
+            self.watch = self.loop.call_later(LOOK_SECONDS, self._look)
+        elif self.in_head and self.head_bytes:
+            self._refuse(errors.RequestTimeout())
+        else:
+            self.transport.close()
+
+    def _is_overdue(self) -> bool:
+        if self.waiting_since is None or self._is_busy() or self.timeout_keep_alive_task:
+            return False
+        return self.loop.time() - self.waiting_since > PATIENCE_SECONDS
+
+    def _is_busy(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _refuse(self, error: BillingError) -> None:
+        """Answer in the application's stead and close."""
+        self.has_refused = True
+        if self._is_busy() and (self.in_head or self.pipeline):
+            # Written now, it would be taken for the answer to an earlier request, which may well succeed.
+            self.cycle.keep_alive = False
+            return
+        if not (self._is_busy() and self.cycle.response_started):
+            self._answer(error)
+        self.transport.close()
+
+    def _answer(self, error: BillingError) -> None:
+        request_id = str(new_id())
+        rendered = problems.render(error, request_id=request_id)
+        headers = [
+            *self.server_state.default_headers,
+            *rendered.headers,
+            *SECURITY_HEADERS,
+            (b"x-request-id", request_id.encode()),
+            (b"connection", b"close"),
+        ]
+        lines = [b"HTTP/1.1 %d %b" % (rendered.status, HTTPStatus(rendered.status).phrase.encode())]
+        lines += [b"%b: %b" % header for header in headers]
+        self.transport.write(b"\r\n".join([*lines, b"", rendered.body]))
+        log.info("request", request_id=request_id, status=rendered.status, refused=error.code())
+
+
+def malformed() -> BillingError:
+    """What the parser's own refusals are to a client; its words could quote the request."""
+    return errors.InvalidRequest("The request is not well-formed HTTP/1.1 (RFC 9112).")
+
+
+def reason_of(error: httptools.HttpParserError) -> BillingError:
+    """The error that one of our callbacks raised, or else that the parser did not understand."""
+    return error.__context__ if isinstance(error.__context__, BillingError) else malformed()
+
+
+def without_upgrade(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """The headers without the wish for another protocol; `close` and `keep-alive` stay."""
+    kept = [(name, value) for name, value in headers if name not in UPGRADING]
+    return [(name, other_options(value) if name == b"connection" else value) for name, value in kept]
+
+
+def other_options(connection: bytes) -> bytes:
+    """The options of a Connection header without those of an upgrade."""
+    options = [option.strip() for option in connection.split(b",")]
+    return b", ".join(option for option in options if option.lower() not in UPGRADING)

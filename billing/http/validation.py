@@ -1,0 +1,123 @@
+"""Requests against the document: strict JSON, compiled schemas, faults by pointer that repeat no value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+from urllib.parse import parse_qsl
+
+import orjson
+from jsonschema_rs import Draft4Validator, ValidationError, ValidationErrorKind
+from starlette.types import Receive, Scope
+
+from billing.errors import Fault, InvalidRequest, MalformedBody
+from billing.http.document import Operation
+
+MASK = "The value"
+
+
+class Rules:
+    """What one operation takes: its query parameters and its body."""
+
+    def __init__(self, document: Mapping[str, Any], operation: Operation) -> None:
+        parameters = operation.query
+        self._query = {p["name"]: _compiled(document, p["schema"]) for p in parameters}
+        self._required_query = {p["name"] for p in parameters if p.get("required", False)}
+        self._body = operation.request and _compiled(document, operation.request)
+        self._body_required = operation.body_required
+
+    def query(self, query_string: bytes) -> dict[str, str]:
+        """The query's parameters; raises `InvalidRequest`."""
+        pairs = parse_qsl(query_string.decode("latin-1"), keep_blank_values=True)
+        given = dict(pairs)
+        faults = [Fault(f"/query/{name}", "It is required.") for name in self._required_query - given.keys()]
+        if len(given) < len(pairs):
+            faults.append(Fault("/query", "A parameter stands in it twice."))
+        if given.keys() - self._query.keys():
+            faults.append(Fault("/query", "It has a parameter that the document does not know."))
+        for name in given.keys() & self._query.keys():
+            faults.extend(_faults(self._query[name], given[name], at=f"/query/{name}"))
+        return _unless(faults, given)
+
+    def body(self, raw: bytes) -> Any:
+        """The body's JSON, None where there is none; raises `MalformedBody` or `InvalidRequest`."""
+        if not raw:
+            return _unless([Fault("", "A body is required.")] if self._body_required else [], None)
+        body = parse_json(raw)
+        return _unless(list(_faults(self._body, body)) if self._body else [], body)
+
+
+def parse_json(raw: bytes) -> Any:
+    """JSON as RFC 8259 has it: UTF-8, no NaN, no lone surrogates, no bottomless nesting."""
+    try:
+        return orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        raise MalformedBody() from None
+
+
+def _unless(faults: Sequence[Fault], value: Any) -> Any:
+    if faults:
+        raise InvalidRequest(faults=sorted(faults, key=lambda fault: fault.pointer))
+    return value
+
+
+def _faults(validator: Draft4Validator, value: Any, *, at: str = "") -> Iterator[Fault]:
+    for error in validator.iter_errors(value):
+        yield _fault(error, at + _pointer(error.instance_path))
+
+
+def _fault(error: ValidationError, pointer: str) -> Fault:
+    match error.kind:
+        case ValidationErrorKind.Required(property=missing):
+            return Fault(pointer + _pointer([missing]), "It is required.")
+        case ValidationErrorKind.AdditionalProperties():
+            # The library's words name the unknown member, and that is what the client sent.
+            return Fault(pointer, "It has a member that the document does not know.")
+    return Fault(pointer, f"{error.message}.")
+
+
+def _pointer(path: Sequence[str | int]) -> str:
+    return "".join(f"/{str(part).replace('~', '~0').replace('/', '~1')}" for part in path)
+
+
+def _compiled(document: Mapping[str, Any], schema: Mapping[str, Any]) -> Draft4Validator:
+    # OpenAPI 3.0 schemas are draft 4 with `nullable`; the references point into the components.
+    whole = {**as_json_schema(schema), "components": as_json_schema(document.get("components", {}))}
+    return Draft4Validator(whole, validate_formats=True, mask=MASK)
+
+
+def as_json_schema(node: Any) -> Any:
+    """An OpenAPI 3.0 schema as JSON Schema draft 4 says it: `nullable` is a second type."""
+    if isinstance(node, list):
+        return [as_json_schema(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    plain = {name: as_json_schema(value) for name, value in node.items()}
+    if plain.pop("nullable", False) is True and isinstance(plain.get("type"), str):
+        plain["type"] = [plain["type"], "null"]
+    return plain
+
+
+def validator_map(rules: Mapping[str, Rules]) -> dict[str, Any]:
+    """Connexion's two hooks. They leave what they parsed in `scope["state"]`: `query` and `body`."""
+
+    class Parameters:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def validate(self, scope: Scope) -> None:
+            scope["state"]["query"] = _rules_of(scope).query(scope["query_string"])
+
+    class Body:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        async def wrap_receive(self, receive: Receive, *, scope: Scope) -> tuple[Receive, Scope]:
+            message = await receive()  # The guard has made it one message.
+            scope["state"]["body"] = _rules_of(scope).body(message.get("body", b""))
+            return receive, scope
+
+    def _rules_of(scope: Scope) -> Rules:
+        return rules[scope["extensions"]["connexion_routing"]["operation_id"]]
+
+    return {"parameter": Parameters, "body": {"application/json": Body}}
+
+

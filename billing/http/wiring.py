@@ -1,0 +1,109 @@
+"""From the document to handlers: each operationId becomes the function of that name, given what it asks for."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import connexion
+from connexion.resolver import Resolution, Resolver
+from starlette.responses import Response
+from starlette.types import Scope
+
+from billing.actors import Actor
+from billing.http.document import Operation
+from billing.http.lanes import Lanes, lane_of
+from billing.http.replies import Reply
+from billing.security import Caller
+
+HANDLERS = "billing.handlers"
+# What a handler may ask for by name beside the services: all of it belongs to one request.
+OF_THE_REQUEST = frozenset({"body", "caller", "actor"})
+
+Endpoint = Callable[[], Any]
+
+
+class WiringError(Exception):
+    """An operation has no handler, or its handler asks for something nobody has."""
+
+
+def endpoints(
+    operations: Sequence[Operation], services: Mapping[str, object], lanes: Lanes
+) -> dict[str, Endpoint]:
+    """What Connexion calls for each operation; raises `WiringError` at start rather than at the first request."""
+    return {o.operation_id: _endpoint(o, handler_of(o), services, lanes) for o in operations}
+
+
+def handler_of(operation: Operation) -> Callable[..., Reply]:
+    """The function named after the operation, in the module named after its first tag."""
+    module = f"{HANDLERS}.{operation.tags[0].lower().replace(' ', '_')}"
+    try:
+        return getattr(importlib.import_module(module), operation.operation_id)  # type: ignore[no-any-return]
+    except (ImportError, AttributeError):
+        raise WiringError(f"The operation {operation.operation_id} has no handler in {module}.") from None
+
+
+def _endpoint(
+    operation: Operation, handler: Callable[..., Reply], services: Mapping[str, object], lanes: Lanes
+) -> Endpoint:
+    wanted = inspect.signature(handler).parameters.keys()
+    from_services = {name: services[name] for name in wanted & services.keys()}
+    from_request = wanted - services.keys()
+    from_query = {parameter["name"] for parameter in operation.query}
+    if missing := from_request - OF_THE_REQUEST - from_query:
+        raise WiringError(f"Nobody has what {operation.operation_id} asks for: {', '.join(sorted(missing))}.")
+    lane = lane_of(handler)
+
+    async def endpoint() -> Response:
+        scope = connexion.context.scope
+        given = {name: of_the_request(scope, name) for name in from_request}
+        reply = await lanes.run(lane, lambda: handler(**from_services, **given))
+        return _with_key_expiry(reply, caller_of(scope)).response()
+
+    return endpoint
+
+
+def of_the_request(scope: Scope, name: str) -> object:
+    """The body, the caller, the actor, or a query parameter of the request."""
+    match name:
+        case "body":
+            return scope["state"].get("body")
+        case "caller":
+            return caller_of(scope)
+        case "actor":
+            return actor_of(scope)
+    return scope["state"]["query"].get(name)
+
+
+def caller_of(scope: Scope) -> Caller | None:
+    """Whom security found, None where the operation is public."""
+    caller: Caller | None = scope["state"].get("caller")
+    return caller
+
+
+def actor_of(scope: Scope) -> Actor:
+    """Who acts in this request, as the audit log keeps them."""
+    state = scope["state"]
+    address, request_id = state.get("client_address"), state.get("request_id")
+    caller = caller_of(scope)
+    return caller.actor(address, request_id) if caller else Actor("anonymous", None, address, request_id)
+
+
+def _with_key_expiry(reply: Reply, caller: Caller | None) -> Reply:
+    # A key in its grace period says so on every answer: its holder may not read our list of keys.
+    if caller is None or caller.key is None or caller.key.expires_at is None:
+        return reply
+    return reply.with_header("x-key-expires-at", caller.key.expires_at.strftime("%Y-%m-%dT%H:%M:%SZ"))
+
+
+class ByOperationId(Resolver):
+    """Gives Connexion our endpoints, so that no Python path stands in the document."""
+
+    def __init__(self, endpoints: Mapping[str, Endpoint]) -> None:
+        super().__init__()
+        self._endpoints = endpoints
+
+    def resolve(self, operation: Any) -> Resolution:
+        return Resolution(self._endpoints[operation.operation_id], operation.operation_id)

@@ -1,0 +1,135 @@
+"""Credentials → Caller; roles. Who sends a request, and whether they may."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from uuid import UUID
+
+from billing import keys
+from billing.actors import Actor
+from billing.clock import Clock
+from billing.errors import InsufficientScope, KeyUnknown, SessionEnded, TenantDisabled
+from billing.keys import ApiKey, KeyDigests
+from billing.storage.store import Store
+from billing.tenants import Tenant, User
+from billing.tokens import Tokens
+
+# A look at the clock is enough: more precise would be a write a request.
+USE_NOTED_EVERY = timedelta(minutes=5)
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Whoever's credentials were good: a user of a tenant, or one of its API keys."""
+
+    tenant: Tenant
+    user: User | None = None
+    key: ApiKey | None = None
+
+    @property
+    def tenant_id(self) -> UUID:
+        return self.tenant.id
+
+    @property
+    def sees_private_members(self) -> bool:
+        """A publishable key may stand in a browser, for anyone to read."""
+        return self.key is None or not self.key.is_publishable
+
+    def signed_in_user(self) -> User:
+        """The user; raises `InsufficientScope` for an API key."""
+        if self.user is None:
+            raise InsufficientScope()
+        return self.user
+
+    def actor(self, address: str | None, request_id: str | None) -> Actor:
+        """The caller as the audit log keeps them."""
+        if self.user is not None:
+            return Actor("user", self.user.id, address, request_id)
+        return Actor("api_key", self.key and self.key.id, address, request_id)
+
+
+class Doorkeeper:
+    """Finds the caller behind a credential: one question to the database, none for a malformed one."""
+
+    def __init__(self, store: Store, tokens: Tokens, digests: KeyDigests, uses: KeyUses, clock: Clock) -> None:
+        self._store = store
+        self._tokens = tokens
+        self._digests = digests
+        self._uses = uses
+        self._clock = clock
+
+    def by_bearer(self, credential: str) -> Caller:
+        """The caller behind an access token, or an API key sent as one; raises `Unauthenticated`."""
+        return self.by_key(credential) if keys.looks_like_key(credential) else self.by_token(credential)
+
+    def by_key(self, text: str) -> Caller:
+        """The caller behind an API key; raises `KeyMalformed`, `KeyUnknown`, `KeyRevoked` or `KeyExpired`."""
+        keys.parse(text)
+        with self._store.platform() as platform:
+            found = platform.find_key(self._digests.candidates(text))
+        if found is None:
+            raise KeyUnknown()
+        tenant, key = found
+        now = self._clock()
+        key.require_works_at(now)
+        self._uses.note(key, now)
+        return Caller(tenant, key=key)
+
+    def by_token(self, text: str) -> Caller:
+        """The caller behind an access token; raises `TokenInvalid`, `TokenExpired` or `SessionEnded`."""
+        now = self._clock()
+        claims = self._tokens.read_access(text, now)
+        with self._store.platform() as platform:
+            found = platform.find_user(claims, now)
+        if found is None:
+            raise SessionEnded()
+        tenant, user = found
+        return Caller(tenant, user=user)
+
+
+def require_allowed(caller: Caller, *, roles: Sequence[str], keys_allowed: bool) -> None:
+    """Raises `TenantDisabled`, or `InsufficientScope` unless the document lets such a caller in."""
+    if not caller.tenant.is_active:
+        raise TenantDisabled()
+    allowed = keys_allowed if caller.user is None else caller.user.role in roles
+    if not allowed:
+        raise InsufficientScope()
+
+
+def bearer_credential(authorization: Sequence[str]) -> str | None:
+    """The credential of the Authorization headers, None where there is no header.
+
+    A header with another scheme, or two headers, is a bad credential and not a missing one.
+    """
+    if not authorization:
+        return None
+    scheme, _, credential = authorization[0].partition(" ")
+    if len(authorization) > 1 or scheme.lower() != "bearer":
+        return ""
+    return credential.strip()
+
+
+class KeyUses:
+    """When keys were last used: noted in memory by requests, written down by `flush`, outside of them."""
+
+    def __init__(self) -> None:
+        self._noted: dict[tuple[UUID, UUID], datetime] = {}
+        self._lock = threading.Lock()
+
+    def note(self, key: ApiKey, now: datetime) -> None:
+        """Remember a use, unless one within five minutes is kept already."""
+        if key.last_used_at is None or now - key.last_used_at >= USE_NOTED_EVERY:
+            with self._lock:
+                self._noted.setdefault((key.tenant_id, key.id), now)
+
+    def flush(self, store: Store) -> None:
+        """Write down what was noted. What cannot be written now is forgotten: the next use notes it again."""
+        with self._lock:
+            noted, self._noted = self._noted, {}
+        for (tenant_id, key_id), at in noted.items():
+            with store.tenant(tenant_id) as tx:
+                tx.api_keys.note_use(key_id, at)
+

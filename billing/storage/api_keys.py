@@ -1,0 +1,82 @@
+"""The shelf of API keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from uuid import UUID
+
+from sqlalchemy import ColumnElement, Row, and_, or_, select
+
+from billing.keys import ApiKey, KeyType
+from billing.storage.shelf import Shelf
+from billing.storage.tables import api_keys
+
+COLUMNS = (
+    api_keys.c.tenant_id,
+    api_keys.c.id,
+    api_keys.c.type,
+    api_keys.c.text,
+    api_keys.c.last4,
+    api_keys.c.created_at,
+    api_keys.c.expires_at,
+    api_keys.c.revoked_at,
+    api_keys.c.last_used_at,
+)
+
+
+def key_of(row: Row[tuple[object, ...]]) -> ApiKey:
+    """The value in a row of `COLUMNS`."""
+    return ApiKey(*row)  # type: ignore[arg-type]  # the columns stand in the order of the fields
+
+
+def _living(now: datetime) -> ColumnElement[bool]:
+    return and_(api_keys.c.revoked_at.is_(None), or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > now))
+
+
+class ApiKeys(Shelf):
+    """The keys of one tenant."""
+
+    def add(self, key: ApiKey, *, digest: str) -> None:
+        values = {column.name: getattr(key, column.name) for column in COLUMNS}
+        self._connection.execute(api_keys.insert().values(values | {"digest": digest}))
+
+    def living(self, now: datetime, types: Sequence[KeyType]) -> list[ApiKey]:
+        """The keys of these types that work now."""
+        query = select(*COLUMNS).where(self.mine(api_keys), api_keys.c.type.in_(types), _living(now))
+        return [key_of(row) for row in self._connection.execute(query.order_by(api_keys.c.id))]
+
+    def worth_showing(self, now: datetime) -> list[ApiKey]:
+        """The keys that work now, and the last one made of each type, living or not."""
+        newest = (
+            select(api_keys.c.id)
+            .where(self.mine(api_keys))
+            .distinct(api_keys.c.type)
+            .order_by(api_keys.c.type, api_keys.c.id.desc())
+        )
+        query = select(*COLUMNS).where(self.mine(api_keys), or_(_living(now), api_keys.c.id.in_(newest)))
+        return [key_of(row) for row in self._connection.execute(query)]
+
+    def expire(self, key: ApiKey) -> None:
+        """Keep the end that the key was given."""
+        self._connection.execute(
+            api_keys.update()
+            .where(self.mine(api_keys), api_keys.c.id == key.id)
+            .values(expires_at=key.expires_at)
+        )
+
+    def revoke(self, types: Sequence[KeyType], now: datetime) -> list[ApiKey]:
+        """End the living keys of these types; returns them."""
+        rows = self._connection.execute(
+            api_keys.update()
+            .where(self.mine(api_keys), api_keys.c.type.in_(types), _living(now))
+            .values(revoked_at=now)
+            .returning(*COLUMNS)
+        )
+        return [key_of(row) for row in rows]
+
+    def note_use(self, id: UUID, at: datetime) -> None:
+        """Keep when a key was last used."""
+        self._connection.execute(
+            api_keys.update().where(self.mine(api_keys), api_keys.c.id == id).values(last_used_at=at)
+        )

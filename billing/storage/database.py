@@ -1,0 +1,93 @@
+"""Which PostgreSQL the store talks to: the one that settings name, or an embedded one made ready here."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sqlalchemy import Connection, create_engine, text
+from sqlalchemy.engine import make_url
+
+from billing.settings import Settings
+from billing.storage import embedded, schema
+
+OWNER, APP = "billing_owner", "billing_app"
+NAME = "billing"
+DRIVER = "postgresql+psycopg2"
+
+
+@dataclass
+class Database:
+    """Where to connect as the application, and, where it is known, as the owner of the tables."""
+
+    app_url: str = field(repr=False)
+    owner_url: str | None = field(repr=False)
+    server: embedded.Server | None = None
+
+    @property
+    def is_embedded(self) -> bool:
+        return self.server is not None
+
+    def close(self) -> None:
+        if self.server is not None:
+            self.server.close()
+
+
+def open_database(settings: Settings) -> Database:
+    """The database of the settings. An embedded one is started, and brought to this version, if it is not."""
+    if settings.database_url is not None:
+        owner = settings.migration_database_url
+        return Database(_with_driver(settings.database_url), owner and _with_driver(owner))
+    return open_embedded(settings.state_dir)
+
+
+def open_embedded(state_dir: Path, *, name: str = NAME, options: dict[str, str] | None = None) -> Database:
+    """The database in this state directory; raises `embedded.EmbeddedPostgresError`."""
+    server = embedded.start(state_dir, options=options or {})
+    try:
+        prepare(server.cluster, name)
+    except BaseException:
+        server.close()
+        raise
+    return Database(url(server.cluster, APP, name), url(server.cluster, OWNER, name), server)
+
+
+def prepare(cluster: embedded.Cluster, name: str = NAME) -> None:
+    """Make roles, database and tables where they are missing. Safe to run by many at once."""
+    engine = create_engine(cluster.url("postgres"), isolation_level="AUTOCOMMIT", hide_parameters=True)
+    try:
+        with engine.connect() as connection:
+            connection.execute(text("SELECT pg_advisory_lock(:lock)"), {"lock": schema.MIGRATION_LOCK})
+            if not _has_database(connection, name):
+                _bootstrap(connection, cluster)
+                connection.exec_driver_sql(f'CREATE DATABASE "{name}" OWNER {OWNER}')
+    finally:
+        engine.dispose()
+    schema.migrate(url(cluster, OWNER, name))
+
+
+def url(cluster: embedded.Cluster, role: str, name: str) -> str:
+    """How a role connects to a database of an embedded server."""
+    return cluster.url(name, user=role, password=_password(cluster, role))
+
+
+def _has_database(connection: Connection, name: str) -> bool:
+    query = text("SELECT EXISTS (SELECT FROM pg_database WHERE datname = :name)")
+    return bool(connection.scalar(query, {"name": name}))
+
+
+def _bootstrap(connection: Connection, cluster: embedded.Cluster) -> None:
+    connection.exec_driver_sql(schema.bootstrap_sql())
+    for role in (OWNER, APP):
+        connection.exec_driver_sql(f"ALTER ROLE {role} PASSWORD '{_password(cluster, role)}'")
+
+
+def _password(cluster: embedded.Cluster, role: str) -> str:
+    # Made from the one secret that the server keeps, so that there is no second file to lose.
+    return hmac.digest(cluster.password.encode(), role.encode(), hashlib.sha256).hex()
+
+
+def _with_driver(text: str) -> str:
+    return make_url(text).set(drivername=DRIVER).render_as_string(hide_password=False)

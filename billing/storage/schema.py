@@ -1,0 +1,85 @@
+"""The schema's life: roles, migrations, and the checks without which the server will not start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, create_engine, text
+
+from billing.storage.tables import metadata
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+# Any number will do that nobody else takes: "billing" in ASCII.
+MIGRATION_LOCK = 0x62696C6C696E67
+
+
+class SchemaError(Exception):
+    """The database is not one that this version may work with; the sentence says what to do."""
+
+
+def bootstrap_sql() -> str:
+    """What a DBA runs once: the roles."""
+    return (MIGRATIONS / "bootstrap.sql").read_text()
+
+
+def migrate(owner_url: str) -> str:
+    """Bring the schema to this version, in one transaction; returns the revision.
+
+    Any number may run it at once: the lock is taken before Alembic looks at the version.
+    """
+    engine = create_engine(owner_url, hide_parameters=True)
+    config = _config()
+    try:
+        with engine.begin() as connection:
+            connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+    finally:
+        engine.dispose()
+    return _head()
+
+
+def require_current(connection: Connection) -> None:
+    """Raises `SchemaError` when the tables are not of this version."""
+    has_versions = connection.dialect.has_table(connection, "alembic_version")
+    present = MigrationContext.configure(connection).get_current_revision() if has_versions else None
+    if present != _head():
+        raise SchemaError(
+            f"The database is at migration {present or 'none'}, this version needs {_head()}: run `billing migrate`."
+        )
+
+
+def require_safe(connection: Connection) -> None:
+    """Raises `SchemaError` unless row security holds against the role that we are."""
+    role = connection.execute(text("SELECT rolname, rolsuper, rolbypassrls FROM pg_roles WHERE rolname = current_user"))
+    name, is_super, bypasses = role.one()
+    if is_super or bypasses:
+        raise SchemaError(f"The role {name} passes over row-level security: connect as billing_app.")
+    if open_tables := connection.scalars(text(UNPROTECTED), {"tables": list(metadata.tables)}).all():
+        raise SchemaError(f"Row-level security is not in force, or is ours to lift, on: {', '.join(open_tables)}.")
+
+
+UNPROTECTED = """
+SELECT relname FROM pg_class
+WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p') AND relname = ANY (:tables) AND (
+    NOT relrowsecurity OR NOT relforcerowsecurity OR pg_has_role(relowner, 'MEMBER')
+    OR NOT EXISTS (SELECT FROM pg_policy WHERE polrelid = pg_class.oid)
+) ORDER BY relname
+"""
+
+
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    return config
+
+
+def _head() -> str:
+    head = ScriptDirectory.from_config(_config()).get_current_head()
+    if head is None:
+        raise SchemaError("This installation has no migrations.")
+    return head

@@ -1,0 +1,57 @@
+"""The shelf of sessions."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from uuid import UUID
+
+from sqlalchemy import select
+
+from billing.sessions import Session
+from billing.storage.shelf import Shelf
+from billing.storage.tables import sessions
+
+
+class Sessions(Shelf):
+    """The sessions of one tenant's users."""
+
+    def add(self, session: Session) -> None:
+        self._connection.execute(
+            sessions.insert().values({column.name: getattr(session, column.name) for column in sessions.c})
+        )
+
+    def find(self, id: UUID) -> Session | None:
+        row = self._connection.execute(
+            select(sessions).where(self.mine(sessions), sessions.c.id == id)
+        ).one_or_none()
+        return row and Session(**row._mapping)
+
+    def rotate(self, id: UUID, used: bytes, successor: bytes, now: datetime) -> Session | None:
+        """One compare-and-set: of any number that come at once, one finds the used token current."""
+        row = self._connection.execute(
+            sessions.update()
+            .where(
+                self.mine(sessions),
+                sessions.c.id == id,
+                sessions.c.current_jti == used,
+                sessions.c.ended_at.is_(None),
+                sessions.c.expires_at > now,
+            )
+            .values(current_jti=successor, previous_jti=used, rotated_at=now)
+            .returning(sessions)
+        ).one_or_none()
+        return row and Session(**row._mapping)
+
+    def end(self, id: UUID, now: datetime) -> None:
+        self._connection.execute(
+            sessions.update()
+            .where(self.mine(sessions), sessions.c.id == id, sessions.c.ended_at.is_(None))
+            .values(ended_at=now)
+        )
+
+    def end_all(self, user_id: UUID, now: datetime) -> None:
+        self._connection.execute(
+            sessions.update()
+            .where(self.mine(sessions), sessions.c.user_id == user_id, sessions.c.ended_at.is_(None))
+            .values(ended_at=now)
+        )

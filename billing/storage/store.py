@@ -1,0 +1,125 @@
+"""The store: two doors, one into a single tenant, one for the questions asked before a tenant is known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from uuid import UUID
+
+from sqlalchemy import Connection, Engine, create_engine, exc
+
+from billing.actors import SYSTEM, Actor
+from billing.encryption import Vault
+from billing.errors import DatabaseUnavailable
+from billing.storage import schema
+from billing.storage.api_keys import ApiKeys
+from billing.storage.audit import AuditLog
+from billing.storage.directory import Directory
+from billing.storage.platform import Platform
+from billing.storage.sessions import Sessions
+from billing.storage.tenants import Tenants
+from billing.storage.users import Users
+from billing.storage.webhooks import Webhooks
+
+POOL_WAIT_SECONDS = 3
+# Either kind of timeout alone hangs in a real partition: see docs/decisions.md.
+CONNECT_ARGS = {
+    "connect_timeout": 3,
+    "tcp_user_timeout": 5000,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 2,
+    "application_name": "billing",
+    "options": " ".join(
+        f"-c {setting}"
+        for setting in (
+            "timezone=UTC",
+            "statement_timeout=5000",
+            "lock_timeout=2000",
+            "idle_in_transaction_session_timeout=10000",
+        )
+    ),
+}
+
+
+class TenantTx:
+    """One transaction of one tenant: a shelf for each noun, all of it kept or none."""
+
+    def __init__(self, connection: Connection, tenant_id: UUID, actor: Actor, vault: Vault) -> None:
+        self.tenant_id = tenant_id
+        self.tenants = Tenants(connection, tenant_id)
+        self.users = Users(connection, tenant_id)
+        self.sessions = Sessions(connection, tenant_id)
+        self.api_keys = ApiKeys(connection, tenant_id)
+        self.webhooks = Webhooks(connection, tenant_id, vault)
+        self.directory = Directory(connection, tenant_id)
+        self.audit = AuditLog(connection, tenant_id, actor)
+
+
+class Store:
+    """Opens transactions on PostgreSQL. Every failure to reach it is `DatabaseUnavailable`."""
+
+    def __init__(self, vault: Vault, *, connections: int) -> None:
+        self._vault = vault
+        self._connections = connections
+        self._opened: Engine | None = None
+
+    def open(self, url: str) -> None:
+        """Take the address of the database; connections are made when they are needed."""
+        self._opened = create_engine(
+            url,
+            pool_size=self._connections,
+            max_overflow=0,
+            pool_timeout=POOL_WAIT_SECONDS,
+            pool_pre_ping=True,
+            hide_parameters=True,
+            connect_args=CONNECT_ARGS,
+        )
+
+    @property
+    def _engine(self) -> Engine:
+        if self._opened is None:
+            raise DatabaseUnavailable()
+        return self._opened
+
+    @contextmanager
+    def tenant(self, tenant_id: UUID, actor: Actor = SYSTEM) -> Iterator[TenantTx]:
+        """A transaction that reaches this tenant's rows alone. Leaving commits, raising rolls back."""
+        with _in_our_words(), self._engine.begin() as connection:
+            connection.exec_driver_sql("SELECT set_config('app.tenant_id', %s, true)", (str(tenant_id),))
+            yield TenantTx(connection, tenant_id, actor, self._vault)
+
+    @contextmanager
+    def platform(self) -> Iterator[Platform]:
+        """The questions asked before a tenant is known, each one message to the database."""
+        with _in_our_words(), self._engine.connect() as connection:
+            # One statement, one transaction: no BEGIN and no COMMIT to wait for.
+            connection.execution_options(isolation_level="AUTOCOMMIT")
+            yield Platform(connection)
+
+    def require_ready(self) -> None:
+        """Raises `DatabaseUnavailable`, or `schema.SchemaError` when the tables are not this version's."""
+        with _in_our_words(), self._engine.connect() as connection:
+            schema.require_current(connection)
+
+    def require_safe(self) -> None:
+        """Raises `schema.SchemaError` unless row security holds for the role that we are."""
+        with _in_our_words(), self._engine.connect() as connection:
+            schema.require_safe(connection)
+
+    def close(self) -> None:
+        if self._opened is not None:
+            self._opened.dispose()
+            self._opened = None
+
+
+@contextmanager
+def _in_our_words() -> Iterator[None]:
+    try:
+        yield
+    except (exc.OperationalError, exc.InterfaceError, exc.TimeoutError) as error:
+        raise DatabaseUnavailable() from error
+    except exc.DBAPIError as error:
+        if error.connection_invalidated:
+            raise DatabaseUnavailable() from error
+        raise

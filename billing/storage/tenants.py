@@ -1,0 +1,66 @@
+"""The shelf of the tenant itself."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from sqlalchemy import Row, select
+
+from billing.errors import NotFound
+from billing.storage.shelf import Shelf
+from billing.storage.tables import tenants, webhook_endpoints
+from billing.tenants import Tenant
+
+COLUMNS = (
+    tenants.c.id,
+    tenants.c.company_name,
+    tenants.c.slug,
+    tenants.c.email,
+    tenants.c.domain,
+    webhook_endpoints.c.url.label("webhook_url"),
+    tenants.c.stripe_account_id,
+    tenants.c.stripe_status,
+    tenants.c.tier,
+    tenants.c.is_active,
+    tenants.c.created_at,
+    tenants.c.updated_at,
+)
+WITH_ENDPOINT = tenants.outerjoin(webhook_endpoints, webhook_endpoints.c.tenant_id == tenants.c.id)
+
+
+def tenant_of(row: Row[tuple[object, ...]]) -> Tenant:
+    """The value in a row of `COLUMNS`."""
+    return Tenant(*row)  # type: ignore[arg-type]  # the columns stand in the order of the fields
+
+
+class Tenants(Shelf):
+    """The one tenant whose transaction this is."""
+
+    def get(self) -> Tenant:
+        """Raises `NotFound`."""
+        row = self._connection.execute(
+            select(*COLUMNS).select_from(WITH_ENDPOINT).where(self.mine(tenants))
+        ).one_or_none()
+        if row is None:
+            raise NotFound()
+        return tenant_of(row)
+
+    def add(self, tenant: Tenant) -> None:
+        self._connection.execute(
+            tenants.insert().values(
+                {column.name: getattr(tenant, column.name) for column in tenants.c}
+            )
+        )
+
+    def lock(self) -> None:
+        """Let no one else change this tenant's things until the transaction ends."""
+        self._connection.execute(select(tenants.c.id).where(self.mine(tenants)).with_for_update(key_share=True))
+
+    def set_tier(self, tier: str, now: datetime) -> None:
+        self._update(tier=tier, updated_at=now)
+
+    def set_active(self, is_active: bool, now: datetime) -> None:
+        self._update(is_active=is_active, updated_at=now)
+
+    def _update(self, **values: object) -> None:
+        self._connection.execute(tenants.update().where(self.mine(tenants)).values(values))

@@ -1,0 +1,88 @@
+"""The shelf of users."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from uuid import UUID
+
+from sqlalchemy import Row, Update, select
+
+from billing.errors import NotFound
+from billing.storage.shelf import Shelf
+from billing.storage.tables import users
+from billing.tenants import User
+
+COLUMNS = (
+    users.c.tenant_id,
+    users.c.id,
+    users.c.email,
+    users.c.first_name,
+    users.c.last_name,
+    users.c.role,
+    users.c.is_active,
+    users.c.token_version,
+    users.c.last_login,
+    users.c.created_at,
+    users.c.updated_at,
+)
+
+
+def user_of(row: Row[tuple[object, ...]]) -> User:
+    """The value in a row of `COLUMNS`."""
+    return User(*row)  # type: ignore[arg-type]  # the columns stand in the order of the fields
+
+
+class Users(Shelf):
+    """The users of one tenant."""
+
+    def add(self, user: User, *, password_hash: str) -> None:
+        values = {column.name: getattr(user, column.name) for column in COLUMNS}
+        self._connection.execute(users.insert().values(values | {"password_hash": password_hash}))
+
+    def find(self, id: UUID) -> User | None:
+        row = self._connection.execute(select(*COLUMNS).where(self.mine(users), users.c.id == id)).one_or_none()
+        return row and user_of(row)
+
+    def all(self) -> list[User]:
+        rows = self._connection.execute(select(*COLUMNS).where(self.mine(users)).order_by(users.c.id))
+        return [user_of(row) for row in rows]
+
+    def password_hash(self, id: UUID) -> str:
+        """Raises `NotFound`."""
+        found = self._connection.scalar(select(users.c.password_hash).where(self.mine(users), users.c.id == id))
+        if found is None:
+            raise NotFound()
+        return str(found)
+
+    def note_login(self, user: User, renewed_hash: str | None, now: datetime) -> User | None:
+        """The user with this login, or None if they were disabled or ended since they were read."""
+        values = {"last_login": now} | ({"password_hash": renewed_hash} if renewed_hash else {})
+        return self._one(self._same(user).values(values))
+
+    def change_password(self, user: User, password_hash: str, now: datetime) -> User | None:
+        """The user with a new password, or None if they were disabled or ended since they were read."""
+        return self._one(
+            self._same(user).values(
+                password_hash=password_hash, token_version=users.c.token_version + 1, updated_at=now
+            )
+        )
+
+    def set_role(self, user: User, role: str, now: datetime) -> User | None:
+        return self._one(self._same(user).values(role=role, updated_at=now))
+
+    def disable(self, user: User, now: datetime) -> User | None:
+        return self._one(
+            self._same(user).values(is_active=False, token_version=users.c.token_version + 1, updated_at=now)
+        )
+
+    def _same(self, user: User) -> Update:
+        return users.update().where(
+            self.mine(users),
+            users.c.id == user.id,
+            users.c.token_version == user.token_version,
+            users.c.is_active,
+        )
+
+    def _one(self, change: Update) -> User | None:
+        row = self._connection.execute(change.returning(*COLUMNS)).one_or_none()
+        return row and user_of(row)

@@ -1,0 +1,34 @@
+"""The shelf of a tenant's webhook endpoint and the secrets that sign what goes there."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from uuid import UUID
+
+from sqlalchemy import Connection
+
+from billing.encryption import Vault
+from billing.ids import new_id
+from billing.storage.shelf import Shelf
+from billing.storage.tables import webhook_endpoints, webhook_secrets
+
+
+class Webhooks(Shelf):
+    """One endpoint, and a current secret sealed to its row."""
+
+    def __init__(self, connection: Connection, tenant_id: UUID, vault: Vault) -> None:
+        super().__init__(connection, tenant_id)
+        self._vault = vault
+
+    def open(self, url: str | None, secret: str, *, now: datetime) -> None:
+        """Make the tenant's endpoint, with its first secret."""
+        self._connection.execute(
+            webhook_endpoints.insert().values(tenant_id=self._tenant_id, url=url, updated_at=now)
+        )
+        id = new_id()
+        sealed = self._vault.seal(secret, place=f"webhook_secrets/{self._tenant_id}/{id}")
+        self._connection.execute(
+            webhook_secrets.insert().values(
+                tenant_id=self._tenant_id, id=id, sealed=sealed, last4=secret[-4:], created_at=now
+            )
+        )

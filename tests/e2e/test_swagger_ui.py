@@ -1,0 +1,115 @@
+"""Swagger UI in a real browser: it opens under our policy, lists everything, and calls the origin it came from."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
+
+pytestmark = pytest.mark.browser
+
+# No sandbox, because tests may run as root; and nothing that would call home.
+ARGUMENTS = [
+    "--no-sandbox",
+    "--headless",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if os.environ.get("BILLING_TESTS_WITHOUT_BROWSER") == "1":
+        pytest.skip("BILLING_TESTS_WITHOUT_BROWSER=1")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.fail(
+            "Chromium is not installed: install it, or set BILLING_TESTS_WITHOUT_BROWSER=1 to go without."
+        )
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def complaints() -> list[str]:
+    """What the browser's console complains of, refusals by the Content-Security-Policy among it."""
+    return []
+
+
+@pytest.fixture
+def page(browser: Browser, complaints: list[str]) -> Iterator[Page]:
+    def note(message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            complaints.append(message.text)
+
+    with browser.new_context() as context:
+        page = context.new_page()
+        page.on("console", note)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        yield page
+
+
+@pytest.fixture
+def swagger_ui(page: Page, live_server_url: str) -> Page:
+    page.goto(f"{live_server_url}/docs/")
+    page.wait_for_selector(".opblock")
+    return page
+
+
+def test_it_opens_without_a_complaint_and_lists_every_operation(
+    swagger_ui: Page, complaints: list[str]
+) -> None:
+    assert swagger_ui.locator(".opblock").count() == 18
+    swagger_ui.locator(".opblock-summary-control").first.click()
+    swagger_ui.wait_for_selector(".opblock.is-open .execute")
+    assert complaints == []
+
+
+def test_the_other_door_leads_to_the_same_page(
+    page: Page, live_server_url: str, complaints: list[str]
+) -> None:
+    page.goto(f"{live_server_url}/ui")
+    page.wait_for_selector(".opblock")
+    assert page.url == f"{live_server_url}/ui/"
+    assert complaints == []
+
+
+def test_both_kinds_of_credentials_can_be_given(swagger_ui: Page) -> None:
+    swagger_ui.locator("button.authorize").click()
+    schemes = swagger_ui.locator(".dialog-ux .auth-container h4").all_inner_texts()
+    assert [scheme.split()[0] for scheme in schemes] == ["bearerAuth", "apiKeyAuth"]
+
+
+def test_a_call_bears_the_key_and_goes_to_the_origin_of_the_page(page: Page, live_server_url: str) -> None:
+    # Another name than the public one: a call to the document's first server would be cross-origin here.
+    origin = live_server_url.replace("127.0.0.1", "localhost")
+    page.goto(f"{origin}/docs/")
+    page.locator("button.authorize").click()
+    page.locator(".dialog-ux .auth-container", has_text="X-API-Key").get_by_role("textbox").fill(
+        "no-such-key"
+    )
+    page.locator(".dialog-ux .auth-container", has_text="X-API-Key").locator("button.authorize").click()
+    page.locator(".dialog-ux .close-modal").click()
+    page.locator("#operations-Authentication-verify_api_key .opblock-summary-control").click()
+    with page.expect_response("**/verify/") as answer:
+        page.locator("#operations-Authentication-verify_api_key .execute").click()
+    assert answer.value.url == f"{origin}/api/v1/auth/tenants/verify/"
+    assert answer.value.request.headers["x-api-key"] == "no-such-key"
+
+
+@pytest.mark.parametrize("path", ["/", "/docs/", "/problems/", "/problems/webhook-not-configured"])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_no_page_scrolls_sideways(page: Page, live_server_url: str, path: str, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 800})
+    page.goto(f"{live_server_url}{path}")
+    page.wait_for_load_state("networkidle")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width

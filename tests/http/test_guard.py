@@ -1,0 +1,362 @@
+"""The guard: what it hands on to Connexion, and what it refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import connexion
+import pytest
+from connexion.lifecycle import ConnexionRequest, ConnexionResponse
+from connexion.middleware import MiddlewarePosition
+from starlette.types import Message, Receive, Scope, Send
+
+from billing import errors
+from billing.http import problems
+from billing.http.edge import Edge
+from billing.http.guard import MAX_BODY_BYTES, Guard
+from tests.rawhttp import Address, Connection, chunked, exchange, request, serving
+
+JSON = (b"content-type", b"application/json")
+
+
+@dataclass
+class Seen:
+    """What the application behind the guard was given."""
+
+    headers: list[tuple[bytes, bytes]]
+    messages: list[Message]
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(message.get("body", b"") for message in self.messages)
+
+
+async def pass_through(
+    messages: list[Message], headers: list[tuple[bytes, bytes]], guard: dict[str, Any], **target: Any
+) -> Seen | None:
+    """What comes through the guard; None when it hands nothing on."""
+    seen: list[Seen] = []
+    pending = iter(messages)
+
+    async def receive() -> Message:
+        if (message := next(pending, None)) is not None:
+            return message
+        await asyncio.sleep(60)
+        raise AssertionError("unreachable")
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        first = await receive()
+        seen.append(Seen(scope["headers"], [first]))
+
+    async def send(message: Message) -> None:
+        raise AssertionError(f"The guard itself answers nothing: {message}")
+
+    scope = {"type": "http", "method": "POST", "path": "/", "raw_path": b"/", "query_string": b""} | target
+    await Guard(app, **guard)({**scope, "headers": headers}, receive, send)
+    return seen[0] if seen else None
+
+
+def through(
+    *chunks: bytes, headers: list[tuple[bytes, bytes]] | None = None, guard: dict[str, Any] | None = None, **target: Any
+) -> Seen:
+    messages: list[Message] = [
+        {"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks
+    ] + [{"type": "http.request", "body": b"", "more_body": False}]
+    seen = asyncio.run(pass_through(messages, [JSON] if headers is None else headers, guard or {}, **target))
+    assert seen
+    return seen
+
+
+# The body ----------------------------------------------------------------------------------------
+
+
+def test_a_body_in_pieces_arrives_whole() -> None:
+    seen = through(b'{"a"', b":", b"1}", headers=[JSON, (b"transfer-encoding", b"chunked")])
+    assert seen.messages == [{"type": "http.request", "body": b'{"a":1}', "more_body": False}]
+    assert dict(seen.headers) == {b"content-type": b"application/json", b"content-length": b"7"}
+
+
+def test_a_wrong_length_is_put_right() -> None:
+    seen = through(b'{"a":1}', headers=[JSON, (b"content-length", b"3")])
+    assert (b"content-length", b"7") in seen.headers
+    assert (b"content-length", b"3") not in seen.headers
+
+
+def test_other_headers_pass() -> None:
+    assert (b"x-api-key", b"k") in through(b"{}", headers=[JSON, (b"x-api-key", b"k")]).headers
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [],
+        [JSON],
+        [(b"content-type", b"application/x-www-form-urlencoded"), (b"content-length", b"0")],
+        [(b"content-type", b"text/plain"), (b"content-type", b"image/png"), (b"content-encoding", b"gzip")],
+    ],
+)
+def test_an_empty_body_is_no_body_whatever_is_said_of_it(headers: list[tuple[bytes, bytes]]) -> None:
+    seen = through(headers=headers)
+    assert (seen.headers, seen.body) == ([], b"")
+
+
+def test_a_body_at_the_limit() -> None:
+    assert len(through(b"x" * MAX_BODY_BYTES).body) == MAX_BODY_BYTES
+
+
+def test_413_past_the_limit_whatever_was_declared() -> None:
+    for declared in ([JSON], [JSON, (b"content-length", b"5")]):
+        with pytest.raises(errors.PayloadTooLarge):
+            through(b"x" * MAX_BODY_BYTES, b"x", headers=declared)
+
+
+@pytest.mark.parametrize("length", [b"65537", b"999999999999", b"9" * 5000])
+def test_413_for_a_declared_length_before_reading(length: bytes) -> None:
+    with pytest.raises(errors.PayloadTooLarge):
+        asyncio.run(pass_through([], [JSON, (b"content-length", length)], {"body_timeout_seconds": 0.05}))
+
+
+@pytest.mark.parametrize("body", [b'"\xff"', b'"\xed\xa0\x80"', b'"\xc0\x80"', '"é"'.encode("latin-1"), b'"\xe2\x82'])
+def test_400_for_a_body_that_is_not_utf8(body: bytes) -> None:
+    with pytest.raises(errors.MalformedBody):
+        through(body)
+
+
+def test_a_character_cut_between_pieces_is_whole() -> None:
+    assert through(b'"\xe2\x82', b'\xac"').body.decode() == '"€"'
+
+
+def test_408_for_a_body_that_takes_too_long() -> None:
+    piece: Message = {"type": "http.request", "body": b"{", "more_body": True}
+    with pytest.raises(errors.RequestTimeout):
+        asyncio.run(pass_through([piece], [JSON], {"body_timeout_seconds": 0.05}))
+
+
+def test_a_client_that_leaves_while_sending_ends_it_quietly() -> None:
+    piece: Message = {"type": "http.request", "body": b"{", "more_body": True}
+    assert asyncio.run(pass_through([piece, {"type": "http.disconnect"}], [JSON], {})) is None
+
+
+# The media type ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        b"application/json",
+        b"Application/JSON",
+        b" application/json ",
+        b"application/json;charset=utf-8",
+        b"application/json; charset=UTF-8",
+        b'application/json; charset="utf-8"',
+        b'APPLICATION/JSON ; CharSet="Utf-8"',
+        b"application/json; version=1",
+        b"application/json;",
+    ],
+)
+def test_json_in_utf8_however_it_is_written(content_type: bytes) -> None:
+    assert JSON in through(b"{}", headers=[(b"content-type", content_type)]).headers
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [],
+        [JSON, JSON],
+        [(b"content-type", b"")],
+        [(b"content-type", b"application/problem+json")],
+        [(b"content-type", b"text/json")],
+        [(b"content-type", b"application/jsonx")],
+        [(b"content-type", b"application/json, text/plain")],
+        [(b"content-type", b"application/x-www-form-urlencoded")],
+        [(b"content-type", b"multipart/form-data; boundary=x")],
+        [(b"content-type", b"\xff\xfe")],
+        [(b"content-type", b"application/json; charset=utf-16")],
+        [(b"content-type", b"application/json; charset=latin-1")],
+        [(b"content-type", b"application/json; charset=")],
+        [(b"content-type", b"application/json; charset=utf-8; charset=utf-16")],
+        [(b"content-type", b"application/json; charset*=utf-16''utf-8")],
+        [JSON, (b"content-encoding", b"gzip")],
+        [JSON, (b"content-encoding", b"identity"), (b"content-encoding", b"br")],
+        [JSON, (b"transfer-encoding", b"gzip, chunked")],
+    ],
+)
+def test_415_for_anything_else(headers: list[tuple[bytes, bytes]]) -> None:
+    with pytest.raises(errors.UnsupportedMediaType):
+        through(b"{}", headers=headers)
+
+
+def test_the_identity_coding_is_none() -> None:
+    assert through(b"{}", headers=[JSON, (b"content-encoding", b"Identity")]).body == b"{}"
+
+
+# The target --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("query", [b"a=%00", b"a=%ff", b"a=%ED%A0%80", b"%C0%80=a", b"a=\xff", b"a=\0"])
+def test_400_for_a_query_that_is_not_text(query: bytes) -> None:
+    with pytest.raises(errors.InvalidRequest) as refused:
+        through(query_string=query)
+    assert [fault.pointer for fault in refused.value.faults] == ["/query"]
+
+
+@pytest.mark.parametrize("query", [b"", b"a=b&c", b"a=%E2%82%AC+%2B", b"a=%", b"a=%zz", b"a=\xe2\x82\xac", b"&&=="])
+def test_a_query_that_is_text(query: bytes) -> None:
+    assert through(query_string=query)
+
+
+@pytest.mark.parametrize("path", [b"/%00", b"/%ff", b"/%ED%A0%80", b"*", b"http://host/path", b"relative", b"/\xff"])
+def test_404_for_a_path_that_is_none(path: bytes) -> None:
+    with pytest.raises(errors.NotFound):
+        through(path="/", raw_path=path)
+
+
+@pytest.mark.parametrize("path", ["/\0", "/\udcff", "*", ""])
+def test_404_when_the_server_keeps_no_raw_path(path: str) -> None:
+    with pytest.raises(errors.NotFound):
+        through(path=path, raw_path=None)
+
+
+# Other protocols ---------------------------------------------------------------------------------
+
+
+def test_the_lifespan_passes_untouched() -> None:
+    scopes: list[Scope] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        scopes.append(scope)
+
+    async def unused(*_: object) -> Any:
+        raise AssertionError
+
+    lifespan = {"type": "lifespan"}
+    asyncio.run(Guard(app)(lifespan, unused, unused))
+    assert scopes == [lifespan]
+
+
+def test_a_websocket_is_refused() -> None:
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def unused(*_: object) -> Any:
+        raise AssertionError
+
+    asyncio.run(Guard(unused)({"type": "websocket"}, unused, send))
+    assert sent == [{"type": "websocket.close"}]
+
+
+# In front of Connexion, over sockets -------------------------------------------------------------
+
+DOCUMENT = {
+    "openapi": "3.0.3",
+    "info": {"title": "Echo", "version": "1"},
+    "paths": {
+        "/echo/": {
+            "post": {
+                "operationId": "echo",
+                "parameters": [{"name": "q", "in": "query", "schema": {"type": "string"}}],
+                "requestBody": {"content": {"application/json": {"schema": {"type": "object"}}}},
+                "responses": {"200": {"description": "The body."}},
+            }
+        }
+    },
+}
+
+
+def echo(body: Any = None, q: str | None = None) -> Any:
+    return {"body": body}, 200
+
+
+async def refuse(_request: ConnexionRequest, error: Exception) -> ConnexionResponse:
+    """What `billing.http.problems` is to the real application."""
+    known = error if isinstance(error, errors.BillingError) else errors.NotFound()
+    rendered = problems.render(known, request_id="a-request")
+    headers = {name.decode(): value.decode() for name, value in rendered.headers}
+    return ConnexionResponse(body=rendered.body, status_code=rendered.status, headers=headers)
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[Address]:
+    app = connexion.AsyncApp(__name__)
+    app.add_middleware(Guard, MiddlewarePosition.BEFORE_SWAGGER, body_timeout_seconds=0.5)
+    app.add_error_handler(errors.BillingError, refuse)
+    app.add_error_handler(404, refuse)
+    app.add_api(DOCUMENT, resolver=connexion.Resolver(lambda _: echo))
+    with serving(Edge(app)) as address:
+        yield address
+
+
+def post(*headers: str, body: bytes | None = None, target: str = "/echo/") -> bytes:
+    return request("POST", target, *headers, body=body)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        post("Content-Type: Application/JSON", body=b'{"a":1}'),
+        post('Content-Type: application/json; charset="UTF-8"', body=b'{"a":1}'),
+        post("Content-Type: application/json", "Transfer-Encoding: chunked", body=chunked(b'{"a"', b":1}")),
+        post("Content-Type: application/json", "Connection: Upgrade", "Upgrade: h2c", body=b'{"a":1}'),
+    ],
+)
+def test_connexion_takes_what_comes_through(address: Address, sent: bytes) -> None:
+    answer = exchange(address, sent)
+    assert (answer.status, answer.json()) == (200, {"body": {"a": 1}})
+
+
+@pytest.mark.parametrize("content_type", ["application/x-www-form-urlencoded", "text/plain"])
+def test_connexion_never_sees_the_type_of_an_empty_body(address: Address, content_type: str) -> None:
+    assert exchange(address, post(f"Content-Type: {content_type}", body=b"")).status != 415
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "code"),
+    [
+        (post(body=b"{}"), 415, "unsupported-media-type"),
+        (post("Content-Type: application/json", "Content-Type: text/plain", body=b"{}"), 415, "unsupported-media-type"),
+        (post("Content-Type: application/json; charset=utf-16", body=b"{}"), 415, "unsupported-media-type"),
+        (post("Content-Type: application/json", body=b'"\xff"'), 400, "malformed-body"),
+        (post("Content-Type: application/json", body=b"x" * 65_537), 413, "payload-too-large"),
+        (post("Transfer-Encoding: chunked", body=chunked(*[b"x" * 8_192] * 9)), 413, "payload-too-large"),
+        (post("Content-Length: 99999999"), 413, "payload-too-large"),
+        (post("Content-Type: application/json", "Content-Length: 9", body=b"{}"), 408, "request-timeout"),
+        (post(target="/echo/?q=%00", body=b""), 400, "invalid-request"),
+        (post(target="/echo/?q=%ff", body=b""), 400, "invalid-request"),
+        (post(target="/%00", body=b""), 404, "not-found"),
+        (post(target="/%ff", body=b""), 404, "not-found"),
+        (post(target="//echo/", body=b""), 404, "not-found"),
+        (request("OPTIONS", "*"), 404, "not-found"),
+        (request("GET", "http://elsewhere/nothing/"), 404, "not-found"),
+    ],
+)
+def test_every_refusal_is_a_problem(address: Address, sent: bytes, status: int, code: str) -> None:
+    answer = exchange(address, sent)
+    assert (answer.status, answer.code) == (status, code)
+
+
+def test_413_comes_before_100(address: Address) -> None:
+    answer = exchange(address, post("Content-Length: 65537", "Expect: 100-continue"))
+    assert answer.code == "payload-too-large"
+
+
+def test_408_closes_the_connection(address: Address) -> None:
+    with Connection(address) as connection:
+        connection.send(post("Content-Type: application/json", "Content-Length: 9", body=b"{}"))
+        assert connection.receive()["connection"] == "close"
+        assert connection.is_closed_by_server()
+
+
+def test_a_client_that_leaves_is_no_error(address: Address, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG):
+        with Connection(address) as connection:
+            connection.send(post("Content-Type: application/json", "Content-Length: 9", body=b"{}"))
+        assert exchange(address, post("Content-Type: application/json", body=b"{}")).status == 200
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert json.dumps([record.exc_info for record in caplog.records if record.exc_info]) == "[]"

