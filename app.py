@@ -103,7 +103,7 @@ async def require_ready(store: Store) -> None:
     try:
         await to_thread.run_sync(store.require_ready)
     except SchemaError as error:
-        raise DatabaseUnavailable() from error
+        raise DatabaseUnavailable from error
 
 
 app = create_app(Settings.load())

@@ -47,7 +47,7 @@ class ApiKey:
 
     @property
     def mode(self) -> Mode:
-        return cast(Mode, self.type.partition("_")[0])
+        return cast("Mode", self.type.partition("_")[0])
 
     @property
     def is_publishable(self) -> bool:
@@ -65,9 +65,9 @@ class ApiKey:
         """Raises `KeyRevoked` or `KeyExpired`."""
         match self.status_at(now):
             case "revoked":
-                raise KeyRevoked()
+                raise KeyRevoked
             case "expired":
-                raise KeyExpired()
+                raise KeyExpired
 
     def ending(self, at: datetime) -> ApiKey:
         """The same key, with an end no later than `at`."""
@@ -123,8 +123,8 @@ def parse(text: str) -> KeyType:
     """The type that a well-formed key says it is; raises `KeyMalformed` without any look-up."""
     match = FORM.fullmatch(text)
     if match is None or _checksum(text[:-CHECKSUM_CHARACTERS]) != text[-CHECKSUM_CHARACTERS:]:
-        raise KeyMalformed()
-    return cast(KeyType, f"{match['mode']}_{KINDS[match['kind']]}")
+        raise KeyMalformed
+    return cast("KeyType", f"{match['mode']}_{KINDS[match['kind']]}")
 
 
 def looks_like_key(text: str) -> bool:

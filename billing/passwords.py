@@ -37,7 +37,9 @@ class Passwords:
     def hash(self, password: str) -> str:
         """What to store for a new password."""
         kid, pepper = self._peppers.first
-        return f"{SCHEME}${kid}${bcrypt.hashpw(_prehash(pepper, password), bcrypt.gensalt(self._cost)).decode()}"
+        return (
+            f"{SCHEME}${kid}${bcrypt.hashpw(_prehash(pepper, password), bcrypt.gensalt(self._cost)).decode()}"
+        )
 
     def check(self, password: str, stored: str | None) -> bool:
         """Whether the password is the stored one. None (no such user) takes the same time and says no."""
@@ -50,7 +52,7 @@ class Passwords:
     def require(self, password: str, stored: str) -> None:
         """Raises `WrongPassword` unless the password is the stored one."""
         if not self.check(password, stored):
-            raise WrongPassword()
+            raise WrongPassword
 
     def renewed(self, password: str, stored: str) -> str | None:
         """What to store instead, if another pepper or cost is the present one."""
@@ -65,7 +67,7 @@ def require_strength(password: str, own_words: Iterable[str]) -> None:
     if not SHORTEST <= len(composed) <= LONGEST:
         raise PasswordTooWeak(f"The password must have {SHORTEST} to {LONGEST} characters.")
     if zxcvbn(composed[:SCORED_CHARACTERS], user_inputs=[w for w in own_words if w])["score"] < LEAST_SCORE:
-        raise PasswordTooWeak()
+        raise PasswordTooWeak
 
 
 def _prehash(pepper: bytes, password: str) -> bytes:

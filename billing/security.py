@@ -41,20 +41,22 @@ class Caller:
     def signed_in_user(self) -> User:
         """The user; raises `InsufficientScope` for an API key."""
         if self.user is None:
-            raise InsufficientScope()
+            raise InsufficientScope
         return self.user
 
     def actor(self, address: str | None, request_id: str | None) -> Actor:
         """The caller as the audit log keeps them."""
-        if self.user is not None:
-            return Actor("user", self.user.id, address, request_id)
-        return Actor("api_key", self.key and self.key.id, address, request_id)
+        if self.key is not None:
+            return Actor("api_key", self.key.id, address, request_id)
+        return Actor("user", self.user.id if self.user else None, address, request_id)
 
 
 class Doorkeeper:
     """Finds the caller behind a credential: one question to the database, none for a malformed one."""
 
-    def __init__(self, store: Store, tokens: Tokens, digests: KeyDigests, uses: KeyUses, clock: Clock) -> None:
+    def __init__(
+        self, store: Store, tokens: Tokens, digests: KeyDigests, uses: KeyUses, clock: Clock
+    ) -> None:
         self._store = store
         self._tokens = tokens
         self._digests = digests
@@ -71,7 +73,7 @@ class Doorkeeper:
         with self._store.platform() as platform:
             found = platform.find_key(self._digests.candidates(text))
         if found is None:
-            raise KeyUnknown()
+            raise KeyUnknown
         tenant, key = found
         now = self._clock()
         key.require_works_at(now)
@@ -85,7 +87,7 @@ class Doorkeeper:
         with self._store.platform() as platform:
             found = platform.find_user(claims, now)
         if found is None:
-            raise SessionEnded()
+            raise SessionEnded
         tenant, user = found
         return Caller(tenant, user=user)
 
@@ -93,10 +95,10 @@ class Doorkeeper:
 def require_allowed(caller: Caller, *, roles: Sequence[str], keys_allowed: bool) -> None:
     """Raises `TenantDisabled`, or `InsufficientScope` unless the document lets such a caller in."""
     if not caller.tenant.is_active:
-        raise TenantDisabled()
+        raise TenantDisabled
     allowed = keys_allowed if caller.user is None else caller.user.role in roles
     if not allowed:
-        raise InsufficientScope()
+        raise InsufficientScope
 
 
 def bearer_credential(authorization: Sequence[str]) -> str | None:
@@ -132,4 +134,3 @@ class KeyUses:
         for (tenant_id, key_id), at in noted.items():
             with store.tenant(tenant_id) as tx:
                 tx.api_keys.note_use(key_id, at)
-

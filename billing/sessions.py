@@ -67,7 +67,7 @@ def authenticate(account: Account | None, password: str, passwords: Passwords) -
     """The account, if the password is its own; raises `InvalidCredentials`, for each reason as slowly."""
     matches = passwords.check(password, account.password_hash if account else None)
     if account is None or not matches or not (account.user.is_active and account.tenant.is_active):
-        raise InvalidCredentials()
+        raise InvalidCredentials
     return account
 
 
@@ -77,16 +77,18 @@ def log_in(
     """Begin a session for an authenticated account, unless it has changed in the meantime."""
     user = tx.users.note_login(account.user, renewed_hash, now)
     if user is None:
-        raise InvalidCredentials()
+        raise InvalidCredentials
     tx.audit.record("user.logged_in", subject=user.email, now=now)
     return user, start(tx, user, tokens=tokens, now=now)
 
 
-def change_password(tx: Storage, user: User, password_hash: str, *, tokens: Tokens, now: datetime) -> TokenPair:
+def change_password(
+    tx: Storage, user: User, password_hash: str, *, tokens: Tokens, now: datetime
+) -> TokenPair:
     """Put a new password in place, end every session of the user, and begin a new one."""
     changed = tx.users.change_password(user, password_hash, now)
     if changed is None:
-        raise SessionEnded()
+        raise SessionEnded
     tx.sessions.end_all(user.id, now)
     tx.audit.record("user.password_changed", subject=user.email, now=now)
     return start(tx, changed, tokens=tokens, now=now)

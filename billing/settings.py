@@ -52,7 +52,9 @@ class Settings:
         return self.environment == "production"
 
     @classmethod
-    def load(cls, environ: Mapping[str, str] | None = None, *, dotenv: Path | None = Path(".env")) -> Settings:
+    def load(
+        cls, environ: Mapping[str, str] | None = None, *, dotenv: Path | None = Path(".env")
+    ) -> Settings:
         """Read the environment, then `dotenv` for what it lacks; raises `SettingsError`."""
         given = {**_dotenv(dotenv), **(os.environ if environ is None else environ)}
         return _Reader({name: value for name, value in given.items() if value}).settings()
@@ -74,7 +76,9 @@ def new_secrets() -> dict[str, str]:
 def _dotenv(path: Path | None) -> dict[str, str]:
     if path is None:
         return {}
-    return {name: value for name, value in dotenv_values(path, interpolate=False).items() if value is not None}
+    return {
+        name: value for name, value in dotenv_values(path, interpolate=False).items() if value is not None
+    }
 
 
 class _Reader:
@@ -83,7 +87,9 @@ class _Reader:
     def __init__(self, given: Mapping[str, str]) -> None:
         self.given = given
         self.production = self.choice("ENVIRONMENT", "development", "production") == "production"
-        self.state_dir = Path(given.get("BILLING_STATE_DIR") or default_state_dir(given)).expanduser().absolute()
+        self.state_dir = (
+            Path(given.get("BILLING_STATE_DIR") or default_state_dir(given)).expanduser().absolute()
+        )
 
     def settings(self) -> Settings:
         port = self.whole("PORT", 8000, lowest=0, highest=65535)
@@ -130,9 +136,13 @@ class _Reader:
 
     def networks(self, name: str) -> tuple[Network, ...]:
         try:
-            return tuple(ip_network(part.strip()) for part in self.given.get(name, "").split(",") if part.strip())
+            return tuple(
+                ip_network(part.strip()) for part in self.given.get(name, "").split(",") if part.strip()
+            )
         except ValueError:
-            raise SettingsError(f"{name} must list networks such as 10.0.0.0/8, separated by commas.") from None
+            raise SettingsError(
+                f"{name} must list networks such as 10.0.0.0/8, separated by commas."
+            ) from None
 
     def development_only(self, name: str, read: Callable[[str], T]) -> T:
         if self.production and name in self.given:
@@ -143,13 +153,17 @@ class _Reader:
         text = self.given.get("CORS_ALLOWED_ORIGINS", "http://localhost:3000,http://127.0.0.1:3000")
         origins = tuple(part.strip() for part in text.split(",") if part.strip())
         if not all(_is_origin(origin) for origin in origins):
-            raise SettingsError("CORS_ALLOWED_ORIGINS must list origins such as https://app.example, no wildcard.")
+            raise SettingsError(
+                "CORS_ALLOWED_ORIGINS must list origins such as https://app.example, no wildcard."
+            )
         return origins
 
     def public_base_url(self, port: int) -> str:
         url = self.given.get("PUBLIC_BASE_URL")
         if url is None and self.production:
-            raise SettingsError("PUBLIC_BASE_URL is missing: the https origin at which clients reach this API.")
+            raise SettingsError(
+                "PUBLIC_BASE_URL is missing: the https origin at which clients reach this API."
+            )
         url = (url or f"http://127.0.0.1:{port}").rstrip("/")
         if not _is_origin(url):
             raise SettingsError("PUBLIC_BASE_URL must be an origin such as https://billing.example.")
@@ -171,7 +185,11 @@ class _Reader:
 
 def _is_origin(text: str) -> bool:
     parts = urlsplit(text)
-    return parts.scheme in ("http", "https") and bool(parts.hostname) and text == f"{parts.scheme}://{parts.netloc}"
+    return (
+        parts.scheme in ("http", "https")
+        and bool(parts.hostname)
+        and text == f"{parts.scheme}://{parts.netloc}"
+    )
 
 
 def _keyring(name: str, text: str) -> Keyring:
@@ -186,7 +204,7 @@ def _kept_secrets(state_dir: Path) -> dict[str, str]:
     path = state_dir / "secrets.env"
     if not path.exists():
         _write_once(path, "".join(f"{name}={value}\n" for name, value in new_secrets().items()))
-    return cast(dict[str, str], dotenv_values(path, interpolate=False))
+    return cast("dict[str, str]", dotenv_values(path, interpolate=False))
 
 
 def _write_once(path: Path, text: str) -> None:

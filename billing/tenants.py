@@ -127,7 +127,7 @@ def register(
 def add_user(tx: Storage, user: User, *, password_hash: str, now: datetime) -> None:
     """Give a tenant one more user; raises `EmailTaken`, whoever has taken it."""
     if not tx.directory.claim("email", user.email, user.id):
-        raise EmailTaken()
+        raise EmailTaken
     tx.users.add(user, password_hash=password_hash)
     tx.audit.record("user.added", subject=user.email, now=now, details={"role": user.role})
 
@@ -136,7 +136,9 @@ def _new_tenant(tx: Storage, details: Mapping[str, str], now: datetime) -> Tenan
     return Tenant(
         id=tx.tenant_id,
         company_name=details["company_name"].strip(),
-        slug=next(slug for slug in slugs(details["company_name"]) if tx.directory.claim("slug", slug, tx.tenant_id)),
+        slug=next(
+            slug for slug in slugs(details["company_name"]) if tx.directory.claim("slug", slug, tx.tenant_id)
+        ),
         email=normalise_email(details["email"]),
         domain=details.get("domain"),
         webhook_url=details.get("webhook_url"),

@@ -115,23 +115,23 @@ class Tokens:
 
     def _read(self, typ: str, text: str, now: datetime) -> Claims:
         if len(text) > LONGEST:
-            raise TokenInvalid()
+            raise TokenInvalid
         try:
             return self._claims(typ, text, now)
         # PyJWT lets some malformed members through as plain errors of their types.
         except (jwt.PyJWTError, ValueError, TypeError, KeyError, AttributeError, OverflowError):
-            raise TokenInvalid() from None
+            raise TokenInvalid from None
 
     def _claims(self, typ: str, text: str, now: datetime) -> Claims:
         header = jwt.get_unverified_header(text)
         key = self._keys.get(header["kid"])
         if header["typ"] != typ or key is None:
-            raise TokenInvalid()
+            raise TokenInvalid
         claims = jwt.decode(
             text, key, algorithms=[ALGORITHM], audience=AUDIENCES[typ], issuer=self._issuer, options=OPTIONS
         )
         if now >= datetime.fromtimestamp(claims["exp"], UTC):
-            raise TokenExpired()
+            raise TokenExpired
         return Claims(
             tenant_id=UUID(claims["tid"]),
             user_id=UUID(claims["sub"]),

@@ -1,4 +1,4 @@
-"""Raw HTTP/1.1: a client that sends any bytes and reads what comes back, and a server on loopback to send them to."""
+"""Raw HTTP/1.1: a client that sends any bytes, and a server on loopback to send them to."""
 
 from __future__ import annotations
 
@@ -35,7 +35,11 @@ class Answer:
     @property
     def code(self) -> str:
         """The `code` of a problem; fails for what is none."""
-        assert self["content-type"] == "application/problem+json", (self.status, self["content-type"], self.body)
+        assert self["content-type"] == "application/problem+json", (
+            self.status,
+            self["content-type"],
+            self.body,
+        )
         assert self.json()["status"] == self.status
         code: str = self.json()["code"]
         return code

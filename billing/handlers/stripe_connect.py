@@ -8,16 +8,16 @@ from billing.errors import NotBuilt
 
 
 def start_stripe_connect() -> NoReturn:
-    raise NotBuilt()
+    raise NotBuilt
 
 
 def complete_stripe_connect() -> NoReturn:
-    raise NotBuilt()
+    raise NotBuilt
 
 
 def get_stripe_status() -> NoReturn:
-    raise NotBuilt()
+    raise NotBuilt
 
 
 def disconnect_stripe() -> NoReturn:
-    raise NotBuilt()
+    raise NotBuilt

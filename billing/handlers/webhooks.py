@@ -8,16 +8,16 @@ from billing.errors import NotBuilt
 
 
 def get_webhook_config() -> NoReturn:
-    raise NotBuilt()
+    raise NotBuilt
 
 
 def configure_webhook() -> NoReturn:
-    raise NotBuilt()
+    raise NotBuilt
 
 
 def remove_webhook() -> NoReturn:
-    raise NotBuilt()
+    raise NotBuilt
 
 
 def send_test_webhook() -> NoReturn:
-    raise NotBuilt()
+    raise NotBuilt

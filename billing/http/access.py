@@ -27,7 +27,9 @@ def security_map(doorkeeper: Doorkeeper, *, threads: int) -> dict[str, type]:
     """
     limiter = CapacityLimiter(threads)
 
-    async def found(request: ConnexionRequest, find: Callable[[str], Caller], credential: str) -> dict[str, Any]:
+    async def found(
+        request: ConnexionRequest, find: Callable[[str], Caller], credential: str
+    ) -> dict[str, Any]:
         caller = await to_thread.run_sync(find, credential, limiter=limiter)
         request.scope["state"].update(caller=caller, tenant_id=caller.tenant_id)
         return {"sub": str(caller.tenant_id)}  # Connexion wants a mapping; we keep the caller ourselves.
@@ -37,7 +39,7 @@ def security_map(doorkeeper: Doorkeeper, *, threads: int) -> dict[str, type]:
         if credential is None:
             return NO_VALUE
         if not credential:
-            raise TokenInvalid()
+            raise TokenInvalid
         return await found(request, doorkeeper.by_bearer, credential)
 
     async def by_api_key(request: ConnexionRequest) -> Any:
@@ -53,7 +55,10 @@ def security_map(doorkeeper: Doorkeeper, *, threads: int) -> dict[str, type]:
 
 
 def _handler(base: type, verify: Verify) -> type:
-    return type(base.__name__, (base,), {"get_fn": lambda self, scheme, scopes: verify})
+    def get_fn(*_: object) -> Verify:
+        return verify
+
+    return type(base.__name__, (base,), {"get_fn": get_fn})
 
 
 class Gate:

@@ -79,7 +79,8 @@ def build(
 
 def start(app: connexion.AsyncApp) -> None:
     """Build the middleware stack now, so that a broken document stops the start and not the first request."""
-    app.middleware.app, app.middleware.middleware_stack = app.middleware._build_middleware_stack()
+    build_stack = app.middleware._build_middleware_stack  # noqa: SLF001  # what its first request would call
+    app.middleware.app, app.middleware.middleware_stack = build_stack()
     for layer in app.middleware.middleware_stack:
         keep_slashes(getattr(layer, "router", None))
 

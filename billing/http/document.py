@@ -1,4 +1,4 @@
-"""The contract as the program reads it: loaded strictly, listed by operation, and served as bytes made once."""
+"""The contract as the program reads it: loaded strictly, listed by operation, served as bytes made once."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def load(path: Path | None = None) -> dict[str, Any]:
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        document = yaml.load(path.read_bytes(), _Loader)
+        # `_Loader` is a CSafeLoader.
+        document = yaml.load(path.read_bytes(), _Loader)  # noqa: S506
     except yaml.YAMLError as error:
         raise DocumentError(f"{path.name} is not good YAML: {error}") from error
     if not isinstance(document, dict):
@@ -105,8 +106,9 @@ class Operation:
     """One method of one path, as far as anything but Connexion needs to know it.
 
     `roles` are those a user must have one of; none means that any user may. `schemes` are the names of the
-    security schemes offered; none means that the operation is public. `query` are its query parameters, resolved.
-    `request` is the JSON schema of the body as it stands in the document, `None` where there is no body.
+    security schemes offered; none means that the operation is public. `query` are its query parameters,
+    resolved. `request` is the JSON schema of the body as it stands in the document, `None` where there is
+    no body.
     """
 
     operation_id: str
@@ -229,7 +231,7 @@ def _dump(document: dict[str, Any]) -> bytes:
 class _Dumper(yaml.CSafeDumper):
     """YAML for people: paragraphs as blocks, and no anchors where one object stands in two places."""
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, _data: Any) -> bool:
         return True
 
 

@@ -26,7 +26,7 @@ class Lane(enum.Enum):
     """Kinds of work that must not wait for each other."""
 
     GENERAL = "general"
-    PASSWORDS = "passwords"  # noqa: S105
+    PASSWORDS = "passwords"
 
 
 def runs_in(lane: Lane) -> Callable[[Handler], Handler]:
@@ -61,7 +61,7 @@ class Lanes:
             with anyio.fail_after(LONGEST_WAIT_SECONDS):
                 await limiter.acquire_on_behalf_of(borrower)
         except TimeoutError:
-            raise Overloaded() from None
+            raise Overloaded from None
         try:
             # The thread is ours already: this limiter only counts it once more, and never waits.
             return await to_thread.run_sync(call, limiter=anyio.CapacityLimiter(1))

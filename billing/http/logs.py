@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any, TextIO
+from typing import Any
 
 import orjson
 import structlog
@@ -55,7 +55,7 @@ SECRETS = [
 
 def configure(*, tty: bool, level: str | int = "INFO") -> None:
     """Send every event, structlog's and the standard library's alike, to stderr as one redacted line."""
-    sink = Sink(sys.stderr)
+    sink = Sink()
     stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
     finish: list[Processor] = [render_exception, clean, stamp, renderer(tty=tty)]
     structlog.configure(
@@ -82,7 +82,7 @@ def _route_standard_logging(sink: Sink, finish: list[Processor], level: str | in
     )
     root = logging.getLogger()
     root.handlers = [other for other in root.handlers if other.name != handler.name] + [handler]
-    root.setLevel(level)
+    root.setLevel(level_number(level))
     _tame_libraries()
 
 
@@ -178,13 +178,10 @@ render_exception = structlog.processors.ExceptionRenderer(describe)
 class Sink:
     """Standard error, except that a full disk or a closed pipe costs the line and not the request."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
     def write(self, line: str) -> None:
         with suppress(OSError, ValueError):
-            self._stream.write(line)
+            sys.stderr.write(line)
 
     def flush(self) -> None:
         with suppress(OSError, ValueError):
-            self._stream.flush()
+            sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""What stands beside the API: landing page, Swagger UI, the served document, a page for each problem, health."""
+"""What stands beside the API: landing page, Swagger UI, the served document, problems explained, health."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from billing.http.document import Representation, Served
 
 PRODUCT = "Billing control plane"
 
-# `data:` is for the icons in Swagger UI's own style sheet; it needs nothing else that a strict policy refuses.
+# `data:` is for the icons in Swagger UI's style sheet; it needs nothing else that a strict policy refuses.
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "font-src 'self'; base-uri 'none'; frame-ancestors 'none'; form-action 'self'"
@@ -49,7 +49,10 @@ _FOREVER = "public, max-age=31536000, immutable"
 
 
 def pages(*, served: Served, ready: Callable[[], Awaitable[None]]) -> list[Route]:
-    """Routes for everything outside the document. `ready` raises a `BillingError` while it should get no traffic."""
+    """Routes for everything outside the document.
+
+    `ready` raises a `BillingError` while this process should get no traffic.
+    """
     files = _files()
     render = _renderer(served, files)
     swagger_ui = render("swagger.html")
@@ -68,10 +71,11 @@ def pages(*, served: Served, ready: Callable[[], Awaitable[None]]) -> list[Route
 
 
 def beside(api: ASGIApp, *, routes: list[Route]) -> ASGIApp:
-    """The pages in front of the API, which still gets every other path, and its lifespan (a router would eat it)."""
+    """The pages in front of the API, which still gets every other path, and the lifespan."""
     router = Router(routes, redirect_slashes=False, default=api)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        # A router would answer the lifespan itself, and the API's would never run.
         await (router if scope["type"] == "http" else api)(scope, receive, send)
 
     return app
@@ -208,7 +212,8 @@ def _renderer(served: Served, files: dict[str, Representation]) -> Callable[...,
 
 def _ticked(text: str) -> Markup:
     """The text with what stands in backticks as code."""
-    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+    marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))
+    return Markup(marked)  # noqa: S704 - escaped above
 
 
 # Problems ----------------------------------------------------------------------------------------

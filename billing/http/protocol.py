@@ -144,7 +144,8 @@ class Protocol(HttpToolsProtocol):
         return self.loop.time() - self.waiting_since > PATIENCE_SECONDS
 
     def _is_busy(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
+        # None before the first request, whatever uvicorn's annotation says.
+        return self.cycle is not None and not self.cycle.response_complete  # type: ignore[redundant-expr]
 
     def _refuse(self, error: BillingError) -> None:
         """Answer in the application's stead and close."""

@@ -37,14 +37,17 @@ class Rules:
             faults.append(Fault("/query", "It has a parameter that the document does not know."))
         for name in given.keys() & self._query.keys():
             faults.extend(_faults(self._query[name], given[name], at=f"/query/{name}"))
-        return _unless(faults, given)
+        _refuse(faults)
+        return given
 
     def body(self, raw: bytes) -> Any:
         """The body's JSON, None where there is none; raises `MalformedBody` or `InvalidRequest`."""
         if not raw:
-            return _unless([Fault("", "A body is required.")] if self._body_required else [], None)
+            _refuse([Fault("", "A body is required.")] if self._body_required else [])
+            return None
         body = parse_json(raw)
-        return _unless(list(_faults(self._body, body)) if self._body else [], body)
+        _refuse(list(_faults(self._body, body)) if self._body else [])
+        return body
 
 
 def parse_json(raw: bytes) -> Any:
@@ -52,13 +55,12 @@ def parse_json(raw: bytes) -> Any:
     try:
         return orjson.loads(raw)
     except orjson.JSONDecodeError:
-        raise MalformedBody() from None
+        raise MalformedBody from None
 
 
-def _unless(faults: Sequence[Fault], value: Any) -> Any:
+def _refuse(faults: Sequence[Fault]) -> None:
     if faults:
         raise InvalidRequest(faults=sorted(faults, key=lambda fault: fault.pointer))
-    return value
 
 
 def _faults(validator: Draft4Validator, value: Any, *, at: str = "") -> Iterator[Fault]:
@@ -119,5 +121,3 @@ def validator_map(rules: Mapping[str, Rules]) -> dict[str, Any]:
         return rules[scope["extensions"]["connexion_routing"]["operation_id"]]
 
     return {"parameter": Parameters, "body": {"application/json": Body}}
-
-

@@ -98,7 +98,7 @@ def _with_key_expiry(reply: Reply, caller: Caller | None) -> Reply:
     return reply.with_header("x-key-expires-at", caller.key.expires_at.strftime("%Y-%m-%dT%H:%M:%SZ"))
 
 
-class ByOperationId(Resolver):
+class ByOperationId(Resolver):  # type: ignore[misc]  # Connexion has no types
     """Gives Connexion our endpoints, so that no Python path stands in the document."""
 
     def __init__(self, endpoints: Mapping[str, Endpoint]) -> None:

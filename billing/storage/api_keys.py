@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Row, and_, or_, select
+from sqlalchemy import ColumnElement, and_, or_, select
 
 from billing.keys import ApiKey, KeyType
 from billing.storage.shelf import Shelf
@@ -25,13 +26,15 @@ COLUMNS = (
 )
 
 
-def key_of(row: Row[tuple[object, ...]]) -> ApiKey:
-    """The value in a row of `COLUMNS`."""
-    return ApiKey(*row)  # type: ignore[arg-type]  # the columns stand in the order of the fields
+def key_of(row: Sequence[Any]) -> ApiKey:
+    """The value in a row of `COLUMNS`, which stand in the order of its fields."""
+    return ApiKey(*row)
 
 
 def _living(now: datetime) -> ColumnElement[bool]:
-    return and_(api_keys.c.revoked_at.is_(None), or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > now))
+    return and_(
+        api_keys.c.revoked_at.is_(None), or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > now)
+    )
 
 
 class ApiKeys(Shelf):

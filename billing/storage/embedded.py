@@ -98,7 +98,7 @@ class Server:
             try:
                 quiet = not revive()
             except EmbeddedPostgresError as error:
-                log.error("%s", error)
+                log.exception("%s", error)
                 quiet = False
             pause = POLL_SECONDS if quiet else min(2 * pause, LONGEST_PAUSE_SECONDS)
 
@@ -320,7 +320,7 @@ def _drop_stale_pid_files(data: Path, socket_dir: Path) -> None:
     Nothing of our own lives, since the lock is ours; a postmaster that somebody started by hand is spared.
     """
     for file in (data / "postmaster.pid", socket_dir / f".s.PGSQL.{PORT}.lock"):
-        # No file, no number, no right to look: postgres itself decides well then, and where there is no /proc.
+        # No file, no number, no right to look, no /proc: then postgres itself decides, and well.
         with suppress(OSError, IndexError):
             process = Path("/proc", file.read_text().split()[0])
             if process.exists() and not _works_in(process, data):

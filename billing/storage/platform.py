@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
-from uuid import UUID
 
 from sqlalchemy import Connection, Row
 
 from billing.keys import ApiKey
-from billing.storage import api_keys, tables, tenants, users
+from billing.storage import api_keys, tenants, users
 from billing.tenants import Account, Tenant, User
 from billing.tokens import Claims
 
@@ -64,12 +63,14 @@ class Platform:
     def find_key(self, digests: Sequence[str]) -> tuple[Tenant, ApiKey] | None:
         """The key stored under one of these digests, and whose it is."""
         row = self._one(FIND_KEY, kind="api_key", names=list(digests))
-        return row and (tenants.tenant_of(row[:TENANT_ENDS]), api_keys.key_of(row[TENANT_ENDS:]))
+        return (tenants.tenant_of(row[:TENANT_ENDS]), api_keys.key_of(row[TENANT_ENDS:])) if row else None
 
     def find_account(self, email: str) -> Account | None:
         """The account that logs in with this email, which is in its normal form."""
         row = self._one(FIND_ACCOUNT, kind="email", names=[email])
-        return row and Account(tenants.tenant_of(row[:TENANT_ENDS]), users.user_of(row[TENANT_ENDS:-1]), row[-1])
+        if row is None:
+            return None
+        return Account(tenants.tenant_of(row[:TENANT_ENDS]), users.user_of(row[TENANT_ENDS:-1]), row[-1])
 
     def find_user(self, claims: Claims, now: datetime) -> tuple[Tenant, User] | None:
         """The user whom an access token names, while user, version and session hold."""
@@ -81,12 +82,12 @@ class Platform:
             token_version=claims.token_version,
             now=now,
         )
-        return row and (tenants.tenant_of(row[:TENANT_ENDS]), users.user_of(row[TENANT_ENDS:]))
+        return (tenants.tenant_of(row[:TENANT_ENDS]), users.user_of(row[TENANT_ENDS:])) if row else None
 
     def find_tenant(self, slug: str) -> Tenant | None:
         """The tenant with this slug."""
         row = self._one(FIND_TENANT, kind="slug", names=[slug])
-        return row and tenants.tenant_of(row)
+        return tenants.tenant_of(row) if row else None
 
     def _one(self, query: str, **parameters: object) -> Row[Any] | None:
         return self._connection.exec_driver_sql(query, parameters).one_or_none()

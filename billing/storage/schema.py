@@ -55,12 +55,16 @@ def require_current(connection: Connection) -> None:
 
 def require_safe(connection: Connection) -> None:
     """Raises `SchemaError` unless row security holds against the role that we are."""
-    role = connection.execute(text("SELECT rolname, rolsuper, rolbypassrls FROM pg_roles WHERE rolname = current_user"))
+    role = connection.execute(
+        text("SELECT rolname, rolsuper, rolbypassrls FROM pg_roles WHERE rolname = current_user")
+    )
     name, is_super, bypasses = role.one()
     if is_super or bypasses:
         raise SchemaError(f"The role {name} passes over row-level security: connect as billing_app.")
     if open_tables := connection.scalars(text(UNPROTECTED), {"tables": list(metadata.tables)}).all():
-        raise SchemaError(f"Row-level security is not in force, or is ours to lift, on: {', '.join(open_tables)}.")
+        raise SchemaError(
+            f"Row-level security is not in force, or is ours to lift, on: {', '.join(open_tables)}."
+        )
 
 
 UNPROTECTED = """

@@ -24,7 +24,7 @@ class Sessions(Shelf):
         row = self._connection.execute(
             select(sessions).where(self.mine(sessions), sessions.c.id == id)
         ).one_or_none()
-        return row and Session(**row._mapping)
+        return Session(*row) if row else None
 
     def rotate(self, id: UUID, used: bytes, successor: bytes, now: datetime) -> Session | None:
         """One compare-and-set: of any number that come at once, one finds the used token current."""
@@ -40,7 +40,7 @@ class Sessions(Shelf):
             .values(current_jti=successor, previous_jti=used, rotated_at=now)
             .returning(sessions)
         ).one_or_none()
-        return row and Session(**row._mapping)
+        return Session(*row) if row else None
 
     def end(self, id: UUID, now: datetime) -> None:
         self._connection.execute(

@@ -79,7 +79,7 @@ class Store:
     @property
     def _engine(self) -> Engine:
         if self._opened is None:
-            raise DatabaseUnavailable()
+            raise DatabaseUnavailable
         return self._opened
 
     @contextmanager
@@ -118,8 +118,8 @@ def _in_our_words() -> Iterator[None]:
     try:
         yield
     except (exc.OperationalError, exc.InterfaceError, exc.TimeoutError) as error:
-        raise DatabaseUnavailable() from error
+        raise DatabaseUnavailable from error
     except exc.DBAPIError as error:
         if error.connection_invalidated:
-            raise DatabaseUnavailable() from error
+            raise DatabaseUnavailable from error
         raise

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
+from typing import Any
 
-from sqlalchemy import Row, select
+from sqlalchemy import select
 
 from billing.errors import NotFound
 from billing.storage.shelf import Shelf
@@ -28,9 +30,9 @@ COLUMNS = (
 WITH_ENDPOINT = tenants.outerjoin(webhook_endpoints, webhook_endpoints.c.tenant_id == tenants.c.id)
 
 
-def tenant_of(row: Row[tuple[object, ...]]) -> Tenant:
-    """The value in a row of `COLUMNS`."""
-    return Tenant(*row)  # type: ignore[arg-type]  # the columns stand in the order of the fields
+def tenant_of(row: Sequence[Any]) -> Tenant:
+    """The value in a row of `COLUMNS`, which stand in the order of its fields."""
+    return Tenant(*row)
 
 
 class Tenants(Shelf):
@@ -42,19 +44,19 @@ class Tenants(Shelf):
             select(*COLUMNS).select_from(WITH_ENDPOINT).where(self.mine(tenants))
         ).one_or_none()
         if row is None:
-            raise NotFound()
+            raise NotFound
         return tenant_of(row)
 
     def add(self, tenant: Tenant) -> None:
         self._connection.execute(
-            tenants.insert().values(
-                {column.name: getattr(tenant, column.name) for column in tenants.c}
-            )
+            tenants.insert().values({column.name: getattr(tenant, column.name) for column in tenants.c})
         )
 
     def lock(self) -> None:
         """Let no one else change this tenant's things until the transaction ends."""
-        self._connection.execute(select(tenants.c.id).where(self.mine(tenants)).with_for_update(key_share=True))
+        self._connection.execute(
+            select(tenants.c.id).where(self.mine(tenants)).with_for_update(key_share=True)
+        )
 
     def set_tier(self, tier: str, now: datetime) -> None:
         self._update(tier=tier, updated_at=now)

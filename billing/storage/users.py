@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Row, Update, select
+from sqlalchemy import Update, select
 
 from billing.errors import NotFound
 from billing.storage.shelf import Shelf
@@ -27,9 +29,9 @@ COLUMNS = (
 )
 
 
-def user_of(row: Row[tuple[object, ...]]) -> User:
-    """The value in a row of `COLUMNS`."""
-    return User(*row)  # type: ignore[arg-type]  # the columns stand in the order of the fields
+def user_of(row: Sequence[Any]) -> User:
+    """The value in a row of `COLUMNS`, which stand in the order of its fields."""
+    return User(*row)
 
 
 class Users(Shelf):
@@ -40,8 +42,10 @@ class Users(Shelf):
         self._connection.execute(users.insert().values(values | {"password_hash": password_hash}))
 
     def find(self, id: UUID) -> User | None:
-        row = self._connection.execute(select(*COLUMNS).where(self.mine(users), users.c.id == id)).one_or_none()
-        return row and user_of(row)
+        row = self._connection.execute(
+            select(*COLUMNS).where(self.mine(users), users.c.id == id)
+        ).one_or_none()
+        return user_of(row) if row else None
 
     def all(self) -> list[User]:
         rows = self._connection.execute(select(*COLUMNS).where(self.mine(users)).order_by(users.c.id))
@@ -49,9 +53,11 @@ class Users(Shelf):
 
     def password_hash(self, id: UUID) -> str:
         """Raises `NotFound`."""
-        found = self._connection.scalar(select(users.c.password_hash).where(self.mine(users), users.c.id == id))
+        found = self._connection.scalar(
+            select(users.c.password_hash).where(self.mine(users), users.c.id == id)
+        )
         if found is None:
-            raise NotFound()
+            raise NotFound
         return str(found)
 
     def note_login(self, user: User, renewed_hash: str | None, now: datetime) -> User | None:
@@ -85,4 +91,4 @@ class Users(Shelf):
 
     def _one(self, change: Update) -> User | None:
         row = self._connection.execute(change.returning(*COLUMNS)).one_or_none()
-        return row and user_of(row)
+        return user_of(row) if row else None

@@ -25,10 +25,10 @@ class Webhooks(Shelf):
         self._connection.execute(
             webhook_endpoints.insert().values(tenant_id=self._tenant_id, url=url, updated_at=now)
         )
-        id = new_id()
-        sealed = self._vault.seal(secret, place=f"webhook_secrets/{self._tenant_id}/{id}")
+        secret_id = new_id()
+        sealed = self._vault.seal(secret, place=f"webhook_secrets/{self._tenant_id}/{secret_id}")
         self._connection.execute(
             webhook_secrets.insert().values(
-                tenant_id=self._tenant_id, id=id, sealed=sealed, last4=secret[-4:], created_at=now
+                tenant_id=self._tenant_id, id=secret_id, sealed=sealed, last4=secret[-4:], created_at=now
             )
         )

@@ -1,4 +1,4 @@
-"""Swagger UI in a real browser: it opens under our policy, lists everything, and calls the origin it came from."""
+"""Swagger UI in a browser: it opens under our policy, lists everything, and calls the origin it came from."""
 
 from __future__ import annotations
 

@@ -238,7 +238,8 @@ async def api(scope: Scope, receive: Receive, send: Send) -> None:
         scope["state"]["started"] = True
         await send({"type": "lifespan.startup.complete"})
         await receive()
-        return await send({"type": "lifespan.shutdown.complete"})
+        await send({"type": "lifespan.shutdown.complete"})
+        return
     await PlainTextResponse(f"the API, at {scope['path']}")(scope, receive, send)
 
 

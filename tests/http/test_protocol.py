@@ -16,7 +16,11 @@ from starlette.types import Receive, Scope, Send
 from billing.http import protocol
 from tests.rawhttp import Address, Connection, chunked, exchange, request, serving
 
-UPGRADE = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAA")
+UPGRADE = (
+    "Connection: Upgrade, HTTP2-Settings",
+    "Upgrade: h2c",
+    "HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAA",
+)
 ROOT = Path(__file__).parents[2]
 
 
@@ -104,7 +108,9 @@ def test_a_request_for_h2c_may_wait_for_100(connection: Connection) -> None:
 
 
 def test_the_wish_to_close_outlives_the_wish_to_upgrade(connection: Connection) -> None:
-    seen = seen_by(connection, request("POST", "/", "Connection: close, Upgrade", "Upgrade: h2c", body=b"hello"))
+    seen = seen_by(
+        connection, request("POST", "/", "Connection: close, Upgrade", "Upgrade: h2c", body=b"hello")
+    )
     assert seen["body"] == "hello"
     assert ["connection", "close"] in seen["headers"]
     assert connection.is_closed_by_server()
@@ -129,7 +135,12 @@ def test_a_plain_request(connection: Connection) -> None:
 
 
 def test_a_body_in_chunks(connection: Connection) -> None:
-    parts = [request("POST", "/", "Transfer-Encoding: chunked"), b"2\r\nhe\r\n", b"3\r\nllo\r\n", b"0\r\n\r\n"]
+    parts = [
+        request("POST", "/", "Transfer-Encoding: chunked"),
+        b"2\r\nhe\r\n",
+        b"3\r\nllo\r\n",
+        b"0\r\n\r\n",
+    ]
     assert seen_by(connection, *parts)["body"] == "hello"
 
 
@@ -198,10 +209,14 @@ MALFORMED = {
     "folded header": request("GET", "/", "X: a\r\n b"),
     "bare LF": b"GET / HTTP/1.1\nHost: x\n\n",
     "two Content-Lengths": request("POST", "/", "Content-Length: 3", "Content-Length: 4", body=b"abcd"),
-    "the same Content-Length twice": request("POST", "/", "Content-Length: 3", "Content-Length: 3", body=b"abc"),
+    "the same Content-Length twice": request(
+        "POST", "/", "Content-Length: 3", "Content-Length: 3", body=b"abc"
+    ),
     "signed Content-Length": request("POST", "/", "Content-Length: +3", body=b"abc"),
     "endless Content-Length": request("POST", "/", "Content-Length: 99999999999999999999", body=b"abc"),
-    "both framings": request("POST", "/", "Content-Length: 3", "Transfer-Encoding: chunked", body=chunked(b"abc")),
+    "both framings": request(
+        "POST", "/", "Content-Length: 3", "Transfer-Encoding: chunked", body=chunked(b"abc")
+    ),
     "both framings, turned": request(
         "POST", "/", "Transfer-Encoding: chunked", "Content-Length: 3", body=chunked(b"abc")
     ),
@@ -211,7 +226,9 @@ MALFORMED = {
     "not chunked last": request("POST", "/", "Transfer-Encoding: chunked, gzip", body=chunked(b"abc")),
     "a bad chunk": request("POST", "/", "Transfer-Encoding: chunked", body=b"zz\r\nabc\r\n"),
     "Upgrade and a bad chunk": request("POST", "/", *UPGRADE, "Transfer-Encoding: chunked", body=b"zz\r\n"),
-    "Upgrade and both framings": request("POST", "/", *UPGRADE, "Content-Length: 1", "Transfer-Encoding: chunked"),
+    "Upgrade and both framings": request(
+        "POST", "/", *UPGRADE, "Content-Length: 1", "Transfer-Encoding: chunked"
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""The embedded PostgreSQL: one server for all who ask, which outlives what kills it and no one who uses it."""
+"""The embedded PostgreSQL: one server for all who ask, back when it was killed, gone when nobody asks."""
 
 from __future__ import annotations
 
@@ -185,9 +185,9 @@ def test_first_start_makes_a_durable_server(empty_dir: Path) -> None:
 
 
 def test_options_count_for_who_starts_it(state_dir: Path) -> None:
-    with embedded.start(state_dir, options={"work_mem": "7MB"}) as first:
-        with embedded.start(state_dir, options={"work_mem": "8MB"}):
-            assert ask(first.cluster, "SHOW work_mem") == "7MB"
+    first, second = {"work_mem": "7MB"}, {"work_mem": "8MB"}
+    with embedded.start(state_dir, options=first), embedded.start(state_dir, options=second) as server:
+        assert ask(server.cluster, "SHOW work_mem") == "7MB"
 
 
 def test_another_process_shares_it(state_dir: Path, client: Start) -> None:
@@ -283,7 +283,7 @@ def test_signal_to_the_clients_group_spares_the_server(
         time.sleep(2 * embedded.POLL_SECONDS)
         assert answers(server.cluster)
         if signal_number == signal.SIGINT:
-            assert process.communicate("\n") == ("still here\n", None)
+            assert process.communicate("\n")[0] == "still here\n"
 
 
 @on_linux
@@ -376,7 +376,7 @@ def test_data_of_another_major_version_are_refused(state_dir: Path) -> None:
     eventually(lambda: not is_running(state_dir))
     (state_dir / "postgres/data/PG_VERSION").write_text("9\n")
     with pytest.raises(
-        EmbeddedPostgresError, match=r"are PostgreSQL 9, here is 18.*BILLING_PG_BIN.*pg_dumpall"
+        EmbeddedPostgresError, match=r"are PostgreSQL 9, here is \d.*BILLING_PG_BIN.*pg_dumpall"
     ):
         embedded.start(state_dir)
 

@@ -1,0 +1,66 @@
+"""Every answer against the document: its status, media type, headers and body."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+from jsonschema_rs import Draft4Validator
+
+from billing.http.document import load, resolve
+from billing.http.validation import as_json_schema
+
+DOCUMENT = load()
+PROBLEM = "application/problem+json"
+# The document implies them: a method or a path that it does not have, a request that is hardly one.
+IMPLIED = {404, 405, 408, 431}
+
+
+class Undocumented(AssertionError):
+    """The server answered what its document does not say."""
+
+
+def check(response: httpx.Response) -> None:
+    """Raises `Undocumented`, unless the document says that this may be answered."""
+    path, method = response.request.url.path, response.request.method.lower()
+    operation = DOCUMENT["paths"].get(path, {}).get("get" if method == "head" else method)
+    if "x-request-id" not in response.headers:
+        raise Undocumented(f"{method} {path} answers without X-Request-Id")
+    if operation is None or response.status_code in IMPLIED:
+        _check_problem(response)
+        return
+    said = operation["responses"].get(str(response.status_code))
+    if said is None:
+        raise Undocumented(f"{method} {path} does not say {response.status_code}: {response.text}")
+    if method != "head":
+        _check_content(response, resolve(DOCUMENT, said))
+    _check_headers(response, resolve(DOCUMENT, said))
+
+
+def _check_problem(response: httpx.Response) -> None:
+    if response.status_code >= 400 and response.request.method != "HEAD":
+        _validate({"$ref": "#/components/schemas/Problem"}, response)
+        if response.headers["content-type"] != PROBLEM:
+            raise Undocumented(f"an error in {response.headers['content-type']}")
+
+
+def _check_content(response: httpx.Response, said: dict[str, Any]) -> None:
+    content = said.get("content", {})
+    media_type = response.headers.get("content-type", "").partition(";")[0]
+    if bool(content) != bool(response.content) or (content and media_type not in content):
+        raise Undocumented(f"{response.status_code} does not say {media_type or 'no body'}")
+    if media_type.endswith("json"):
+        _validate(content[media_type]["schema"], response)
+
+
+def _check_headers(response: httpx.Response, said: dict[str, Any]) -> None:
+    for name, header in said.get("headers", {}).items():
+        header = resolve(DOCUMENT, header)
+        if header.get("required", False) and name.lower() not in response.headers:
+            raise Undocumented(f"{response.status_code} lacks {name}")
+
+
+def _validate(schema: dict[str, Any], response: httpx.Response) -> None:
+    whole = {**as_json_schema(schema), "components": as_json_schema(DOCUMENT["components"])}
+    for error in Draft4Validator(whole, validate_formats=True).iter_errors(response.json()):
+        raise Undocumented(f"{response.request.method} {response.request.url.path}: {error}")

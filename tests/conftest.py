@@ -1,0 +1,218 @@
+"""One PostgreSQL for all, a database for each worker, and every answer held against the document."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# `import app` reads the environment: nothing of the machine's own may be in it.
+if "BILLING_TEST_STATE" not in os.environ:
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    os.environ["BILLING_TEST_STATE"] = tempfile.mkdtemp(prefix="billing-tests-", dir=memory)
+    Path(os.environ["BILLING_TEST_STATE"]).chmod(0o711)
+STATE = Path(os.environ["BILLING_TEST_STATE"])
+os.environ.update(BILLING_STATE_DIR=str(STATE), PASSWORD_COST="4", ENVIRONMENT="development")
+
+import httpx
+from sqlalchemy import Engine, create_engine, text
+from starlette.testclient import TestClient
+
+from app import create_app
+from billing.encryption import Vault
+from billing.settings import Settings
+from billing.storage import database, embedded
+from billing.storage.store import Store
+from billing.storage.tables import metadata
+from tests import answers
+from tests.clock import TurnedClock
+
+API = "/api/v1/auth/tenants"
+PASSWORD = "SecurePass123!"
+TEMPLATE = "billing_template"
+# The rows of a test need not outlive the machine.
+VOLATILE = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "max_connections": "200"}
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(STATE, ignore_errors=True)
+
+
+# The database ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[embedded.Cluster]:
+    """The PostgreSQL of this run, shared by its workers."""
+    with embedded.start(STATE / "pg", options=VOLATILE) as server:
+        database.prepare(server.cluster, TEMPLATE)
+        yield server.cluster
+
+
+@dataclass(frozen=True)
+class TestDatabase:
+    """One database, as each of the roles sees it."""
+
+    __test__ = False
+
+    app_url: str
+    owner_url: str
+    superuser_url: str
+
+
+@pytest.fixture(scope="session")
+def test_database(cluster: embedded.Cluster, worker_id: str) -> TestDatabase:
+    """A database of this worker's own, cloned from the migrated template."""
+    name = f"billing_{worker_id}"
+    clone(cluster, name)
+    return TestDatabase(
+        database.url(cluster, database.APP, name),
+        database.url(cluster, database.OWNER, name),
+        cluster.url(name),
+    )
+
+
+def clone(cluster: embedded.Cluster, name: str) -> None:
+    engine = create_engine(cluster.url("postgres"), isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        # One at a time: a template must have no other user.
+        connection.execute(text("SELECT pg_advisory_lock(1)"))
+        connection.exec_driver_sql(f'DROP DATABASE IF EXISTS "{name}"')
+        connection.exec_driver_sql(f'CREATE DATABASE "{name}" TEMPLATE {TEMPLATE} OWNER {database.OWNER}')
+    engine.dispose()
+
+
+@pytest.fixture(scope="session")
+def superuser(test_database: TestDatabase) -> Iterator[Engine]:
+    """The one who sees all rows: for looking at what is really stored."""
+    engine = create_engine(test_database.superuser_url)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def clean(superuser: Engine) -> Iterator[None]:
+    """Leaves the tables empty."""
+    yield
+    with superuser.begin() as connection:
+        for table in reversed(metadata.sorted_tables):
+            connection.execute(table.delete())
+
+
+@pytest.fixture(scope="session")
+def settings(test_database: TestDatabase) -> Settings:
+    environ = {
+        "BILLING_STATE_DIR": str(STATE),
+        "DATABASE_URL": test_database.app_url,
+        "PASSWORD_COST": "4",
+        "PUBLIC_BASE_URL": "http://testserver",
+        "CORS_ALLOWED_ORIGINS": "https://app.acme.example",
+    }
+    return Settings.load(environ, dotenv=None)
+
+
+@pytest.fixture
+def store(settings: Settings, test_database: TestDatabase, clean: None) -> Iterator[Store]:
+    store = Store(Vault(settings.encryption_keys), connections=4)
+    store.open(test_database.app_url)
+    yield store
+    store.close()
+
+
+# The API -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def shared_clock() -> TurnedClock:
+    return TurnedClock()
+
+
+@pytest.fixture
+def clock(shared_clock: TurnedClock) -> TurnedClock:
+    shared_clock.reset()
+    return shared_clock
+
+
+@pytest.fixture(scope="session")
+def running_app(settings: Settings, shared_clock: TurnedClock) -> Iterator[TestClient]:
+    with CheckedClient(create_app(settings, clock=shared_clock), raise_server_exceptions=False) as client:
+        yield client
+
+
+@pytest.fixture
+def client(running_app: TestClient, clock: TurnedClock, clean: None) -> TestClient:
+    """A client whose every answer is held against the document."""
+    running_app.cookies.clear()
+    return running_app
+
+
+class CheckedClient(TestClient):
+    """Starlette's test client, suspicious."""
+
+    def request(self, method: str, url: Any, **kwargs: Any) -> httpx.Response:
+        response = super().request(method, url, **kwargs)
+        answers.check(response)
+        return response
+
+
+@dataclass
+class Account:
+    """A registered tenant, and how its owner calls."""
+
+    client: TestClient
+    registered: dict[str, Any]
+
+    @property
+    def tenant(self) -> dict[str, Any]:
+        return self.registered["tenant"]
+
+    @property
+    def email(self) -> str:
+        return self.registered["user"]["email"]
+
+    @property
+    def tokens(self) -> dict[str, str]:
+        return self.registered["tokens"]
+
+    def get(self, path: str, **kwargs: Any) -> httpx.Response:
+        return self.client.get(f"{API}{path}", headers=bearer(self.tokens["access"]), **kwargs)
+
+    def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
+        return self.client.post(f"{API}{path}", headers=bearer(self.tokens["access"]), json=body)
+
+    def regenerate(self, key_type: str = "all", **more: Any) -> dict[str, Any]:
+        return self.post("/api-keys/regenerate/", {"key_type": key_type, "confirm": True, **more}).json()
+
+    def revoke(self, key_type: str = "all", **more: Any) -> dict[str, Any]:
+        return self.post("/api-keys/revoke/", {"key_type": key_type, "confirm": True, **more}).json()
+
+
+def bearer(credential: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {credential}"}
+
+
+def register(client: TestClient, company_name: str = "Acme Inc.", **more: Any) -> httpx.Response:
+    domain = company_name.split()[0].lower() + ".example"
+    body = {"company_name": company_name, "email": f"ada@{domain}", "password": PASSWORD, **more}
+    return client.post(f"{API}/register/", json=body)
+
+
+def log_in(client: TestClient, email: str, password: str = PASSWORD) -> httpx.Response:
+    return client.post(f"{API}/login/", json={"email": email, "password": password})
+
+
+@pytest.fixture
+def acme(client: TestClient) -> Account:
+    return Account(client, register(client).json())
+
+
+@pytest.fixture
+def globex(client: TestClient) -> Account:
+    return Account(client, register(client, "Globex Ltd.").json())

@@ -1,0 +1,394 @@
+"""Operations 1–7, by status."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jwt
+import pytest
+from sqlalchemy import Engine, text
+from starlette.testclient import TestClient
+
+from tests.clock import TurnedClock
+from tests.conftest import API, PASSWORD, Account, bearer, log_in, register
+
+NEW_PASSWORD = "NewSecurePassword456!"
+SECRETS = ("api_key_public", "api_key_secret", "api_key_test_public", "api_key_test_secret", "webhook_secret")
+
+
+def code_of(response: Any) -> tuple[int, str]:
+    return response.status_code, response.json()["code"]
+
+
+# register ----------------------------------------------------------------------------------------
+
+
+def test_register_answers_everything_once(client: TestClient) -> None:
+    answer = register(client, first_name="Ada", domain="acme.example", webhook_url="https://hooks.acme.example/")
+    assert answer.status_code == 201
+    assert answer.json()["tenant"].keys() >= set(SECRETS)
+    assert answer.json()["tenant"]["slug"] == "acme-inc"
+    assert answer.json()["tenant"]["webhook_url"] == "https://hooks.acme.example/"
+    assert answer.json()["user"]["role"] == "owner"
+    assert answer.json()["user"]["last_name"] == ""
+    assert answer.headers["cache-control"] == "no-store"
+
+
+def test_secrets_are_nowhere_else(acme: Account) -> None:
+    shown = [acme.get(path).text for path in ("/me/", "/details/", "/verify/", "/api-keys/")]
+    shown.append(log_in(acme.client, acme.email).text)
+    secrets = {acme.tenant[name] for name in SECRETS if "public" not in name}
+    assert not [secret for secret in secrets for text in shown if secret in text]
+
+
+def test_nothing_secret_is_stored_as_text(acme: Account, superuser: Engine) -> None:
+    with superuser.connect() as connection:
+        tables = ("tenants", "users", "sessions", "api_keys", "webhook_secrets", "directory", "audit_log")
+        stored = "".join(str(connection.execute(text(f"SELECT * FROM {table}")).all()) for table in tables)
+    secrets = [acme.tenant[name] for name in SECRETS if "public" not in name]
+    assert acme.tenant["api_key_public"] in stored
+    assert not [s for s in [*secrets, *acme.tokens.values(), PASSWORD] if s in stored]
+
+
+def test_register_writes_audit_rows(acme: Account, superuser: Engine) -> None:
+    with superuser.connect() as connection:
+        actions = connection.scalars(text("SELECT action FROM audit_log ORDER BY sequence")).all()
+    assert actions == ["tenant.registered", "user.added"]
+
+
+def test_409_for_a_taken_email_in_other_capitals(acme: Account) -> None:
+    answer = register(acme.client, "Other", email="ADA@Acme.Example")
+    assert code_of(answer) == (409, "email-taken")
+
+
+def test_slug_is_made_unique(acme: Account) -> None:
+    other = register(acme.client, email="other@acme.example").json()["tenant"]
+    assert other["slug"].startswith("acme-inc-")
+
+
+def test_slug_of_a_name_without_latin_letters(client: TestClient) -> None:
+    assert register(client, "北京", email="x@beijing.example").json()["tenant"]["slug"] == "bei-jing"
+    assert register(client, "!!!", email="y@beijing.example").json()["tenant"]["slug"] == "tenant"
+
+
+def test_fifty_registrations_of_one_email_make_one_tenant(client: TestClient, superuser: Engine) -> None:
+    with ThreadPoolExecutor(25) as pool:
+        statuses = Counter(pool.map(lambda _: register(client).status_code, range(50)))
+    assert statuses == {201: 1, 409: 49}
+    with superuser.connect() as connection:
+        assert connection.scalar(text("SELECT count(*) FROM tenants")) == 1
+
+
+@pytest.mark.parametrize("password", [PASSWORD, "SecurePassword123!", NEW_PASSWORD])
+def test_passwords_in_use_by_existing_clients_pass(client: TestClient, password: str) -> None:
+    assert register(client, password=password).status_code == 201
+
+
+@pytest.mark.parametrize("password", ["password1234", "aaaaaaaaaaaa", "AcmeInc.AcmeInc.", "ada@acme.example"])
+def test_422_for_a_password_easy_to_guess(client: TestClient, password: str) -> None:
+    assert code_of(register(client, password=password)) == (422, "password-too-weak")
+
+
+def test_422_for_a_password_too_short_once_composed(client: TestClient) -> None:
+    decomposed = "e\u0301" * 6
+    assert code_of(register(client, password=decomposed)) == (422, "password-too-weak")
+
+
+@pytest.mark.parametrize("url", ["http://hooks.acme.example/", "https://127.0.0.1/", "https://localhost/"])
+def test_422_for_a_webhook_url_that_is_not_public(client: TestClient, url: str) -> None:
+    assert code_of(register(client, webhook_url=url)) == (422, "webhook-url-refused")
+
+
+def test_400_names_each_fault_and_repeats_no_value(client: TestClient) -> None:
+    answer = register(client, password="hunter2", surprise="hunter2")
+    assert code_of(answer) == (400, "invalid-request")
+    assert {fault["pointer"] for fault in answer.json()["errors"]} == {"", "/password"}
+    assert "hunter2" not in answer.text
+    assert "surprise" not in answer.text
+
+
+# login -------------------------------------------------------------------------------------------
+
+
+def test_log_in_opens_a_session_and_notes_it(acme: Account) -> None:
+    answer = log_in(acme.client, "ADA@acme.example")
+    assert answer.status_code == 200
+    assert answer.json()["user"]["last_login"] is not None
+    assert acme.client.get(f"{API}/me/", headers=bearer(answer.json()["tokens"]["access"])).status_code == 200
+
+
+def test_log_in_says_the_same_for_every_reason(acme: Account, superuser: Engine) -> None:
+    refusals = [log_in(acme.client, acme.email, "wrong"), log_in(acme.client, "nobody@acme.example")]
+    with superuser.begin() as connection:
+        connection.execute(text("UPDATE users SET is_active = false"))
+    refusals.append(log_in(acme.client, acme.email))
+    with superuser.begin() as connection:
+        connection.execute(text("UPDATE users SET is_active = true"))
+        connection.execute(text("UPDATE tenants SET is_active = false"))
+    refusals.append(log_in(acme.client, acme.email))
+    said = [r.json() | {"instance": "", "request_id": ""} for r in refusals]
+    assert said == [said[0]] * 4
+    assert code_of(refusals[0]) == (401, "invalid-credentials")
+    assert refusals[0].headers["www-authenticate"] == 'Bearer realm="billing"'
+
+
+def test_log_in_ignores_stale_credentials(acme: Account) -> None:
+    stale = bearer("stale") | {"X-API-Key": "stale"}
+    body = {"email": acme.email, "password": PASSWORD}
+    assert acme.client.post(f"{API}/login/", json=body, headers=stale).status_code == 200
+
+
+def test_a_password_means_its_composed_form(client: TestClient) -> None:
+    register(client, password="Cafe\u0301 Zu\u0308rich am See")
+    assert log_in(client, "ada@acme.example", "Caf\u00e9 Z\u00fcrich am See").status_code == 200
+
+
+def test_a_long_password_counts_to_its_end(client: TestClient) -> None:
+    password = "correct horse battery staple " * 4
+    register(client, password=password)
+    assert log_in(client, "ada@acme.example", password[:-2] + "!!").status_code == 401
+    assert log_in(client, "ada@acme.example", password).status_code == 200
+
+
+# token/refresh -----------------------------------------------------------------------------------
+
+
+def refresh(client: TestClient, token: str) -> Any:
+    return client.post(f"{API}/token/refresh/", json={"refresh": token})
+
+
+def test_refresh_rotates(acme: Account) -> None:
+    first = refresh(acme.client, acme.tokens["refresh"])
+    assert first.status_code == 200
+    assert first.json()["refresh"] != acme.tokens["refresh"]
+    assert refresh(acme.client, first.json()["refresh"]).status_code == 200
+
+
+def test_a_repeat_within_ten_seconds_gets_the_same_successor(acme: Account, clock: TurnedClock) -> None:
+    first = refresh(acme.client, acme.tokens["refresh"]).json()
+    clock.turn(seconds=10)
+    second = refresh(acme.client, acme.tokens["refresh"])
+    assert second.json()["refresh"] == first["refresh"]
+    assert second.json()["access"] != first["access"]
+
+
+def test_a_later_repeat_ends_the_session(acme: Account, clock: TurnedClock, superuser: Engine) -> None:
+    successor = refresh(acme.client, acme.tokens["refresh"]).json()["refresh"]
+    clock.turn(seconds=11)
+    assert code_of(refresh(acme.client, acme.tokens["refresh"])) == (401, "refresh-token-reused")
+    assert code_of(refresh(acme.client, successor)) == (401, "session-ended")
+    assert code_of(acme.get("/me/")) == (401, "session-ended")
+    with superuser.connect() as connection:
+        audit = connection.scalars(text("SELECT action FROM audit_log ORDER BY sequence DESC LIMIT 1")).one()
+    assert audit == "session.refresh_token_reused"
+
+
+def test_a_repeat_after_the_successor_was_used_ends_the_session(acme: Account) -> None:
+    successor = refresh(acme.client, acme.tokens["refresh"]).json()["refresh"]
+    refresh(acme.client, successor)
+    assert code_of(refresh(acme.client, acme.tokens["refresh"])) == (401, "refresh-token-reused")
+
+
+def test_a_hundred_refreshes_at_once_leave_one_living_family(acme: Account) -> None:
+    with ThreadPoolExecutor(25) as pool:
+        answers = list(pool.map(lambda _: refresh(acme.client, acme.tokens["refresh"]), range(100)))
+    assert {answer.status_code for answer in answers} == {200}
+    (successor,) = {answer.json()["refresh"] for answer in answers}
+    assert refresh(acme.client, successor).status_code == 200
+
+
+def test_refresh_ends_after_seven_idle_days_and_thirty_in_all(acme: Account, clock: TurnedClock) -> None:
+    token = acme.tokens["refresh"]
+    for _ in range(4):
+        clock.turn(days=6.9)
+        token = refresh(acme.client, token).json()["refresh"]
+    clock.turn(days=6.9)
+    assert code_of(refresh(acme.client, token)) == (401, "token-expired")
+    idle = log_in(acme.client, acme.email).json()["tokens"]["refresh"]
+    clock.turn(days=7.1)
+    assert code_of(refresh(acme.client, idle)) == (401, "token-expired")
+
+
+@pytest.mark.parametrize("token", ["x", "a.b.c", "eyJhbGciOiJub25lIn0.e30.", "\U0001f511", "." * 4096])
+def test_401_for_any_string_that_is_no_refresh_token(client: TestClient, token: str) -> None:
+    assert code_of(refresh(client, token)) == (401, "token-invalid")
+
+
+def test_an_access_token_is_no_refresh_token_and_the_other_way_round(acme: Account) -> None:
+    assert code_of(refresh(acme.client, acme.tokens["access"])) == (401, "token-invalid")
+    answer = acme.client.get(f"{API}/me/", headers=bearer(acme.tokens["refresh"]))
+    assert code_of(answer) == (401, "token-invalid")
+
+
+def test_refresh_of_a_disabled_tenant_is_403(acme: Account, superuser: Engine) -> None:
+    with superuser.begin() as connection:
+        connection.execute(text("UPDATE tenants SET is_active = false"))
+    assert code_of(refresh(acme.client, acme.tokens["refresh"])) == (403, "tenant-disabled")
+
+
+# me, change-password -----------------------------------------------------------------------------
+
+
+def test_me_answers_user_and_tenant(acme: Account) -> None:
+    answer = acme.get("/me/").json()
+    assert answer["user"]["tenant"] == answer["tenant"]["id"] == acme.tenant["id"]
+    assert answer["user"]["tenant_name"] == "Acme Inc."
+
+
+def test_an_access_token_lives_fifteen_minutes(acme: Account, clock: TurnedClock) -> None:
+    clock.turn(minutes=14, seconds=58)
+    assert acme.get("/me/").status_code == 200
+    clock.turn(seconds=2)
+    answer = acme.get("/me/")
+    assert code_of(answer) == (401, "token-expired")
+    assert 'error="invalid_token"' in answer.headers["www-authenticate"]
+
+
+def test_401_without_credentials_bears_no_error_code(client: TestClient) -> None:
+    answer = client.get(f"{API}/me/")
+    assert code_of(answer) == (401, "credentials-missing")
+    assert answer.headers["www-authenticate"] == 'Bearer realm="billing"'
+
+
+def test_401_for_a_token_signed_by_a_stranger(acme: Account) -> None:
+    claims = jwt.decode(acme.tokens["access"], options={"verify_signature": False})
+    forged = jwt.encode(claims, "k" * 32, headers={"typ": "at+jwt", "kid": "k1"})
+    unsigned = jwt.encode(claims, None, algorithm="none", headers={"typ": "at+jwt", "kid": "k1"})
+    for token in (forged, unsigned):
+        assert code_of(acme.client.get(f"{API}/me/", headers=bearer(token))) == (401, "token-invalid")
+
+
+def test_401_for_a_disabled_user(acme: Account, superuser: Engine) -> None:
+    with superuser.begin() as connection:
+        connection.execute(text("UPDATE users SET is_active = false"))
+    assert code_of(acme.get("/me/")) == (401, "session-ended")
+
+
+def test_403_for_a_disabled_tenant(acme: Account, superuser: Engine) -> None:
+    with superuser.begin() as connection:
+        connection.execute(text("UPDATE tenants SET is_active = false"))
+    assert code_of(acme.get("/me/")) == (403, "tenant-disabled")
+    key = {"X-API-Key": acme.tenant["api_key_secret"]}
+    assert code_of(acme.client.get(f"{API}/verify/", headers=key)) == (403, "tenant-disabled")
+
+
+def change_password(acme: Account, old: str = PASSWORD, new: str = NEW_PASSWORD) -> Any:
+    return acme.post("/change-password/", {"old_password": old, "new_password": new})
+
+
+def test_change_password_ends_every_other_session(acme: Account) -> None:
+    elsewhere = log_in(acme.client, acme.email).json()["tokens"]
+    answer = change_password(acme)
+    assert answer.status_code == 200
+    assert code_of(acme.get("/me/")) == (401, "session-ended")
+    assert code_of(refresh(acme.client, elsewhere["refresh"])) == (401, "session-ended")
+    new = answer.json()["tokens"]
+    assert acme.client.get(f"{API}/me/", headers=bearer(new["access"])).status_code == 200
+    assert refresh(acme.client, new["refresh"]).status_code == 200
+
+
+def test_change_password_changes_the_password(acme: Account) -> None:
+    change_password(acme)
+    assert log_in(acme.client, acme.email).status_code == 401
+    assert log_in(acme.client, acme.email, NEW_PASSWORD).status_code == 200
+
+
+def test_403_for_a_wrong_old_password(acme: Account) -> None:
+    answer = change_password(acme, old="wrong")
+    assert code_of(answer) == (403, "wrong-password")
+
+
+def test_422_for_a_new_password_made_of_own_words(acme: Account) -> None:
+    assert code_of(change_password(acme, new="acme.example1")) == (422, "password-too-weak")
+
+
+def test_two_changes_at_once_change_it_once(acme: Account) -> None:
+    both = threading.Barrier(2)
+
+    def change(new: str) -> int:
+        both.wait()
+        return change_password(acme, new=new).status_code
+
+    with ThreadPoolExecutor(2) as pool:
+        statuses = sorted(pool.map(change, [NEW_PASSWORD, NEW_PASSWORD + "2"]))
+    assert statuses[0] == 200
+    assert statuses[1] in (401, 403)
+
+
+# verify, details ---------------------------------------------------------------------------------
+
+KEYS = {
+    "api_key_public": ("live_public", "live"),
+    "api_key_secret": ("live_secret", "live"),
+    "api_key_test_public": ("test_public", "test"),
+    "api_key_test_secret": ("test_secret", "test"),
+}
+PUBLIC_MEMBERS = {"id", "company_name", "slug", "is_active", "created_at"}
+
+
+@pytest.mark.parametrize("name", KEYS)
+@pytest.mark.parametrize("header", ["X-API-Key", "Authorization"])
+def test_verify_knows_every_key_by_both_headers(acme: Account, name: str, header: str) -> None:
+    key = acme.tenant[name]
+    sent = {header: f"Bearer {key}" if header == "Authorization" else key}
+    answer = acme.client.get(f"{API}/verify/", headers=sent).json()
+    assert answer["valid"] is True
+    assert (answer["key"]["type"], answer["mode"]) == KEYS[name]
+    assert answer["key"]["last4"] == key[-4:]
+    assert (answer["tenant"].keys() == PUBLIC_MEMBERS) == ("public" in name)
+
+
+def test_details_by_key_and_by_user(acme: Account) -> None:
+    by_key = acme.client.get(f"{API}/details/", headers={"X-API-Key": acme.tenant["api_key_test_public"]}).json()
+    assert by_key["mode"] == "test"
+    assert by_key["tenant"].keys() == PUBLIC_MEMBERS
+    by_user = acme.get("/details/").json()
+    assert "mode" not in by_user
+    assert by_user["tenant"]["email"] == acme.email
+
+
+def test_verify_by_user_has_no_key(acme: Account) -> None:
+    assert acme.get("/verify/").json().keys() == {"valid", "tenant"}
+
+
+def test_401_tells_what_is_wrong_with_a_key(acme: Account) -> None:
+    def code(key: str) -> tuple[int, str]:
+        return code_of(acme.client.get(f"{API}/verify/", headers={"X-API-Key": key}))
+
+    good = acme.tenant["api_key_secret"]
+    swapped = good[:-1] + ("0" if good[-1] != "0" else "1")
+    assert code(swapped) == (401, "key-malformed")
+    assert code("sk_live_short") == (401, "key-malformed")
+    assert code("") == (401, "key-malformed")
+    assert code(stranger()) == (401, "key-unknown")
+
+
+def stranger() -> str:
+    from billing.keys import mint
+
+    return mint("live_secret")
+
+
+def test_a_bad_bearer_is_401_even_beside_a_good_key(acme: Account) -> None:
+    for authorization in ("Bearer nonsense", "Bearer", "Basic dXNlcjpwYXNz", f"Bearer {stranger()}", "garbage"):
+        headers = {"Authorization": authorization, "X-API-Key": acme.tenant["api_key_secret"]}
+        answer = acme.client.get(f"{API}/verify/", headers=headers)
+        assert answer.status_code == 401
+        assert 'error="invalid_token"' in answer.headers["www-authenticate"]
+
+
+def test_a_credential_in_the_query_is_never_read(acme: Account) -> None:
+    answer = acme.client.get(f"{API}/verify/", params={"X-API-Key": acme.tenant["api_key_secret"]})
+    assert answer.status_code == 401
+
+
+def test_a_key_may_verify_itself_and_no_more(acme: Account) -> None:
+    key = acme.tenant["api_key_secret"]
+    for path in ("/me/", "/api-keys/"):
+        answer = acme.client.get(f"{API}{path}", headers=bearer(key))
+        assert code_of(answer) == (403, "insufficient-scope")
+        assert 'error="insufficient_scope"' in answer.headers["www-authenticate"]
+        assert acme.client.get(f"{API}{path}", headers={"X-API-Key": key}).status_code == 401

@@ -1,0 +1,120 @@
+"""Cross-origin requests, as a browser makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from starlette.types import Receive, Scope, Send
+
+from billing.http.cors import Cors
+from billing.http.edge import Edge
+from tests.rawhttp import Address, Answer, exchange, request, serving
+
+KNOWN = "https://app.acme.example"
+STRANGERS = [
+    "https://evil.example",
+    "http://app.acme.example",
+    "https://app.acme.example.evil.example",
+    "https://APP.acme.example",
+    "https://app.acme.example:8443",
+    "null",
+    "*",
+]
+
+
+async def shop(scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["path"] == "/broken/":
+        raise RuntimeError
+    status = 404 if scope["path"] == "/missing/" else 200
+    headers = [(b"content-length", b"0"), (b"vary", b"Accept")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body"})
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[Address]:
+    with serving(Edge(Cors(shop, [KNOWN, "http://localhost:3000"])), lifespan="off") as address:
+        yield address
+
+
+def preflight(address: Address, origin: str, *headers: str, method: str = "POST") -> Answer:
+    asks = [f"Origin: {origin}", f"Access-Control-Request-Method: {method}", *headers]
+    return exchange(address, request("OPTIONS", "/", *asks))
+
+
+def names(value: str | None) -> set[str]:
+    return {name.strip().lower() for name in (value or "").split(",")}
+
+
+def cors_headers(answer: Answer) -> list[str]:
+    return [name for name in answer.headers if name.lower().startswith("access-control-")]
+
+
+def varies(answer: Answer) -> set[str]:
+    return {name for value in answer.headers.get_all("vary", []) for name in names(value)}
+
+
+def test_a_preflight_of_a_known_origin(address: Address) -> None:
+    answer = preflight(address, KNOWN, "Access-Control-Request-Headers: authorization,content-type")
+    assert (answer.status, answer.body) == (204, b"")
+    assert answer["access-control-allow-origin"] == KNOWN
+    assert answer["access-control-allow-credentials"] == "true"
+    assert names(answer["access-control-allow-methods"]) == {"get", "post", "delete"}
+    assert names(answer["access-control-allow-headers"]) == {
+        "authorization",
+        "x-api-key",
+        "content-type",
+        "idempotency-key",
+        "x-request-id",
+    }
+    assert answer["access-control-max-age"] == "600"
+    assert "origin" in varies(answer)
+    assert answer["x-request-id"]
+
+
+@pytest.mark.parametrize("origin", STRANGERS)
+def test_a_preflight_of_a_stranger_allows_nothing(address: Address, origin: str) -> None:
+    answer = preflight(address, origin)
+    assert (answer.status, cors_headers(answer), varies(answer)) == (204, [], {"origin"})
+
+
+def test_a_preflight_for_another_method_names_those_allowed(address: Address) -> None:
+    assert "put" not in names(preflight(address, KNOWN, method="PUT")["access-control-allow-methods"])
+
+
+@pytest.mark.parametrize(("path", "status"), [("/", 200), ("/missing/", 404), ("/broken/", 500)])
+def test_an_answer_to_a_known_origin_errors_included(address: Address, path: str, status: int) -> None:
+    answer = exchange(address, request("GET", path, f"Origin: {KNOWN}"))
+    assert answer.status == status
+    assert answer["access-control-allow-origin"] == KNOWN
+    assert answer["access-control-allow-credentials"] == "true"
+    assert names(answer["access-control-expose-headers"]) == {
+        "x-request-id",
+        "x-key-expires-at",
+        "retry-after",
+        "ratelimit",
+        "ratelimit-policy",
+    }
+    assert "origin" in varies(answer)
+
+
+@pytest.mark.parametrize("origin", STRANGERS)
+def test_an_answer_to_a_stranger_bears_none(address: Address, origin: str) -> None:
+    answer = exchange(address, request("GET", "/", f"Origin: {origin}"))
+    assert (answer.status, cors_headers(answer), varies(answer)) == (200, [], {"origin", "accept"})
+
+
+def test_an_answer_without_an_origin_still_varies(address: Address) -> None:
+    answer = exchange(address, request())
+    assert (cors_headers(answer), varies(answer)) == ([], {"origin", "accept"})
+
+
+@pytest.mark.parametrize("headers", [[], [f"Origin: {KNOWN}"], ["Access-Control-Request-Method: POST"]])
+def test_any_other_options_is_a_request(address: Address, headers: list[str]) -> None:
+    assert exchange(address, request("OPTIONS", "/missing/", *headers)).status == 404
+
+
+def test_each_origin_must_be_named() -> None:
+    with pytest.raises(ValueError, match="by name"):
+        Cors(shop, ["*"])

@@ -1,0 +1,303 @@
+"""Logs: one line an event, and no secret in any of them."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import logging
+import secrets
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psycopg2
+import pytest
+import sqlalchemy.exc
+import structlog
+
+from billing.http import logs
+from billing.http.logs import redact
+
+Lines = Callable[[], list[Any]]
+
+
+@pytest.fixture
+def restored() -> Iterator[None]:
+    """Logging is the whole process's: leave it as it was."""
+    root = logging.getLogger()
+    before = structlog.get_config(), root.handlers[:], root.level, logging.raiseExceptions
+    names = [*logs.LEVELS, "uvicorn"]
+    loggers = {name: vars(logging.getLogger(name)) | {"handlers": logging.getLogger(name).handlers[:]} for name in names}
+    yield
+    structlog.configure(**before[0])
+    root.handlers, logging.raiseExceptions = before[1], before[3]
+    root.setLevel(before[2])
+    for name, state in loggers.items():
+        logging.getLogger(name).propagate = state["propagate"]
+        logging.getLogger(name).handlers[:] = state["handlers"]
+        logging.getLogger(name).setLevel(state["level"])
+
+
+@pytest.fixture
+def lines(restored: None, capsys: pytest.CaptureFixture[str]) -> Lines:
+    """The events logged as JSON."""
+    logs.configure(tty=False, level="DEBUG")
+    return lambda: [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+
+
+# Made at run time: a secret scanner takes a constant for the real thing.
+def key(prefix: str = "sk_live_") -> str:
+    return prefix + secrets.token_hex(19)
+
+
+def jwt() -> str:
+    return ".".join(
+        base64.urlsafe_b64encode(part).rstrip(b"=").decode()
+        for part in (b'{"alg":"HS256"}', b'{"sub":"1"}', secrets.token_bytes(32))
+    )
+
+
+def bcrypt_hash() -> str:
+    return "$2b$12$" + secrets.token_hex(27)[:53]
+
+
+SECRETS = {
+    "secret key": key(),
+    "test key": key("sk_test_"),
+    "publishable key": key("pk_live_"),
+    "restricted Stripe key": key("rk_live_"),
+    "webhook secret": "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode(),
+    "token": jwt(),
+    "bearer": secrets.token_urlsafe(20),
+    "basic": base64.b64encode(b"user:password").decode(),
+    "hash": bcrypt_hash(),
+    "URL": "hunter2:/?x",
+    "code": "ac_" + secrets.token_hex(12),
+    "DSN": "hunter22",
+}
+WRAPPED = {
+    "bearer": "Authorization: Bearer {}",
+    "basic": "basic {}",
+    "URL": "postgresql+psycopg2://billing:{}@db.internal:5432/billing",
+    "DSN": "host=db user=billing password={} dbname=billing",
+}
+
+
+def sentence(name: str) -> str:
+    return WRAPPED.get(name, "a value {} in a sentence").format(SECRETS[name])
+
+
+@pytest.mark.parametrize("name", [name for name in SECRETS if name != "URL"])
+def test_a_secret_is_replaced_wherever_it_stands(name: str) -> None:
+    for text in (
+        sentence(name),
+        f'{{"x": "{sentence(name)}"}}',
+        f"\n{sentence(name)}\n",
+        repr([sentence(name)]),
+    ):
+        assert SECRETS[name] not in redact(text)
+        assert "[redacted]" in redact(text)
+
+
+@pytest.mark.parametrize("password", ["hunter2", "p%40ss", "p@ss", "a:b:c", "'quoted'", '"quoted"'])
+@pytest.mark.parametrize("scheme", ["postgresql", "postgresql+psycopg2", "redis", "https"])
+def test_the_password_of_a_url_is_replaced_and_the_rest_stays(scheme: str, password: str) -> None:
+    assert (
+        redact(f"to {scheme}://user:{password}@host:5432/db?x=1")
+        == f"to {scheme}://user:[redacted]@host:5432/db?x=1"
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a plain sentence, with punctuation: none of it secret",
+        "sk_live_****...abcd",
+        "whsec_****...abcd",
+        "https://billing.example/api/v1/auth/tenants/login/?a=b@c",
+        "http://127.0.0.1:8000",
+        "01994b5e-7d3a-7000-8000-000000000000",
+        "back_to_basics",
+        "password too short",
+    ],
+)
+def test_what_is_no_secret_stays(text: str) -> None:
+    assert redact(text) == text
+
+
+def test_what_a_key_was_of_can_still_be_told() -> None:
+    assert redact(key("pk_test_")) == "pk_test_[redacted]"
+
+
+class Opaque:
+    def __repr__(self) -> str:
+        return sentence("secret key")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        sentence("secret key"),
+        [sentence("secret key")],
+        {"a": ({"b": {sentence("secret key")}},)},
+        {sentence("secret key"): 1},
+        sentence("secret key").encode(),
+        Opaque(),
+        [Opaque()],
+        ValueError(sentence("secret key")),
+    ],
+    ids=["text", "list", "nested", "name", "bytes", "repr", "repr in a list", "exception"],
+)
+def test_every_part_of_an_event_is_redacted(lines: Lines, value: object) -> None:
+    structlog.get_logger().info("event", value=value)
+    (event,) = lines()
+    assert SECRETS["secret key"] not in json.dumps(event)
+    assert "sk_live_[redacted]" in json.dumps(event)
+
+
+def test_the_event_itself_and_bound_values_are_redacted(lines: Lines) -> None:
+    with structlog.contextvars.bound_contextvars(bound=sentence("token")):
+        structlog.get_logger().info(sentence("token"))
+        logging.getLogger("anyone").info("told %s", sentence("token"))
+    events = lines()
+    assert len(events) == 2
+    assert SECRETS["token"] not in json.dumps(events)
+
+
+def test_a_line_is_json_with_time_level_and_values(lines: Lines) -> None:
+    structlog.get_logger().warning(
+        "event", number=1, big=2**80, nothing=None, yes=True, part=0.5, text="\udcff€\n"
+    )
+    (event,) = lines()
+    assert event.pop("timestamp").endswith("Z")
+    assert event == {
+        "event": "event",
+        "level": "warning",
+        "number": 1,
+        "big": str(2**80),
+        "nothing": None,
+        "yes": True,
+        "part": 0.5,
+        "text": "\\udcff€\n",
+    }
+
+
+def test_standard_logging_takes_the_same_way(lines: Lines) -> None:
+    with structlog.contextvars.bound_contextvars(request_id="12345678"):
+        logging.getLogger("uvicorn.error").info("Started %s", "server")
+    (event,) = lines()
+    said = {name: event[name] for name in ("event", "level", "logger", "request_id")}
+    assert said == {
+        "event": "Started server",
+        "level": "info",
+        "logger": "uvicorn.error",
+        "request_id": "12345678",
+    }
+
+
+def test_a_terminal_gets_words(restored: None, capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure(tty=True)
+    structlog.get_logger().info("event", value=sentence("secret key"))
+    line = capsys.readouterr().err
+    assert "event" in line and not line.startswith("{")
+    assert SECRETS["secret key"] not in line
+
+
+def test_below_the_level_nothing_is_said(restored: None, capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure(tty=False, level="warning")
+    structlog.get_logger().info("quiet")
+    logging.getLogger("anyone").info("quiet")
+    assert capsys.readouterr().err == ""
+
+
+def test_configuring_twice_says_things_once(lines: Lines) -> None:
+    logs.configure(tty=False)
+    logging.getLogger("anyone").info("once")
+    assert len(lines()) == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "connexion",
+        "connexion.middleware.exceptions",
+        "connexion.middleware.validation",
+        "connexion.validators.json",
+    ],
+)
+def test_connexion_is_silent(lines: Lines, name: str) -> None:
+    logging.getLogger(name).critical("'hunter2' is too short")
+    assert lines() == []
+
+
+def test_uvicorns_access_log_is_silent_however_uvicorn_was_started(lines: Lines) -> None:
+    assert not logging.getLogger("uvicorn.access").hasHandlers()
+    logging.getLogger("uvicorn.access").critical("GET /?code=secret")
+    assert lines() == []
+
+
+@pytest.mark.parametrize("name", ["stripe", "urllib3.connectionpool", "sqlalchemy.engine.Engine"])
+def test_libraries_keep_bodies_and_statements_to_themselves(lines: Lines, name: str) -> None:
+    logging.getLogger(name).info("post_data=secret")
+    assert lines() == []
+
+
+# Exceptions --------------------------------------------------------------------------------------
+
+
+def test_a_traceback_is_redacted_and_shows_no_locals(lines: Lines) -> None:
+    def fail(password: str) -> None:
+        raise ValueError(sentence("bearer"))
+
+    try:
+        fail("hunter" + "2")
+    except ValueError:
+        structlog.get_logger().exception("failed")
+        logging.getLogger("anyone").exception("failed")
+    events = lines()
+    assert len(events) == 2
+    for event in events:
+        assert "in fail" in event["exception"]
+        assert "ValueError: Authorization: Bearer [redacted]" in event["exception"]
+        assert "hunter2" not in json.dumps(event)
+        assert SECRETS["bearer"] not in json.dumps(event)
+
+
+def test_a_database_error_shows_its_types_alone(lines: Lines) -> None:
+    try:
+        try:
+            raise psycopg2.IntegrityError("Key (email)=(jane@acme.example) already exists.")
+        except psycopg2.Error as error:
+            raise sqlalchemy.exc.IntegrityError(
+                "INSERT jane@acme.example", {"a": "hunter2"}, error
+            ) from error
+    except sqlalchemy.exc.IntegrityError:
+        structlog.get_logger().exception("failed")
+    (event,) = lines()
+    assert "psycopg2.IntegrityError" in event["exception"]
+    assert "sqlalchemy.exc.IntegrityError" in event["exception"]
+    assert (
+        "jane@acme" not in event["exception"].replace("raise", "").split("sqlalchemy.exc.IntegrityError")[-1]
+    )
+
+
+def test_causes_contexts_and_groups_are_told_once_each(lines: Lines) -> None:
+    first, second = KeyError("first"), KeyError("second")
+    second.__cause__, first.__context__ = first, second
+    several = ExceptionGroup("several", [second, OSError("third")])
+    structlog.get_logger().error("failed", exc_info=several)
+    (event,) = lines()
+    assert [event["exception"].count(word) for word in ("'first'", "'second'", "third")] == [1, 1, 1]
+
+
+def test_a_log_that_cannot_be_written_costs_only_the_line(
+    restored: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(io.StringIO):
+        def write(self, _: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sys.stderr", Full())
+    logs.configure(tty=False)
+    structlog.get_logger().info("lost")
+    logging.getLogger("anyone").info("lost")
