@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -10,10 +11,11 @@ import structlog
 from anyio import to_thread
 from starlette.types import ASGIApp
 
+from billing.cli import main
 from billing.clock import Clock, utc_now
 from billing.encryption import Vault
 from billing.errors import DatabaseUnavailable
-from billing.http import application, document, problems
+from billing.http import application, document, logs, problems
 from billing.http.pages import pages
 from billing.keys import KeyDigests
 from billing.passwords import Passwords
@@ -106,4 +108,8 @@ async def require_ready(store: Store) -> None:
         raise DatabaseUnavailable from error
 
 
-app = create_app(Settings.load())
+logs.configure(tty=sys.stderr.isatty())
+if __name__ == "__main__":
+    main(["serve", *sys.argv[1:]], prog_name="billing")  # Which imports this file again, by its name.
+elif __name__ != "__mp_main__":  # A worker's look at what its parent was started with.
+    app = create_app(Settings.load())

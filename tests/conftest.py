@@ -30,7 +30,7 @@ from billing.settings import Settings
 from billing.storage import database, embedded
 from billing.storage.store import Store
 from billing.storage.tables import metadata
-from tests import answers
+from tests import answers, live
 from tests.clock import TurnedClock
 
 API = "/api/v1/auth/tenants"
@@ -160,6 +160,13 @@ class CheckedClient(TestClient):
         response = super().request(method, url, **kwargs)
         answers.check(response)
         return response
+
+
+@pytest.fixture(scope="session")
+def live_server_url(test_database: TestDatabase) -> Iterator[str]:
+    """A running server, on this worker's database."""
+    with live.serving({"DATABASE_URL": test_database.app_url}) as url:
+        yield url
 
 
 @dataclass

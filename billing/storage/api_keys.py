@@ -8,6 +8,7 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, and_, or_, select
+from sqlalchemy.dialects.postgresql import distinct_on
 
 from billing.keys import ApiKey, KeyType
 from billing.storage.shelf import Shelf
@@ -54,7 +55,7 @@ class ApiKeys(Shelf):
         newest = (
             select(api_keys.c.id)
             .where(self.mine(api_keys))
-            .distinct(api_keys.c.type)
+            .ext(distinct_on(api_keys.c.type))
             .order_by(api_keys.c.type, api_keys.c.id.desc())
         )
         query = select(*COLUMNS).where(self.mine(api_keys), or_(_living(now), api_keys.c.id.in_(newest)))

@@ -30,6 +30,14 @@ class Database:
     def is_embedded(self) -> bool:
         return self.server is not None
 
+    @property
+    def place(self) -> str:
+        """Host, port and name, for people to read: without user and password."""
+        url = make_url(self.app_url)
+        host = url.host or url.query.get("host", "localhost")
+        port = f":{url.port}" if url.port else ""
+        return f"{host if isinstance(host, str) else ','.join(host)}{port}/{url.database}"
+
     def close(self) -> None:
         if self.server is not None:
             self.server.close()

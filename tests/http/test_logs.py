@@ -14,6 +14,7 @@ import psycopg2
 import pytest
 import sqlalchemy.exc
 import structlog
+import uvicorn
 
 from billing.http import logs
 from billing.http.logs import redact
@@ -27,7 +28,10 @@ def restored() -> Iterator[None]:
     root = logging.getLogger()
     before = structlog.get_config(), root.handlers[:], root.level, logging.raiseExceptions
     names = [*logs.LEVELS, "uvicorn"]
-    loggers = {name: vars(logging.getLogger(name)) | {"handlers": logging.getLogger(name).handlers[:]} for name in names}
+    loggers = {
+        name: vars(logging.getLogger(name)) | {"handlers": logging.getLogger(name).handlers[:]}
+        for name in names
+    }
     yield
     structlog.configure(**before[0])
     root.handlers, logging.raiseExceptions = before[1], before[3]
@@ -230,10 +234,13 @@ def test_connexion_is_silent(lines: Lines, name: str) -> None:
     assert lines() == []
 
 
-def test_uvicorns_access_log_is_silent_however_uvicorn_was_started(lines: Lines) -> None:
-    assert not logging.getLogger("uvicorn.access").hasHandlers()
+def test_uvicorn_may_have_configured_logging_before(lines: Lines) -> None:
+    uvicorn.Config("any:app")
+    logs.configure(tty=False)
+    assert not logging.getLogger("uvicorn.access").hasHandlers()  # What its protocol asks before it logs.
     logging.getLogger("uvicorn.access").critical("GET /?code=secret")
-    assert lines() == []
+    logging.getLogger("uvicorn.error").info("Started")
+    assert [event["event"] for event in lines()] == ["Started"]
 
 
 @pytest.mark.parametrize("name", ["stripe", "urllib3.connectionpool", "sqlalchemy.engine.Engine"])
@@ -264,21 +271,18 @@ def test_a_traceback_is_redacted_and_shows_no_locals(lines: Lines) -> None:
 
 
 def test_a_database_error_shows_its_types_alone(lines: Lines) -> None:
+    email = "@".join(["jane", "acme.example"])
     try:
         try:
-            raise psycopg2.IntegrityError("Key (email)=(jane@acme.example) already exists.")
+            raise psycopg2.IntegrityError(f"Key (email)=({email}) already exists.")
         except psycopg2.Error as error:
-            raise sqlalchemy.exc.IntegrityError(
-                "INSERT jane@acme.example", {"a": "hunter2"}, error
-            ) from error
+            raise sqlalchemy.exc.IntegrityError(f"INSERT {email}", {"email": email}, error) from error
     except sqlalchemy.exc.IntegrityError:
         structlog.get_logger().exception("failed")
     (event,) = lines()
-    assert "psycopg2.IntegrityError" in event["exception"]
-    assert "sqlalchemy.exc.IntegrityError" in event["exception"]
-    assert (
-        "jane@acme" not in event["exception"].replace("raise", "").split("sqlalchemy.exc.IntegrityError")[-1]
-    )
+    assert "psycopg2.IntegrityError\n" in event["exception"]
+    assert event["exception"].endswith("sqlalchemy.exc.IntegrityError")
+    assert email not in json.dumps(event)
 
 
 def test_causes_contexts_and_groups_are_told_once_each(lines: Lines) -> None:

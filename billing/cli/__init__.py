@@ -1,0 +1,24 @@
+"""The command line: `billing serve`, and what an operator does at the console."""
+
+from __future__ import annotations
+
+import click
+
+from billing.cli.console import Commands
+from billing.cli.serve import serve
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="billing-control-plane", prog_name="billing")
+def main() -> None:
+    """The billing platform: its server, and what its operator does.
+
+    Settings come from the environment and from `.env` in the current directory.
+
+    \b
+    Example:
+      billing serve
+    """
+
+
+main.add_command(serve)

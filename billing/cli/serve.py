@@ -1,0 +1,167 @@
+"""`billing serve`: everything is checked here first, then uvicorn gets the socket."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from types import FrameType
+
+import click
+import uvicorn
+from uvicorn.config import STARTUP_FAILURE
+from uvicorn.supervisors import ChangeReload, Multiprocess
+
+from billing.cli.console import opened_database
+from billing.http import logs
+from billing.settings import Settings
+from billing.storage.database import Database
+
+PACKAGE = Path(__file__).parents[1]
+ROOT = PACKAGE.parent
+
+BACKLOG = 2048
+# Longer than browsers and proxies leave a connection idle between two requests of one page.
+KEEP_ALIVE_SECONDS = 15
+# A request may take 15 s to arrive and a test delivery 15 s to be sent; orchestrators kill after 30 s.
+DRAIN_SECONDS = 25
+# A worker answers its supervisor only once it runs, and on a busy machine importing takes seconds.
+WORKER_PATIENCE_SECONDS = 30
+
+
+class Config(uvicorn.Config):
+    """How uvicorn serves us. It travels to workers and to the reloader's child, which log as we do."""
+
+    def __init__(self, *, workers: int = 1, reload: bool = False) -> None:
+        super().__init__(
+            "app:app",
+            workers=workers,
+            reload=reload,
+            reload_dirs=watched_directories() if reload else None,
+            reload_includes=["*.yaml", "*.html", "*.css", "*.js"] if reload else None,
+            http="billing.http.protocol:Protocol",
+            ws="none",
+            lifespan="on",
+            interface="asgi3",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            date_header=True,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=DRAIN_SECONDS,
+            timeout_worker_healthcheck=WORKER_PATIENCE_SECONDS,
+        )
+
+    def configure_logging(self) -> None:
+        """Called by uvicorn, in every process."""
+        logs.configure(tty=sys.stderr.isatty())
+
+
+@click.command()
+@click.option("--host", help="The address to listen on, instead of HOST (127.0.0.1).")
+@click.option("--port", type=click.IntRange(0, 65535), help="The port, instead of PORT (8000); 0 is any free one.")
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="How many processes serve.")
+@click.option("--reload", is_flag=True, help="Start anew when the code changes, for development.")
+def serve(host: str | None, port: int | None, workers: int, reload: bool) -> None:
+    """Serve the API until Ctrl-C or SIGTERM, which let requests in flight finish.
+
+    Without DATABASE_URL a private PostgreSQL is started in the state directory.
+
+    \b
+    Example:
+      billing serve --port 8080 --workers 2
+    """
+    if reload and workers > 1:
+        raise click.UsageError("--reload serves with one process: leave --workers out.")
+    try:
+        _serve(_settings(HOST=host, PORT=port), Config(workers=workers, reload=reload))
+    except KeyboardInterrupt:
+        pass  # Asked to stop, and stopped.
+
+
+def _settings(**options: object) -> Settings:
+    """The settings with these instead of theirs, here and in every process that we start."""
+    os.environ.update({name: str(value) for name, value in options.items() if value is not None})
+    return Settings.load()
+
+
+def _serve(settings: Settings, config: Config) -> None:
+    signal.signal(signal.SIGTERM, interrupt)
+    with listen(settings.host, settings.port) as listener:
+        settings = _settings(PORT=listener.getsockname()[1])
+        with opened_database(settings) as database:
+            click.echo(banner(settings, database))
+            run(config, listener)
+
+
+def interrupt(_number: int, _frame: FrameType | None) -> None:
+    """SIGTERM as Ctrl-C: what is open gets closed."""
+    raise KeyboardInterrupt
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """The listening socket, which workers share; what connects before they are up waits in its queue."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=host == "::")
+    except OSError as error:
+        raise click.ClickException(_why_not(error, host, port)) from error
+
+
+def _why_not(error: OSError, host: str, port: int) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"Port {port} of {host} is in use: stop what uses it, or choose another with --port."
+    return f"Cannot listen on port {port} of {host}: {error.strerror}."
+
+
+def run(config: Config, listener: socket.socket) -> None:
+    """Serve until a signal; raises `click.ClickException` if the application does not start."""
+    if config.reload:
+        ChangeReload(config, target=uvicorn.Server(config).run, sockets=[listener]).run()
+    elif config.workers > 1:
+        _run_workers(Multiprocess(config, sockets=[listener]))
+    else:
+        _run_here(uvicorn.Server(config), listener)
+
+
+def _run_here(server: uvicorn.Server, listener: socket.socket) -> None:
+    try:
+        server.run(sockets=[listener])
+    except SystemExit as end:
+        raise not_started() from end
+
+
+def _run_workers(supervisor: Multiprocess) -> None:
+    supervisor.run()
+    if any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes):
+        raise not_started()
+
+
+def not_started() -> click.ClickException:
+    """For what passed the checks and failed all the same."""
+    return click.ClickException("The application did not start: the log above says why.")
+
+
+def watched_directories() -> list[str]:
+    """Where the code and the document are: never the state directory, nor a virtual environment."""
+    return [str(place) for place in (PACKAGE, ROOT / "openapi") if place.is_dir()]
+
+
+def banner(settings: Settings, database: Database) -> str:
+    """Where everything is, for whoever started it."""
+    base = settings.public_base_url
+    where = f"embedded PostgreSQL in {settings.state_dir}" if database.is_embedded else database.place
+    lines = {
+        "API": f"{base}/api/v1/auth/tenants/",
+        "Docs": f"{base}/docs/",
+        "Document": f"{base}/openapi.json",
+        "Listening on": f"{settings.host}, port {settings.port}",
+        "Database": where,
+        "Environment": settings.environment,
+        "State": str(settings.state_dir),
+    }
+    return "\n".join([*(f"{name:<14}{said}" for name, said in lines.items()), "Ctrl-C stops."])
