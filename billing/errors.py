@@ -129,7 +129,7 @@ class Invalid(BillingError):
 class MalformedBody(Invalid):
     """The body is not JSON in UTF-8.
 
-    Send one JSON value, encoded as UTF-8 without NUL or lone surrogates, with integers below 2^53.
+    Send one JSON value in UTF-8, without NUL or lone surrogates, nested less than 1,024 deep.
     """
 
 

@@ -18,7 +18,7 @@ from billing.errors import (
 from billing.ids import new_id
 from billing.passwords import Passwords
 from billing.ports import Audit
-from billing.tenants import Account, Tenant, User
+from billing.tenants import Account, Members, Tenant, User, get_user, require_another_owner
 from billing.tokens import Claims, Holder, TokenPair, Tokens
 
 FAMILY_LIFETIME = timedelta(days=30)
@@ -94,6 +94,25 @@ def change_password(
     return start(tx, changed, tokens=tokens, now=now)
 
 
+def reset_password(tx: Storage, user: User, password_hash: str, *, now: datetime) -> None:
+    """Put a password in the place of one that was lost, and end every session of the user."""
+    tx.users.reset_password(user.id, password_hash, now)
+    tx.sessions.end_all(user.id, now)
+    tx.audit.record("user.password_reset", subject=user.email, now=now)
+
+
+def disable_user(tx: Storage, email: str, *, now: datetime) -> None:
+    """Lock a user out, and end every session of theirs; raises `NotFound`, `Conflict` for the last owner."""
+    tx.tenants.lock()
+    user = get_user(tx.users, email)
+    if not user.is_active:
+        return
+    require_another_owner(tx.users, user)
+    tx.users.disable(user.id, now)
+    tx.sessions.end_all(user.id, now)
+    tx.audit.record("user.disabled", subject=user.email, now=now)
+
+
 def refresh(tx: Storage, claims: Claims, *, tokens: Tokens, now: datetime) -> TokenPair | BillingError:
     """Exchange a refresh token for its successor and a fresh access token.
 
@@ -144,14 +163,17 @@ class SessionShelf(Protocol):
 
 class TenantShelf(Protocol):
     def get(self) -> Tenant: ...
+    def lock(self) -> None: ...
 
 
-class UserShelf(Protocol):
-    """The two that change a user return it changed, or None if its tokens were ended in the meantime."""
+class UserShelf(Members, Protocol):
+    """Two return the user changed, or None if its tokens were ended in the meantime."""
 
     def find(self, id: UUID) -> User | None: ...
     def note_login(self, user: User, renewed_hash: str | None, now: datetime) -> User | None: ...
     def change_password(self, user: User, password_hash: str, now: datetime) -> User | None: ...
+    def reset_password(self, id: UUID, password_hash: str, now: datetime) -> None: ...
+    def disable(self, id: UUID, now: datetime) -> None: ...
 
 
 class Storage(Protocol):

@@ -13,7 +13,7 @@ from uuid import UUID
 from slugify import slugify
 
 from billing import keys
-from billing.errors import EmailTaken
+from billing.errors import Conflict, EmailTaken, NotFound
 from billing.ids import new_id
 from billing.keys import KeyDigests, NewKey
 from billing.webhooks.signing import new_secret
@@ -40,6 +40,20 @@ class Tenant:
     is_active: bool
     created_at: datetime
     updated_at: datetime
+
+
+@dataclass(frozen=True)
+class TenantSummary:
+    """What the platform's operator sees of each tenant."""
+
+    id: UUID
+    slug: str
+    company_name: str
+    email: str
+    tier: str
+    is_active: bool
+    stripe_status: str
+    created_at: datetime
 
 
 @dataclass(frozen=True)
@@ -132,6 +146,69 @@ def add_user(tx: Storage, user: User, *, password_hash: str, now: datetime) -> N
     tx.audit.record("user.added", subject=user.email, now=now, details={"role": user.role})
 
 
+def set_tier(tx: Storage, tier: Tier, *, now: datetime) -> None:
+    """Put the tenant into a tier; that it is there already is no error."""
+    tx.tenants.lock()
+    tenant = tx.tenants.get()
+    if tenant.tier != tier:
+        tx.tenants.set_tier(tier, now)
+        tx.audit.record(
+            "tenant.tier_changed", subject=tenant.slug, now=now, details={"from": tenant.tier, "to": tier}
+        )
+
+
+def set_active(tx: Storage, *, is_active: bool, now: datetime) -> None:
+    """Switch the tenant off, or on again. Sessions and keys are kept; while it is off they open nothing."""
+    tx.tenants.lock()
+    tenant = tx.tenants.get()
+    if tenant.is_active != is_active:
+        tx.tenants.set_active(is_active, now)
+        tx.audit.record("tenant.enabled" if is_active else "tenant.disabled", subject=tenant.slug, now=now)
+
+
+def get_user(users: Members, email: str) -> User:
+    """The tenant's user with this email, in whatever capitals; raises `NotFound`."""
+    user = users.find_by_email(normalise_email(email))
+    if user is None:
+        raise NotFound("The tenant has no user with this email.")
+    return user
+
+
+def set_role(tx: Storage, email: str, role: Role, *, now: datetime) -> None:
+    """Give a user another role, which counts from their next request; raises `NotFound`, `Conflict`."""
+    tx.tenants.lock()
+    user = get_user(tx.users, email)
+    if user.role == role:
+        return
+    require_another_owner(tx.users, user)
+    tx.users.set_role(user.id, role, now)
+    tx.audit.record(
+        "user.role_changed", subject=user.email, now=now, details={"from": user.role, "to": role}
+    )
+
+
+def enable_user(tx: Storage, email: str, *, now: datetime) -> None:
+    """Let a disabled user log in again; raises `NotFound`."""
+    user = get_user(tx.users, email)
+    if not user.is_active:
+        tx.users.enable(user.id, now)
+        tx.audit.record("user.enabled", subject=user.email, now=now)
+
+
+def require_another_owner(users: Members, user: User) -> None:
+    """Raises `Conflict` if the user is the only active owner: nobody could make another one.
+
+    The caller holds the tenant's lock, or two owners could end each other.
+    """
+    others = [other for other in users.all() if other.id != user.id]
+    if is_active_owner(user) and not any(map(is_active_owner, others)):
+        raise Conflict("A tenant keeps at least one active owner: make another user an owner first.")
+
+
+def is_active_owner(user: User) -> bool:
+    return user.role == "owner" and user.is_active
+
+
 def _new_tenant(tx: Storage, details: Mapping[str, str], now: datetime) -> Tenant:
     return Tenant(
         id=tx.tenant_id,
@@ -170,11 +247,23 @@ def new_user(tenant: Tenant, details: Mapping[str, str], *, role: Role, now: dat
 
 class TenantShelf(Protocol):
     def add(self, tenant: Tenant) -> None: ...
+    def get(self) -> Tenant: ...
     def lock(self) -> None: ...
+    def set_tier(self, tier: str, now: datetime) -> None: ...
+    def set_active(self, is_active: bool, now: datetime) -> None: ...
 
 
-class UserShelf(Protocol):
+class Members(Protocol):
+    """The users of a tenant, to look at."""
+
+    def all(self) -> list[User]: ...
+    def find_by_email(self, email: str) -> User | None: ...
+
+
+class UserShelf(Members, Protocol):
     def add(self, user: User, *, password_hash: str) -> None: ...
+    def set_role(self, id: UUID, role: str, now: datetime) -> None: ...
+    def enable(self, id: UUID, now: datetime) -> None: ...
 
 
 class WebhookShelf(Protocol):

@@ -107,7 +107,7 @@ class Operation:
 
     `roles` are those a user must have one of; none means that any user may. `schemes` are the names of the
     security schemes offered; none means that the operation is public. `query` are its query parameters,
-    resolved. `request` is the JSON schema of the body as it stands in the document, `None` where there is
+    resolved; an `open_query` may have others too. `request` is the JSON schema of the body as it stands in the document, `None` where there is
     no body.
     """
 
@@ -119,6 +119,7 @@ class Operation:
     roles: tuple[str, ...]
     schemes: tuple[str, ...]
     query: tuple[dict[str, Any], ...]
+    open_query: bool
     request: dict[str, Any] | None
     body_required: bool
 
@@ -167,6 +168,7 @@ def _operation(document: dict[str, Any], method: str, path: str, said: dict[str,
         roles=tuple(said.get("x-roles", ())),
         schemes=tuple(dict.fromkeys(name for alternative in security for name in alternative)),
         query=tuple(parameter for parameter in parameters if parameter["in"] == "query"),
+        open_query=said.get("x-open-query", False),
         request=body.get("content", {}).get("application/json", {}).get("schema"),
         body_required=body.get("required", False),
     )

@@ -17,13 +17,13 @@ from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
 OFF = logging.CRITICAL + 1
 
 # Connexion logs what it refuses, and with it what was submitted: a password too short lands in the log
-# (spec-first/connexion#1176). The others log bodies, statements or whole URLs below WARNING.
+# (spec-first/connexion#1176). Others log bodies or whole URLs below WARNING; SQLAlchemy minds itself.
 LEVELS = {
     "connexion": OFF,
     "uvicorn.access": OFF,
     "uvicorn.error": logging.NOTSET,
+    "alembic": logging.WARNING,
     "asyncio": logging.WARNING,
-    "sqlalchemy": logging.WARNING,
     "stripe": logging.WARNING,
     "urllib3": logging.WARNING,
 }

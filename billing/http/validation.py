@@ -23,6 +23,7 @@ class Rules:
         parameters = operation.query
         self._query = {p["name"]: _compiled(document, p["schema"]) for p in parameters}
         self._required_query = {p["name"] for p in parameters if p.get("required", False)}
+        self._open_query = operation.open_query
         self._body = operation.request and _compiled(document, operation.request)
         self._body_required = operation.body_required
 
@@ -33,7 +34,7 @@ class Rules:
         faults = [Fault(f"/query/{name}", "It is required.") for name in self._required_query - given.keys()]
         if len(given) < len(pairs):
             faults.append(Fault("/query", "A parameter stands in it twice."))
-        if given.keys() - self._query.keys():
+        if given.keys() - self._query.keys() and not self._open_query:
             faults.append(Fault("/query", "It has a parameter that the document does not know."))
         for name in given.keys() & self._query.keys():
             faults.extend(_faults(self._query[name], given[name], at=f"/query/{name}"))
@@ -51,11 +52,23 @@ class Rules:
 
 
 def parse_json(raw: bytes) -> Any:
-    """JSON as RFC 8259 has it: UTF-8, no NaN, no lone surrogates, no bottomless nesting."""
+    """JSON as RFC 8259 has it: UTF-8, no NaN, no lone surrogates, no bottomless nesting; and no NUL."""
     try:
-        return orjson.loads(raw)
+        parsed = orjson.loads(raw)
     except orjson.JSONDecodeError:
         raise MalformedBody from None
+    # PostgreSQL holds none, and few documents have the characters that could be one.
+    if b"\\u0000" in raw and _has_nul(parsed):
+        raise MalformedBody
+    return parsed
+
+
+def _has_nul(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_has_nul(part) for item in value.items() for part in item)
+    if isinstance(value, list):
+        return any(_has_nul(item) for item in value)
+    return isinstance(value, str) and "\0" in value
 
 
 def _refuse(faults: Sequence[Fault]) -> None:

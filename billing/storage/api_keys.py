@@ -11,7 +11,7 @@ from sqlalchemy import ColumnElement, and_, or_, select
 from sqlalchemy.dialects.postgresql import distinct_on
 
 from billing.keys import ApiKey, KeyType
-from billing.storage.shelf import Shelf
+from billing.storage.shelf import Shelf, values_of
 from billing.storage.tables import api_keys
 
 COLUMNS = (
@@ -42,8 +42,7 @@ class ApiKeys(Shelf):
     """The keys of one tenant."""
 
     def add(self, key: ApiKey, *, digest: str) -> None:
-        values = {column.name: getattr(key, column.name) for column in COLUMNS}
-        self._connection.execute(api_keys.insert().values(values | {"digest": digest}))
+        self.insert(api_keys, values_of(key, api_keys) | {"digest": digest})
 
     def living(self, now: datetime, types: Sequence[KeyType]) -> list[ApiKey]:
         """The keys of these types that work now."""

@@ -50,7 +50,7 @@ class AuditLog(Shelf):
             "request_id": self._actor.request_id,
         }
         digest = hashlib.sha256(previous + canonical(row)).digest()
-        self._connection.execute(audit_log.insert().values(row | {"hash": digest}))
+        self.insert(audit_log, row | {"hash": digest})
         self._connection.execute(
             audit_heads.update().where(self.mine(audit_heads)).values(sequence=sequence, hash=digest)
         )

@@ -8,7 +8,7 @@ from uuid import UUID
 from sqlalchemy import select
 
 from billing.sessions import Session
-from billing.storage.shelf import Shelf
+from billing.storage.shelf import Shelf, values_of
 from billing.storage.tables import sessions
 
 
@@ -16,9 +16,7 @@ class Sessions(Shelf):
     """The sessions of one tenant's users."""
 
     def add(self, session: Session) -> None:
-        self._connection.execute(
-            sessions.insert().values({column.name: getattr(session, column.name) for column in sessions.c})
-        )
+        self.insert(sessions, values_of(session, sessions))
 
     def find(self, id: UUID) -> Session | None:
         row = self._connection.execute(

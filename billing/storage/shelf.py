@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, Connection, Table
@@ -21,3 +23,13 @@ class Shelf:
         """The condition that a row is this tenant's."""
         column = table.c.id if table.name == "tenants" else table.c.tenant_id
         return column == self._tenant_id
+
+    def insert(self, table: Table, values: Mapping[str, Any]) -> None:
+        """Add a row, as this tenant's whatever it says."""
+        owner = {"tenant_id": self._tenant_id} if "tenant_id" in table.c else {"id": self._tenant_id}
+        self._connection.execute(table.insert().values({**values, **owner}))
+
+
+def values_of(value: object, table: Table) -> dict[str, Any]:
+    """The members of a value that are columns of the table, by name."""
+    return {column.name: getattr(value, column.name) for column in table.c if hasattr(value, column.name)}

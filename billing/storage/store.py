@@ -1,4 +1,4 @@
-"""The store: two doors, one into a single tenant, one for the questions asked before a tenant is known."""
+"""The store: a door into a single tenant, one for what is asked before a tenant is known, one for the operator."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from billing.storage import schema
 from billing.storage.api_keys import ApiKeys
 from billing.storage.audit import AuditLog
 from billing.storage.directory import Directory
+from billing.storage.operator import Operator
 from billing.storage.platform import Platform
 from billing.storage.sessions import Sessions
 from billing.storage.tenants import Tenants
@@ -96,6 +97,12 @@ class Store:
             # One statement, one transaction: no BEGIN and no COMMIT to wait for.
             connection.execution_options(isolation_level="AUTOCOMMIT")
             yield Platform(connection)
+
+    @contextmanager
+    def operator(self) -> Iterator[Operator]:
+        """What the operator asks about all tenants; the store was opened with the owner's address."""
+        with _in_our_words(), self._engine.connect() as connection:
+            yield Operator(connection)
 
     def require_ready(self) -> None:
         """Raises `DatabaseUnavailable`, or `schema.SchemaError` when the tables are not this version's."""

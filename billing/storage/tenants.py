@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import select
 
 from billing.errors import NotFound
-from billing.storage.shelf import Shelf
+from billing.storage.shelf import Shelf, values_of
 from billing.storage.tables import tenants, webhook_endpoints
 from billing.tenants import Tenant
 
@@ -48,9 +48,7 @@ class Tenants(Shelf):
         return tenant_of(row)
 
     def add(self, tenant: Tenant) -> None:
-        self._connection.execute(
-            tenants.insert().values({column.name: getattr(tenant, column.name) for column in tenants.c})
-        )
+        self.insert(tenants, values_of(tenant, tenants))
 
     def lock(self) -> None:
         """Let no one else change this tenant's things until the transaction ends."""

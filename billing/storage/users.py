@@ -10,7 +10,7 @@ from uuid import UUID
 from sqlalchemy import Update, select
 
 from billing.errors import NotFound
-from billing.storage.shelf import Shelf
+from billing.storage.shelf import Shelf, values_of
 from billing.storage.tables import users
 from billing.tenants import User
 
@@ -38,14 +38,19 @@ class Users(Shelf):
     """The users of one tenant."""
 
     def add(self, user: User, *, password_hash: str) -> None:
-        values = {column.name: getattr(user, column.name) for column in COLUMNS}
-        self._connection.execute(users.insert().values(values | {"password_hash": password_hash}))
+        self.insert(users, values_of(user, users) | {"password_hash": password_hash})
 
     def find(self, id: UUID) -> User | None:
         row = self._connection.execute(
             select(*COLUMNS).where(self.mine(users), users.c.id == id)
         ).one_or_none()
         return user_of(row) if row else None
+
+    def find_by_email(self, email: str) -> User | None:
+        """The user with this email, which is in its normal form."""
+        query = select(*COLUMNS).where(self.mine(users), users.c.email == email)
+        row = self._connection.execute(query).one_or_none()
+        return row and user_of(row)
 
     def all(self) -> list[User]:
         rows = self._connection.execute(select(*COLUMNS).where(self.mine(users)).order_by(users.c.id))
@@ -73,13 +78,23 @@ class Users(Shelf):
             )
         )
 
-    def set_role(self, user: User, role: str, now: datetime) -> User | None:
-        return self._one(self._same(user).values(role=role, updated_at=now))
+    def set_role(self, id: UUID, role: str, now: datetime) -> None:
+        self._update(id, role=role, updated_at=now)
 
-    def disable(self, user: User, now: datetime) -> User | None:
-        return self._one(
-            self._same(user).values(is_active=False, token_version=users.c.token_version + 1, updated_at=now)
-        )
+    def enable(self, id: UUID, now: datetime) -> None:
+        self._update(id, is_active=True, updated_at=now)
+
+    def disable(self, id: UUID, now: datetime) -> None:
+        """Their tokens end too: none of this version is good any more."""
+        self._update(id, is_active=False, token_version=users.c.token_version + 1, updated_at=now)
+
+    def reset_password(self, id: UUID, password_hash: str, now: datetime) -> None:
+        """Their tokens end too: none of this version is good any more."""
+        version = users.c.token_version + 1
+        self._update(id, password_hash=password_hash, token_version=version, updated_at=now)
+
+    def _update(self, id: UUID, **values: object) -> None:
+        self._connection.execute(users.update().where(self.mine(users), users.c.id == id).values(values))
 
     def _same(self, user: User) -> Update:
         return users.update().where(

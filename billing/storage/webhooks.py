@@ -22,13 +22,8 @@ class Webhooks(Shelf):
 
     def open(self, url: str | None, secret: str, *, now: datetime) -> None:
         """Make the tenant's endpoint, with its first secret."""
-        self._connection.execute(
-            webhook_endpoints.insert().values(tenant_id=self._tenant_id, url=url, updated_at=now)
-        )
+        self.insert(webhook_endpoints, {"url": url, "updated_at": now})
         secret_id = new_id()
         sealed = self._vault.seal(secret, place=f"webhook_secrets/{self._tenant_id}/{secret_id}")
-        self._connection.execute(
-            webhook_secrets.insert().values(
-                tenant_id=self._tenant_id, id=secret_id, sealed=sealed, last4=secret[-4:], created_at=now
-            )
-        )
+        values = {"id": secret_id, "sealed": sealed, "last4": secret[-4:], "created_at": now}
+        self.insert(webhook_secrets, values)

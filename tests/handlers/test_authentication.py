@@ -27,7 +27,9 @@ def code_of(response: Any) -> tuple[int, str]:
 
 
 def test_register_answers_everything_once(client: TestClient) -> None:
-    answer = register(client, first_name="Ada", domain="acme.example", webhook_url="https://hooks.acme.example/")
+    answer = register(
+        client, first_name="Ada", domain="acme.example", webhook_url="https://hooks.acme.example/"
+    )
     assert answer.status_code == 201
     assert answer.json()["tenant"].keys() >= set(SECRETS)
     assert answer.json()["tenant"]["slug"] == "acme-inc"
@@ -342,7 +344,9 @@ def test_verify_knows_every_key_by_both_headers(acme: Account, name: str, header
 
 
 def test_details_by_key_and_by_user(acme: Account) -> None:
-    by_key = acme.client.get(f"{API}/details/", headers={"X-API-Key": acme.tenant["api_key_test_public"]}).json()
+    by_key = acme.client.get(
+        f"{API}/details/", headers={"X-API-Key": acme.tenant["api_key_test_public"]}
+    ).json()
     assert by_key["mode"] == "test"
     assert by_key["tenant"].keys() == PUBLIC_MEMBERS
     by_user = acme.get("/details/").json()
@@ -373,7 +377,13 @@ def stranger() -> str:
 
 
 def test_a_bad_bearer_is_401_even_beside_a_good_key(acme: Account) -> None:
-    for authorization in ("Bearer nonsense", "Bearer", "Basic dXNlcjpwYXNz", f"Bearer {stranger()}", "garbage"):
+    for authorization in (
+        "Bearer nonsense",
+        "Bearer",
+        "Basic dXNlcjpwYXNz",
+        f"Bearer {stranger()}",
+        "garbage",
+    ):
         headers = {"Authorization": authorization, "X-API-Key": acme.tenant["api_key_secret"]}
         answer = acme.client.get(f"{API}/verify/", headers=headers)
         assert answer.status_code == 401

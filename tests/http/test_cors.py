@@ -115,6 +115,11 @@ def test_any_other_options_is_a_request(address: Address, headers: list[str]) ->
     assert exchange(address, request("OPTIONS", "/missing/", *headers)).status == 404
 
 
+def test_only_options_is_a_preflight(address: Address) -> None:
+    headers = [f"Origin: {KNOWN}", "Access-Control-Request-Method: POST"]
+    assert exchange(address, request("GET", "/missing/", *headers)).status == 404
+
+
 def test_each_origin_must_be_named() -> None:
     with pytest.raises(ValueError, match="by name"):
         Cors(shop, ["*"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -287,18 +288,33 @@ def test_signal_to_the_clients_group_spares_the_server(
 
 
 @on_linux
-def test_pid_file_with_another_process_number_is_no_obstacle(state_dir: Path) -> None:
-    with embedded.start(state_dir):
-        pass
-    eventually(lambda: not is_running(state_dir))
+def test_nothing_starts_while_postgres_lives(state_dir: Path) -> None:
+    with embedded.start(state_dir) as server, (state_dir / "postgres.lock").open() as lock:
+        running, watching = postmaster(state_dir), watcher(state_dir)
+        os.kill(running, signal.SIGSTOP)
+        os.kill(watching, signal.SIGKILL)
+        eventually(lambda: not lives(watching))
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.kill(running, signal.SIGCONT)
+        eventually(lambda: not lives(running))
+        eventually(lambda: answers(server.cluster))
+
+
+@on_linux
+@pytest.mark.parametrize("is_zombie", [False, True])
+def test_pid_file_with_another_process_number_is_no_obstacle(state_dir: Path, *, is_zombie: bool) -> None:
     account = binaries.account_for(state_dir / "postgres/data")
     bystander = subprocess.Popen(["sleep", "60"], cwd="/", **account.popen)
+    if is_zombie:
+        bystander.kill()
+        eventually(lambda: not lives(bystander.pid))
     account.write(state_dir / "postgres/data/postmaster.pid", f"{bystander.pid}\n")
     account.write(state_dir / "postgres/run/.s.PGSQL.5432.lock", f"{bystander.pid}\n")
     try:
         with embedded.start(state_dir) as server:
             assert answers(server.cluster)
-        assert bystander.poll() is None
+        assert lives(bystander.pid) is not is_zombie
     finally:
         bystander.kill()
         bystander.wait()
@@ -357,6 +373,8 @@ def test_what_statements_say_is_not_logged(state_dir: Path) -> None:
         ask(server.cluster, "INSERT INTO words VALUES ('a private word')")
         with pytest.raises(psycopg2.errors.UniqueViolation):
             ask(server.cluster, "INSERT INTO words VALUES ('a private word')")
+        with pytest.raises(psycopg2.DataError):
+            ask(server.cluster, "SELECT 'a private word'::integer")
         with pytest.raises(psycopg2.OperationalError):
             ask(server.cluster, "SELECT pg_terminate_backend(pg_backend_pid()), 'a private word'")
         with closing(connect(server.cluster)) as crashing:
@@ -428,6 +446,8 @@ def test_binaries_out_of_reach_are_copied(state_dir: Path, monkeypatch: pytest.M
     for source in (install, package.with_name(f"{package.name}.libs")):
         shutil.copytree(source, private / source.relative_to(package.parent))
     (private / package.name / "__init__.py").touch()
+    for path in private.rglob("*"):
+        path.chmod(0o700)
     monkeypatch.syspath_prepend(private)
     with embedded.start(state_dir) as server:
         running = os.readlink(f"/proc/{postmaster(state_dir)}/exe")

@@ -1,0 +1,31 @@
+"""The door of the platform's operator: across all tenants, as the owner of the tables, to look only."""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection, select
+
+from billing.storage.tables import tenants
+from billing.tenants import TenantSummary
+
+COLUMNS = (
+    tenants.c.id,
+    tenants.c.slug,
+    tenants.c.company_name,
+    tenants.c.email,
+    tenants.c.tier,
+    tenants.c.is_active,
+    tenants.c.stripe_status,
+    tenants.c.created_at,
+)
+
+
+class Operator:
+    """Questions about all tenants. Row security lets only the owner see more than one."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def tenants(self) -> list[TenantSummary]:
+        """Every tenant, the oldest first."""
+        rows = self._connection.execute(select(*COLUMNS).order_by(tenants.c.id))
+        return [TenantSummary(*row) for row in rows]

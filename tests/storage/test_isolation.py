@@ -1,0 +1,265 @@
+"""A tenant reaches its own rows alone: with both safeguards, and with either of them off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, create_engine, exc, text, true
+
+from billing import keys, sessions, tenants
+from billing.errors import BillingError, NotFound
+from billing.ids import new_id
+from billing.keys import KeyDigests
+from billing.settings import Settings
+from billing.storage.shelf import Shelf
+from billing.storage.store import Store, TenantTx
+from billing.storage.tables import metadata
+from billing.tenants import Registered
+from billing.tokens import Tokens
+from tests.conftest import TestDatabase
+
+NOW = datetime(2026, 1, 15, 9, 30, tzinfo=UTC)
+TABLES = sorted(metadata.tables)
+
+
+class House:
+    """Two tenants, and a store that may have lost a safeguard."""
+
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self.store = store
+        self.tokens = Tokens(settings.jwt_keys, settings.public_base_url)
+        self.digests = KeyDigests(settings.key_peppers)
+        self.acme = self.register("Acme")
+        self.globex = self.register("Globex")
+
+    def register(self, name: str) -> Registered:
+        details = {"company_name": name, "email": f"ada@{name}.example"}
+        with self.store.tenant(new_id()) as tx:
+            made = tenants.register(tx, details, password_hash="-", digests=self.digests, now=NOW)
+            sessions.start(tx, made.owner, tokens=self.tokens, now=NOW)
+            return made
+
+
+WAYS = ["both", "filters off", "row security off"]
+
+
+@pytest.fixture(params=WAYS)
+def house(
+    request: pytest.FixtureRequest,
+    store: Store,
+    settings: Settings,
+    test_database: TestDatabase,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[House]:
+    if request.param == "filters off":
+        monkeypatch.setattr(Shelf, "mine", lambda *_: true())
+    if request.param == "row security off":
+        store.open(test_database.superuser_url)
+    yield House(store, settings)
+
+
+# Everything that a shelf can be asked about a row of somebody else's: what comes back, if anything.
+Attempt = Callable[[TenantTx, House], Any]
+ATTEMPTS: dict[str, Attempt] = {
+    "users.find": lambda tx, h: tx.users.find(h.acme.owner.id),
+    "users.all": lambda tx, h: [u for u in tx.users.all() if u.tenant_id != tx.tenant_id],
+    "users.password_hash": lambda tx, h: refused(lambda: tx.users.password_hash(h.acme.owner.id)),
+    "users.note_login": lambda tx, h: tx.users.note_login(h.acme.owner, "stolen", NOW),
+    "users.change_password": lambda tx, h: tx.users.change_password(h.acme.owner, "stolen", NOW),
+    "users.set_role": lambda tx, h: tx.users.set_role(h.acme.owner, "developer", NOW),
+    "users.disable": lambda tx, h: tx.users.disable(h.acme.owner, NOW),
+    "sessions.find": lambda tx, h: tx.sessions.find(session_of(tx, h)),
+    "sessions.rotate": lambda tx, h: tx.sessions.rotate(session_of(tx, h), b"", b"", NOW),
+    "sessions.end": lambda tx, h: tx.sessions.end(session_of(tx, h), NOW),
+    "sessions.end_all": lambda tx, h: tx.sessions.end_all(h.acme.owner.id, NOW),
+    "api_keys.living": lambda tx, h: foreign(tx, tx.api_keys.living(NOW, keys.TYPES)),
+    "api_keys.worth_showing": lambda tx, h: foreign(tx, tx.api_keys.worth_showing(NOW)),
+    "api_keys.expire": lambda tx, h: tx.api_keys.expire(h.acme.keys[0].key.ending(NOW)),
+    "api_keys.note_use": lambda tx, h: tx.api_keys.note_use(h.acme.keys[0].key.id, NOW),
+    "api_keys.revoke": lambda tx, h: foreign(tx, tx.api_keys.revoke(keys.TYPES, NOW)),
+    "keys.regenerate": lambda tx, h: foreign(tx, regenerate(tx, h)),
+    "tenants.set_active": lambda tx, h: tx.tenants.set_active(False, NOW),
+    "tenants.set_tier": lambda tx, h: tx.tenants.set_tier("pro", NOW),
+    "directory.claim": lambda tx, h: tx.directory.claim("email", h.acme.owner.email, new_id()) or None,
+    "users.add": lambda tx, h: tx.users.add(replace(h.acme.owner, id=new_id()), password_hash="-"),
+}
+
+
+def refused(ask: Callable[[], object]) -> object:
+    try:
+        return ask()
+    except NotFound:
+        return None
+
+
+def session_of(tx: TenantTx, house: House) -> Any:
+    """The id of Acme's session, which Globex cannot know and is told here."""
+    with house.store._engine.connect() as connection:
+        connection.execute(
+            text("SELECT set_config('app.tenant_id', :id, true)"), {"id": str(house.acme.tenant.id)}
+        )
+        query = text("SELECT id FROM sessions WHERE tenant_id = :id")
+        return connection.scalars(query, {"id": house.acme.tenant.id}).one()
+
+
+def foreign(tx: TenantTx, found: list[keys.ApiKey]) -> list[keys.ApiKey]:
+    return [key for key in found if key.tenant_id != tx.tenant_id]
+
+
+def regenerate(tx: TenantTx, house: House) -> list[keys.ApiKey]:
+    from datetime import timedelta
+
+    return list(keys.regenerate(tx, "all", grace=timedelta(), digests=house.digests, now=NOW).previous)
+
+
+def rows_of(superuser: Engine, tenant_id: object) -> dict[str, Any]:
+    column = {table: "id" if table == "tenants" else "tenant_id" for table in TABLES}
+    with superuser.connect() as connection:
+        return {
+            table: sorted(connection.scalars(text(query), {"id": tenant_id}))
+            for table in TABLES
+            for query in [f"SELECT to_jsonb(t)::text FROM {table} t WHERE {column[table]} = :id"]
+        }
+
+
+@pytest.mark.parametrize("attempt", ATTEMPTS)
+def test_another_tenants_rows_are_neither_seen_nor_changed(
+    house: House, superuser: Engine, attempt: str
+) -> None:
+    before = rows_of(superuser, house.acme.tenant.id)
+    with house.store.tenant(house.globex.tenant.id) as tx:
+        assert ATTEMPTS[attempt](tx, house) in (None, [])
+        assert tx.tenants.get().id == house.globex.tenant.id
+    assert rows_of(superuser, house.acme.tenant.id) == before
+
+
+def test_every_question_of_every_shelf_is_attempted() -> None:
+    about_oneself = {
+        "tenants.get",
+        "tenants.add",
+        "tenants.lock",
+        "api_keys.add",
+        "sessions.add",
+        "webhooks.open",
+    }
+    shelves = vars(TenantTx(None, new_id(), None, None))  # type: ignore[arg-type]
+    questions = {
+        f"{noun}.{name}"
+        for noun, shelf in shelves.items()
+        if isinstance(shelf, Shelf)
+        for name in vars(type(shelf))
+        if not name.startswith("_")
+    }
+    assert questions - about_oneself - ATTEMPTS.keys() == {"audit.record"}
+
+
+def test_with_both_safeguards_off_these_tests_would_see_it(
+    store: Store, settings: Settings, test_database: TestDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Shelf, "mine", lambda *_: true())
+    store.open(test_database.superuser_url)
+    house = House(store, settings)
+    with store.tenant(house.globex.tenant.id) as tx:
+        assert tx.users.find(house.acme.owner.id) is not None
+        assert foreign(tx, tx.api_keys.revoke(keys.TYPES, NOW))
+
+
+# What the application's role may do at all -------------------------------------------------------
+
+
+@pytest.fixture
+def app(test_database: TestDatabase) -> Iterator[Engine]:
+    engine = create_engine(test_database.app_url)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def two(store: Store, settings: Settings) -> House:
+    return House(store, settings)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_without_a_tenant_every_table_is_empty(two: House, app: Engine, table: str) -> None:
+    with app.connect() as connection:
+        assert connection.scalar(text(f"SELECT count(*) FROM {table}")) == 0
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_with_a_tenant_a_table_has_its_rows_alone(two: House, app: Engine, table: str) -> None:
+    column = "id" if table == "tenants" else "tenant_id"
+    with app.connect() as connection:
+        become(connection, two.acme.tenant.id)
+        assert connection.scalars(text(f"SELECT DISTINCT {column} FROM {table}")).all() == [
+            two.acme.tenant.id
+        ]
+
+
+def become(connection: Any, tenant_id: object) -> None:
+    connection.execute(text("SELECT set_config('app.tenant_id', :id, true)"), {"id": str(tenant_id)})
+
+
+def test_a_row_cannot_be_written_for_another_tenant(two: House, app: Engine) -> None:
+    claim = "INSERT INTO directory VALUES ('slug', 'stolen', :id, :id)"
+    move = "UPDATE users SET tenant_id = :id"
+    for statement in (claim, move):
+        with app.connect() as connection:
+            become(connection, two.globex.tenant.id)
+            with pytest.raises(exc.ProgrammingError, match="row-level security"):
+                connection.execute(text(statement), {"id": two.acme.tenant.id})
+
+
+def test_a_key_cannot_refer_to_another_tenants_user(two: House, superuser: Engine) -> None:
+    with superuser.connect() as connection, pytest.raises(exc.IntegrityError, match="foreign key"):
+        connection.execute(
+            text("UPDATE sessions SET user_id = :user WHERE tenant_id = :tenant"),
+            {"user": two.acme.owner.id, "tenant": two.globex.tenant.id},
+        )
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "SET ROLE billing_lookup",
+        "SET ROLE billing_owner",
+        "ALTER TABLE users DISABLE ROW LEVEL SECURITY",
+        "DROP POLICY tenant ON users",
+        "DELETE FROM users",
+        "TRUNCATE users",
+        "UPDATE audit_log SET action = 'nothing'",
+        "DELETE FROM audit_log",
+        "UPDATE directory SET name = 'x'",
+        "CREATE TABLE mine (id int)",
+        "CREATE FUNCTION app.mine() RETURNS int LANGUAGE sql AS 'SELECT 1'",
+    ],
+)
+def test_the_applications_role_may_not(two: House, app: Engine, statement: str) -> None:
+    with app.connect() as connection:
+        become(connection, two.acme.tenant.id)
+        with pytest.raises(exc.ProgrammingError, match="denied|must be owner"):
+            connection.execute(text(statement))
+
+
+def test_the_lookup_answers_exact_hits_alone(two: House, app: Engine) -> None:
+    find = text("SELECT id FROM app.find(:kind, :names)")
+    with app.connect() as connection:
+        assert connection.scalars(find, {"kind": "slug", "names": ["acme"]}).all() == [two.acme.tenant.id]
+        for pattern in ("%", "", "acm", "acme%", "ACME"):
+            assert connection.scalars(find, {"kind": "slug", "names": [pattern]}).all() == []
+
+
+def test_a_pooled_connection_forgets_its_tenant(two: House) -> None:
+    with two.store._engine.connect() as connection:
+        assert connection.scalar(text("SELECT app.current_tenant()")) is None
+
+
+def test_a_failed_transaction_leaves_nothing(two: House, superuser: Engine) -> None:
+    before = rows_of(superuser, two.acme.tenant.id)
+    with pytest.raises(BillingError), two.store.tenant(two.acme.tenant.id) as tx:
+        keys.revoke(tx, "all", reason=None, now=NOW)
+        raise NotFound
+    assert rows_of(superuser, two.acme.tenant.id) == before

@@ -1,0 +1,126 @@
+"""The schema: made by migrations as the queries think it is, and looked at before the server starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import create_engine, text
+
+from billing.encryption import Vault
+from billing.settings import Settings
+from billing.storage import database, embedded, schema
+from billing.storage.store import Store
+from billing.storage.tables import metadata
+from tests.conftest import TestDatabase, clone
+
+
+@pytest.fixture
+def spare(cluster: embedded.Cluster, worker_id: str) -> Iterator[TestDatabase]:
+    """A database that a test may spoil."""
+    name = f"billing_spare_{worker_id}"
+    clone(cluster, name)
+    yield TestDatabase(
+        database.url(cluster, database.APP, name),
+        database.url(cluster, database.OWNER, name),
+        cluster.url(name),
+    )
+
+
+def require_safe(url: str, settings: Settings) -> None:
+    store = Store(Vault(settings.encryption_keys), connections=1)
+    store.open(url)
+    try:
+        store.require_safe()
+    finally:
+        store.close()
+
+
+def run(url: str, statement: str) -> None:
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(text(statement))
+    engine.dispose()
+
+
+def test_the_tables_are_as_the_migrations_make_them(test_database: TestDatabase) -> None:
+    engine = create_engine(test_database.owner_url)
+    with engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+    engine.dispose()
+
+
+def test_every_table_is_isolated_and_none_is_forgotten(spare: TestDatabase, settings: Settings) -> None:
+    engine = create_engine(spare.superuser_url)
+    query = "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p', 'v')"
+    with engine.connect() as connection:
+        assert set(connection.scalars(text(query))) == {*metadata.tables, "alembic_version"}
+    engine.dispose()
+    require_safe(spare.app_url, settings)
+
+
+@pytest.mark.parametrize("role", ["superuser_url", "owner_url"])
+def test_the_server_refuses_to_be_a_role_above_row_security(
+    spare: TestDatabase, settings: Settings, role: str
+) -> None:
+    with pytest.raises(schema.SchemaError, match="billing_app|ours to lift"):
+        require_safe(getattr(spare, role), settings)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        "ALTER TABLE users DISABLE ROW LEVEL SECURITY",
+        "ALTER TABLE users NO FORCE ROW LEVEL SECURITY",
+        "DROP POLICY tenant ON users",
+    ],
+)
+def test_the_server_refuses_a_table_without_isolation(
+    spare: TestDatabase, settings: Settings, spoil: str
+) -> None:
+    run(spare.superuser_url, spoil)
+    with pytest.raises(schema.SchemaError, match="users"):
+        require_safe(spare.app_url, settings)
+
+
+def test_the_server_refuses_a_schema_of_another_version(spare: TestDatabase, settings: Settings) -> None:
+    store = Store(Vault(settings.encryption_keys), connections=1)
+    store.open(spare.app_url)
+    store.require_ready()
+    run(spare.superuser_url, "UPDATE alembic_version SET version_num = '0000'")
+    with pytest.raises(schema.SchemaError, match="billing migrate"):
+        store.require_ready()
+    store.close()
+
+
+def test_six_migrations_at_once_all_succeed(cluster: embedded.Cluster, worker_id: str) -> None:
+    name = f"billing_empty_{worker_id}"
+    engine = create_engine(cluster.url("postgres"), isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.exec_driver_sql(f'DROP DATABASE IF EXISTS "{name}"')
+    engine.dispose()
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda _: database.prepare(cluster, name), range(6)))
+    engine = create_engine(database.url(cluster, database.OWNER, name))
+    with engine.connect() as connection:
+        schema.require_current(connection)
+    engine.dispose()
+
+
+def test_the_roles_of_the_bootstrap_are_not_above_row_security(cluster: embedded.Cluster) -> None:
+    engine = create_engine(cluster.url("postgres"))
+    with engine.connect() as connection:
+        roles = connection.execute(
+            text(
+                "SELECT rolname, rolsuper, rolbypassrls, rolcanlogin FROM pg_roles WHERE rolname LIKE 'billing%'"
+            )
+        ).all()
+    engine.dispose()
+    assert sorted(tuple(role) for role in roles) == [
+        ("billing_app", False, False, True),
+        ("billing_lookup", False, False, False),
+        ("billing_owner", False, False, True),
+    ]
