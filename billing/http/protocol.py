@@ -35,10 +35,9 @@ class Protocol(HttpToolsProtocol):
     - A head has no limit of size, number or time, and a trailer adds to the headers.
     """
 
-    has_refused = False
     in_head = True
     head_bytes = 0
-    waiting_since: float | None  # On the loop's clock; None while it is not the client that we wait for.
+    waiting_since = 0.0  # On the loop's clock.
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -51,8 +50,6 @@ class Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
-        if self.has_refused:
-            return
         self.head_bytes += len(data)
         try:
             self.parser.feed_data(data)
@@ -82,8 +79,6 @@ class Protocol(HttpToolsProtocol):
             return  # It comes again, without the header that asks.
         super().on_headers_complete()
         self.in_head = False
-        self.head_bytes = 0
-        self.waiting_since = None
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():
@@ -139,7 +134,7 @@ class Protocol(HttpToolsProtocol):
             self.transport.close()
 
     def _is_overdue(self) -> bool:
-        if self.waiting_since is None or self._is_busy() or self.timeout_keep_alive_task:
+        if self._is_busy() or self.timeout_keep_alive_task:
             return False
         return self.loop.time() - self.waiting_since > PATIENCE_SECONDS
 
@@ -149,7 +144,6 @@ class Protocol(HttpToolsProtocol):
 
     def _refuse(self, error: BillingError) -> None:
         """Answer in the application's stead and close."""
-        self.has_refused = True
         if self._is_busy() and (self.in_head or self.pipeline):
             # Written now, it would be taken for the answer to an earlier request, which may well succeed.
             self.cycle.keep_alive = False

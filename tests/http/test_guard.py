@@ -50,8 +50,10 @@ async def pass_through(
         raise AssertionError("unreachable")
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        first = await receive()
-        seen.append(Seen(scope["headers"], [first]))
+        body = await receive()
+        seen.append(Seen(scope["headers"], [body]))
+        if messages[-1]["type"] == "http.disconnect":
+            seen[0].messages.append(await receive())
 
     async def send(message: Message) -> None:
         raise AssertionError(f"The guard itself answers nothing: {message}")
@@ -147,6 +149,14 @@ def test_408_for_a_body_that_takes_too_long() -> None:
 
 def test_a_client_that_leaves_while_sending_ends_it_quietly() -> None:
     assert asyncio.run(pass_through([piece(b"{"), {"type": "http.disconnect"}], [JSON], {})) is None
+
+
+def test_after_the_body_the_server_is_heard_again() -> None:
+    gone: Message = {"type": "http.disconnect"}
+    messages: list[Message] = [{"type": "http.request", "body": b"{}", "more_body": False}, gone]
+    seen = asyncio.run(pass_through(messages, [JSON], {}))
+    assert seen
+    assert seen.messages == messages
 
 
 # The media type ----------------------------------------------------------------------------------

@@ -1,0 +1,65 @@
+# `make help` lists what there is. Both environments are made from the locks, hashes checked.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
+WORKERS ?= 2
+
+LOCK := $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes \
+        --no-emit-index-url --no-emit-find-links --no-header -q pyproject.toml --extra build
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test check format types unit browser fuzz lock clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+serve: $(VENV)/.serve ## Start the API on an embedded PostgreSQL at http://127.0.0.1:8000
+	@$(BIN)/billing serve $(ARGS)
+
+test: check browser unit ## Run everything that must pass
+
+check: $(VENV)/.test ## Lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.test ## Put the code in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+unit: $(VENV)/.test ## The tests alone; ARGS="-k keys" for some of them
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+fuzz: $(VENV)/.test ## Schemathesis for longer: EXAMPLES=200 an operation
+	BILLING_FUZZ_EXAMPLES=$(or $(EXAMPLES),200) $(BIN)/python -m pytest tests/contract/test_schemathesis.py
+
+browser: ## Install chromium where that can be done (Debian, as root)
+	@command -v chromium chromium-browser google-chrome >/dev/null \
+	  || [ "$$BILLING_TESTS_WITHOUT_BROWSER" = 1 ] \
+	  || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } \
+	  || { echo "Install chromium, or set BILLING_TESTS_WITHOUT_BROWSER=1 to leave the browser tests out."; exit 1; }
+
+lock: $(VENV)/.test ## Renew both locks from pyproject.toml
+	$(LOCK) -o requirements.lock
+	$(LOCK) --extra test -c requirements.lock -o requirements-dev.lock
+
+clean: ## Remove the environment and what tools left behind
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .schemathesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed.")'
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.serve: requirements.lock pyproject.toml | $(BIN)/python
+	@echo "Installing what the server needs …"
+	@$(PIP) install --require-hashes -r requirements.lock
+	@$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.test: requirements-dev.lock pyproject.toml | $(BIN)/python
+	@echo "Installing what the tests need …"
+	@$(PIP) install --require-hashes -r requirements-dev.lock
+	@$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@ $(VENV)/.serve
