@@ -31,10 +31,11 @@ class Vault:
     def open(self, sealed: str, *, place: str) -> str:
         """The secret again; raises `Unreadable`."""
         kid, _, text = sealed.partition(":")
-        key, data = self._keys.get(kid), bytes.fromhex(text)
+        key = self._keys.get(kid)
         if key is None:
             raise Unreadable(f"no encryption key {kid}")
         try:
+            data = bytes.fromhex(text)
             return AESGCM(key[:32]).decrypt(data[:NONCE_BYTES], data[NONCE_BYTES:], place.encode()).decode()
-        except InvalidTag:
-            raise Unreadable("sealed with another key or for another place") from None
+        except (InvalidTag, ValueError):
+            raise Unreadable("sealed with another key or for another place, or changed") from None

@@ -1,4 +1,4 @@
-"""What can go wrong, as facts. A docstring's first line is the title a client reads, the rest its page.
+"""What can go wrong, as facts: a docstring's first line is the title a client reads, the rest its page.
 
 BillingError
 ├── Invalid                      400  does not match the document

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -51,7 +50,7 @@ def _entry(part: str) -> tuple[str, bytes]:
         raise KeyringError("each key is written as kid:base64, the kid with up to 16 letters and digits")
     try:
         key = base64.b64decode(encoded, validate=True)
-    except binascii.Error:
+    except ValueError:
         raise KeyringError(f"the key {kid} is not base64") from None
     if len(key) < MINIMUM_BYTES:
         raise KeyringError(f"the key {kid} has fewer than {MINIMUM_BYTES} bytes")

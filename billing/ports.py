@@ -1,4 +1,4 @@
-"""What every chapter may ask of storage. Each chapter names the rest of what it needs itself."""
+"""What every chapter may ask of storage; each names the rest of what it needs itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Credentials → Caller; roles. Who sends a request, and whether they may."""
+"""Credentials → Caller, and roles: who sends a request, and whether they may."""
 
 from __future__ import annotations
 

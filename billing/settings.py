@@ -1,8 +1,9 @@
-"""Settings: frozen, read once, from the environment and a `.env` file. No secret has a default."""
+"""Settings: frozen, read once, from the environment and a `.env` file; no secret has a default."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Network, ip_network
@@ -124,7 +125,7 @@ class _Reader:
 
     def whole(self, name: str, default: int, *, lowest: int, highest: int) -> int:
         text = self.given.get(name, str(default))
-        if not (text.isascii() and text.isdigit() and lowest <= int(text) <= highest):
+        if not (re.fullmatch(r"[0-9]{1,9}", text) and lowest <= int(text) <= highest):
             raise SettingsError(f"{name} must be a whole number from {lowest} to {highest}.")
         return int(text)
 
@@ -184,12 +185,15 @@ class _Reader:
 
 
 def _is_origin(text: str) -> bool:
-    parts = urlsplit(text)
-    return (
-        parts.scheme in ("http", "https")
-        and bool(parts.hostname)
-        and text == f"{parts.scheme}://{parts.netloc}"
-    )
+    try:
+        parts = urlsplit(text)
+        scheme, host, port = parts.scheme, parts.hostname or "", parts.port
+    except ValueError:
+        return False
+    host = f"[{host}]" if ":" in host else host
+    # Put together again it has no user, no path, no capitals and no port 65536.
+    plain = f"{scheme}://{host}" + ("" if port is None else f":{port}")
+    return scheme in ("http", "https") and bool(host) and text == plain and " " not in text
 
 
 def _keyring(name: str, text: str) -> Keyring:

@@ -94,7 +94,8 @@ class Registered:
 
 def normalise_email(email: str) -> str:
     """The form in which emails are compared and kept: composed, and without capitals."""
-    return unicodedata.normalize("NFC", email.strip()).lower()
+    # Some capitals have no composed form, and their small letters have: J̌ becomes ǰ.
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", email.strip()).lower())
 
 
 def own_words(details: Mapping[str, str]) -> list[str]:

@@ -118,8 +118,8 @@ class Tokens:
             raise TokenInvalid
         try:
             return self._claims(typ, text, now)
-        # PyJWT lets some malformed members through as plain errors of their types.
-        except (jwt.PyJWTError, ValueError, TypeError, KeyError, AttributeError, OverflowError):
+        # PyJWT lets some malformed members through as plain errors of their types; OSError is a time too far.
+        except (jwt.PyJWTError, ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError):
             raise TokenInvalid from None
 
     def _claims(self, typ: str, text: str, now: datetime) -> Claims:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import click
 
 from billing.cli.console import Commands
+from billing.cli.installation import migrate, secrets
 from billing.cli.serve import serve
+from billing.cli.tenants import tenants
+from billing.cli.users import users
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -21,4 +24,5 @@ def main() -> None:
     """
 
 
-main.add_command(serve)
+for command in (serve, migrate, tenants, users, secrets):
+    main.add_command(command)

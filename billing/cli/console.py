@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 import click
+import orjson
 
 from billing.encryption import Vault
 from billing.errors import BillingError, DatabaseUnavailable
@@ -30,7 +31,7 @@ class Commands(click.Group):
         except DatabaseUnavailable as error:
             raise click.ClickException(unreachable(error)) from error
         except BillingError as error:
-            raise click.ClickException(error.detail) from error
+            raise click.ClickException(said(error)) from error
         except (SettingsError, EmbeddedPostgresError, SchemaError) as error:
             raise click.ClickException(str(error)) from error
 
@@ -39,6 +40,13 @@ def unreachable(error: DatabaseUnavailable) -> str:
     """The title and the driver's first line, which names host and port and reads better than ours would."""
     reason = str(getattr(error.__cause__, "orig", "")).strip().partition("\n")[0]
     return f"The database cannot be reached: {redact(reason)}." if reason else error.title()
+
+
+def said(error: BillingError) -> str:
+    """The error's own detail; where it has none, its title and what its docstring adds."""
+    if error.faults:
+        return " ".join(f"{fault.pointer.strip('/')}: {fault.message}" for fault in error.faults)
+    return f"{error.title()} {error.detail}" if error.detail == error.explanation() else error.detail
 
 
 # The database --------------------------------------------------------------------------------------
@@ -62,9 +70,61 @@ def opened_store() -> Iterator[tuple[Settings, Store]]:
 
 
 @contextmanager
+def opened_as_owner() -> Iterator[Store]:
+    """A store that sees every tenant; raises `SettingsError` where the owner's address is not known."""
+    settings = Settings.load()
+    with closing(open_database(settings)) as database, closing(new_store(settings)) as store:
+        store.open(database.require_owner_url())
+        store.require_ready()
+        yield store
+
+
+@contextmanager
 def _store_on(database: Database, settings: Settings) -> Iterator[Store]:
-    with closing(Store(Vault(settings.encryption_keys), connections=1)) as store:
+    with closing(new_store(settings)) as store:
         store.open(database.app_url)
         store.require_ready()
         store.require_safe()
         yield store
+
+
+def new_store(settings: Settings) -> Store:
+    """A store that is yet to be opened, for one question at a time."""
+    return Store(Vault(settings.encryption_keys), connections=1)
+
+
+# What is printed -----------------------------------------------------------------------------------
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+
+
+def show(rows: Sequence[Mapping[str, object]], columns: Sequence[str], *, as_json: bool) -> None:
+    """Print rows: some of their members as a table, or all of them as JSON."""
+    if as_json:
+        click.echo(orjson.dumps(rows, option=orjson.OPT_INDENT_2 | orjson.OPT_UTC_Z))
+    else:
+        click.echo(table(columns, [[cell(row[column]) for column in columns] for row in rows]))
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns under their names, each as wide as its widest cell."""
+    lines = [[column.upper().replace("_", " ") for column in columns], *rows]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def cell(value: object) -> str:
+    """The value in a few characters, none of which a terminal would obey: tenants choose their names."""
+    match value:
+        case None | "":
+            return "-"
+        case bool():
+            return "yes" if value else "no"
+        case datetime():
+            return f"{value.astimezone(UTC):%Y-%m-%d %H:%M}Z"
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(value))
+
+
+def done(sentence: str) -> None:
+    """Say what was done, on stderr: stdout bears only what was asked for."""
+    click.echo(sentence, err=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import signal
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -32,35 +34,6 @@ DRAIN_SECONDS = 25
 WORKER_PATIENCE_SECONDS = 30
 
 
-class Config(uvicorn.Config):
-    """How uvicorn serves us. It travels to workers and to the reloader's child, which log as we do."""
-
-    def __init__(self, *, workers: int = 1, reload: bool = False) -> None:
-        super().__init__(
-            "app:app",
-            workers=workers,
-            reload=reload,
-            reload_dirs=watched_directories() if reload else None,
-            reload_includes=["*.yaml", "*.html", "*.css", "*.js"] if reload else None,
-            http="billing.http.protocol:Protocol",
-            ws="none",
-            lifespan="on",
-            interface="asgi3",
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            date_header=True,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=DRAIN_SECONDS,
-            timeout_worker_healthcheck=WORKER_PATIENCE_SECONDS,
-        )
-
-    def configure_logging(self) -> None:
-        """Called by uvicorn, in every process."""
-        logs.configure(tty=sys.stderr.isatty())
-
-
 @click.command()
 @click.option("--host", help="The address to listen on, instead of HOST (127.0.0.1).")
 @click.option("--port", type=click.IntRange(0, 65535), help="The port, instead of PORT (8000); 0 is any free one.")
@@ -77,10 +50,8 @@ def serve(host: str | None, port: int | None, workers: int, reload: bool) -> Non
     """
     if reload and workers > 1:
         raise click.UsageError("--reload serves with one process: leave --workers out.")
-    try:
-        _serve(_settings(HOST=host, PORT=port), Config(workers=workers, reload=reload))
-    except KeyboardInterrupt:
-        pass  # Asked to stop, and stopped.
+    with suppress(KeyboardInterrupt):
+        _serve(_settings(HOST=host, PORT=port), configuration(workers=workers, reload=reload))
 
 
 def _settings(**options: object) -> Settings:
@@ -89,7 +60,8 @@ def _settings(**options: object) -> Settings:
     return Settings.load()
 
 
-def _serve(settings: Settings, config: Config) -> None:
+def _serve(settings: Settings, config: uvicorn.Config) -> None:
+    logs.configure(tty=sys.stderr.isatty())
     signal.signal(signal.SIGTERM, interrupt)
     with listen(settings.host, settings.port) as listener:
         settings = _settings(PORT=listener.getsockname()[1])
@@ -115,10 +87,43 @@ def listen(host: str, port: int) -> socket.socket:
 def _why_not(error: OSError, host: str, port: int) -> str:
     if error.errno == errno.EADDRINUSE:
         return f"Port {port} of {host} is in use: stop what uses it, or choose another with --port."
-    return f"Cannot listen on port {port} of {host}: {error.strerror}."
+    reason = str(error.strerror).partition(" (while ")[0]
+    return f"Cannot listen on port {port} of {host}: {reason}."
 
 
-def run(config: Config, listener: socket.socket) -> None:
+def configuration(*, workers: int = 1, reload: bool = False) -> uvicorn.Config:
+    """How uvicorn serves us. It travels to workers, and to the process that is started anew on a change."""
+    return uvicorn.Config(
+        "app:app",
+        workers=workers,
+        reload=reload,
+        reload_dirs=watched_directories() if reload else None,
+        reload_includes=["*.yaml", "*.html", "*.css", "*.js"] if reload else None,
+        http="billing.http.protocol:Protocol",
+        ws="none",
+        lifespan="on",
+        interface="asgi3",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        date_header=True,
+        callback_notify=follow_parent,
+        timeout_notify=1,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+        timeout_worker_healthcheck=WORKER_PATIENCE_SECONDS,
+    )
+
+
+async def follow_parent() -> None:
+    """End with the supervisor: workers of one that was killed would keep the port, and nobody would end them."""
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        signal.raise_signal(signal.SIGTERM)
+
+
+def run(config: uvicorn.Config, listener: socket.socket) -> None:
     """Serve until a signal; raises `click.ClickException` if the application does not start."""
     if config.reload:
         ChangeReload(config, target=uvicorn.Server(config).run, sockets=[listener]).run()

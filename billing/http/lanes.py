@@ -48,7 +48,8 @@ def lane_of(handler: Callable[..., object]) -> Lane:
 class Lanes:
     """The threads of each lane."""
 
-    def __init__(self, *, general_threads: int) -> None:
+    def __init__(self, *, general_threads: int, longest_wait_seconds: float = LONGEST_WAIT_SECONDS) -> None:
+        self._longest_wait_seconds = longest_wait_seconds
         self._limits = {
             Lane.GENERAL: anyio.CapacityLimiter(general_threads),
             Lane.PASSWORDS: anyio.CapacityLimiter(PASSWORD_THREADS),
@@ -58,7 +59,7 @@ class Lanes:
         """Run a blocking call in the lane; raises `Overloaded` if no thread is free in time."""
         limiter, borrower = self._limits[lane], object()
         try:
-            with anyio.fail_after(LONGEST_WAIT_SECONDS):
+            with anyio.fail_after(self._longest_wait_seconds):
                 await limiter.acquire_on_behalf_of(borrower)
         except TimeoutError:
             raise Overloaded from None

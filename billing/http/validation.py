@@ -64,11 +64,17 @@ def parse_json(raw: bytes) -> Any:
 
 
 def _has_nul(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(_has_nul(part) for item in value.items() for part in item)
-    if isinstance(value, list):
-        return any(_has_nul(item) for item in value)
-    return isinstance(value, str) and "\0" in value
+    # No recursion: a thousand levels are allowed, and Python's stack has room for hardly more.
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            waiting += [*part.keys(), *part.values()]
+        elif isinstance(part, list):
+            waiting += part
+        elif isinstance(part, str) and "\0" in part:
+            return True
+    return False
 
 
 def _refuse(faults: Sequence[Fault]) -> None:
@@ -108,7 +114,7 @@ def as_json_schema(node: Any) -> Any:
     if not isinstance(node, dict):
         return node
     plain = {name: as_json_schema(value) for name, value in node.items()}
-    if plain.pop("nullable", False) is True and isinstance(plain.get("type"), str):
+    if plain.get("nullable") is True and isinstance(plain.get("type"), str):
         plain["type"] = [plain["type"], "null"]
     return plain
 

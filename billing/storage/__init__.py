@@ -1,0 +1,1 @@
+"""Storage: it speaks SQL, and answers in our words."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from uuid import UUID
 
 import orjson
@@ -39,7 +39,7 @@ class AuditLog(Shelf):
         row = {
             "tenant_id": self._tenant_id,
             "sequence": sequence,
-            "at": now,
+            "at": now.astimezone(UTC),
             "action": action,
             "actor_kind": self._actor.kind,
             "actor_id": self._actor.id,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 
-from billing.settings import Settings
+from billing.settings import Settings, SettingsError
 from billing.storage import embedded, schema
 
 OWNER, APP = "billing_owner", "billing_app"
@@ -38,6 +40,12 @@ class Database:
         port = f":{url.port}" if url.port else ""
         return f"{host if isinstance(host, str) else ','.join(host)}{port}/{url.database}"
 
+    def require_owner_url(self) -> str:
+        """Where to connect as the owner; raises `SettingsError` where that is not known."""
+        if self.owner_url is None:
+            raise SettingsError("MIGRATION_DATABASE_URL is missing: the database's address as billing_owner.")
+        return self.owner_url
+
     def close(self) -> None:
         if self.server is not None:
             self.server.close()
@@ -47,8 +55,20 @@ def open_database(settings: Settings) -> Database:
     """The database of the settings. An embedded one is started, and brought to this version, if it is not."""
     if settings.database_url is not None:
         owner = settings.migration_database_url
-        return Database(_with_driver(settings.database_url), owner and _with_driver(owner))
+        return Database(
+            _with_driver("DATABASE_URL", settings.database_url),
+            owner and _with_driver("MIGRATION_DATABASE_URL", owner),
+        )
     return open_embedded(settings.state_dir)
+
+
+def migrate(settings: Settings) -> str:
+    """Bring the database of the settings to this version; returns the revision.
+
+    Raises `SettingsError` without the owner's address, `DatabaseUnavailable` and `schema.SchemaError`.
+    """
+    with closing(open_database(settings)) as database:
+        return schema.migrate(database.require_owner_url())
 
 
 def open_embedded(state_dir: Path, *, name: str = NAME, options: dict[str, str] | None = None) -> Database:
@@ -97,5 +117,9 @@ def _password(cluster: embedded.Cluster, role: str) -> str:
     return hmac.digest(cluster.password.encode(), role.encode(), hashlib.sha256).hex()
 
 
-def _with_driver(text: str) -> str:
-    return make_url(text).set(drivername=DRIVER).render_as_string(hide_password=False)
+def _with_driver(setting: str, text: str) -> str:
+    try:
+        return make_url(text).set(drivername=DRIVER).render_as_string(hide_password=False)
+    except ArgumentError:
+        # The library's words could quote the password.
+        raise SettingsError(f"{setting} must be like postgresql://user:password@host:5432/billing.") from None

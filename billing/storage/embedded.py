@@ -97,8 +97,8 @@ class Server:
         while not self._closed.wait(pause):
             try:
                 quiet = not revive()
-            except EmbeddedPostgresError as error:
-                log.exception("%s", error)
+            except EmbeddedPostgresError:
+                log.exception("The embedded PostgreSQL cannot be revived yet")
                 quiet = False
             pause = POLL_SECONDS if quiet else min(2 * pause, LONGEST_PAUSE_SECONDS)
 
@@ -173,7 +173,7 @@ class Place:
         if len(os.fsencode(near / f".s.PGSQL.{PORT}")) <= SOCKET_PATH_BYTES:
             return near
         # Not $TMPDIR, which may differ among those who meet here. Nobody can guess, and take, the name.
-        return Path("/tmp", f"billing-{hashlib.sha256(password.encode()).hexdigest()[:20]}")
+        return Path("/tmp", f"billing-{hashlib.sha256(password.encode()).hexdigest()[:20]}")  # noqa: S108
 
     def failure(self, what: str) -> EmbeddedPostgresError:
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
@@ -329,7 +329,7 @@ def _drop_stale_pid_files(data: Path, socket_dir: Path) -> None:
 
 def _works_in(process: Path, directory: Path) -> bool:
     try:
-        return os.readlink(process / "cwd") == str(directory)
+        return (process / "cwd").readlink() == directory
     except FileNotFoundError:  # A zombie, which a container's first process may never reap.
         return False
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, create_engine, text
+from alembic.util import CommandError
+from sqlalchemy import Connection, create_engine, exc, text
 
+from billing.errors import DatabaseUnavailable
 from billing.storage.tables import metadata
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 # Any number will do that nobody else takes: "billing" in ASCII.
 MIGRATION_LOCK = 0x62696C6C696E67
+INSUFFICIENT_PRIVILEGE = "42501"
 
 
 class SchemaError(Exception):
@@ -29,18 +34,33 @@ def bootstrap_sql() -> str:
 def migrate(owner_url: str) -> str:
     """Bring the schema to this version, in one transaction; returns the revision.
 
-    Any number may run it at once: the lock is taken before Alembic looks at the version.
+    Any number may run it at once: the lock is taken before Alembic looks at the version. Raises
+    `DatabaseUnavailable`, and `SchemaError` when a newer version was here or the role may not do it.
     """
     engine = create_engine(owner_url, hide_parameters=True)
-    config = _config()
     try:
-        with engine.begin() as connection:
+        with _in_our_words(), engine.begin() as connection:
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
+            config = _config()
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
     finally:
         engine.dispose()
     return _head()
+
+
+@contextmanager
+def _in_our_words() -> Iterator[None]:
+    try:
+        yield
+    except exc.OperationalError as error:
+        raise DatabaseUnavailable from error
+    except CommandError as error:
+        raise SchemaError(f"The database is at a migration that this version lacks: {error}.") from error
+    except exc.ProgrammingError as error:
+        if getattr(error.orig, "pgcode", None) != INSUFFICIENT_PRIVILEGE:
+            raise
+        raise SchemaError("This role may not migrate: connect as billing_owner, who owns the database.") from error
 
 
 def require_current(connection: Connection) -> None:

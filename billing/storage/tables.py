@@ -1,4 +1,4 @@
-"""The tables, as the queries need them. The migrations make them; a test compares the two.
+"""The tables, as the queries need them; the migrations make them, and a test compares the two.
 
 `tenant_id` leads every key, so that the schema can be spread by tenant. What must be unique or be found
 across tenants (emails, slugs, key digests) lives in `directory`.

@@ -5,6 +5,7 @@ What a name resolves to is looked at when it is called, not here: only there it 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from ipaddress import ip_address
 from urllib.parse import SplitResult, urlsplit
@@ -12,6 +13,9 @@ from urllib.parse import SplitResult, urlsplit
 from billing.errors import WebhookUrlRefused
 
 LONGEST = 2048
+LONGEST_NAME = 253
+# RFC 1123, and the underscore that some names have. Percent-encoding in a host is read in two ways.
+LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 PORTS = {None, 443, 8443}
 LOCAL_NAMES = ("localhost", "local", "internal")
 
@@ -40,7 +44,7 @@ class UrlPolicy:
             self.check(url)
 
     def _refusal(self, url: str, parts: SplitResult, port: int | None) -> str | None:
-        host = (parts.hostname or "").rstrip(".")
+        host = (parts.hostname or "").removesuffix(".")
         local = self.allow_localhost and host == "localhost"
         if len(url) > LONGEST or not url.isascii() or not url.isprintable() or " " in url or "\\" in url:
             return f"must have at most {LONGEST} printable ASCII characters"
@@ -57,7 +61,8 @@ class UrlPolicy:
 
 def _is_public_name(host: str) -> bool:
     labels = host.split(".")
-    return len(labels) > 1 and all(labels) and labels[-1] not in LOCAL_NAMES
+    is_name = len(host) <= LONGEST_NAME and all(LABEL.fullmatch(label) for label in labels)
+    return is_name and len(labels) > 1 and labels[-1] not in LOCAL_NAMES
 
 
 def _is_address(host: str) -> bool:

@@ -16,8 +16,8 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import psycopg2
+import psycopg2.extensions
 import pytest
-from psycopg2.extensions import connection as Connection
 from sqlalchemy import make_url
 
 from billing.storage import binaries, embedded
@@ -115,7 +115,7 @@ def ready(process: subprocess.Popen[str]) -> int:
     return int(process.stdout.readline())
 
 
-def connect(cluster: Cluster) -> Connection:
+def connect(cluster: Cluster) -> psycopg2.extensions.connection:
     opened = psycopg2.connect(cluster.url("postgres").replace("+psycopg2", ""))
     opened.autocommit = True
     return opened
@@ -352,7 +352,7 @@ def test_password_is_asked_for(state_dir: Path) -> None:
 def test_listens_on_no_tcp_port(state_dir: Path) -> None:
     with embedded.start(state_dir):
         descriptors = Path(f"/proc/{postmaster(state_dir)}/fd").iterdir()
-        sockets = {os.readlink(path) for path in descriptors if "socket" in os.readlink(path)}
+        sockets = {name for path in descriptors if "socket" in (name := str(path.readlink()))}
         tables = (Path("/proc/net", name) for name in ("tcp", "tcp6"))
         lines = [line for table in tables if table.exists() for line in table.read_text().splitlines()[1:]]
         assert sockets
@@ -450,8 +450,8 @@ def test_binaries_out_of_reach_are_copied(state_dir: Path, monkeypatch: pytest.M
         path.chmod(0o700)
     monkeypatch.syspath_prepend(private)
     with embedded.start(state_dir) as server:
-        running = os.readlink(f"/proc/{postmaster(state_dir)}/exe")
-        assert running.startswith(f"{state_dir}/postgresql-")
+        running = Path(f"/proc/{postmaster(state_dir)}/exe").readlink()
+        assert running.parts[len(state_dir.parts)].startswith("postgresql-")
         assert answers(server.cluster)
     assert mode(private) == 0o700
 

@@ -1,6 +1,16 @@
 -- What a DBA runs once, as superuser, before the first `billing migrate`. It can be run again.
 -- Three roles: the owner makes the tables, the application reads and writes them under row-level
 -- security, and a role that nobody can log in as owns the look-ups that come before a tenant is known.
+--
+--   billing migrate --bootstrap-sql | psql postgres
+--
+-- Then, in psql, what cannot stand in a script that is run twice:
+--
+--   \password billing_owner
+--   \password billing_app
+--   CREATE DATABASE billing OWNER billing_owner TEMPLATE template0 ENCODING 'UTF8';
+--
+-- DATABASE_URL names billing_app, MIGRATION_DATABASE_URL billing_owner.
 
 DO $$
 BEGIN

@@ -1,0 +1,100 @@
+"""`billing tenants`: which there are, their tier, and whether they are switched on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import get_args
+
+import click
+
+from billing import tenants as chapter
+from billing.actors import OPERATOR
+from billing.cli.console import as_json, done, opened_as_owner, opened_store, show
+from billing.clock import utc_now
+from billing.errors import NotFound
+from billing.storage.store import Store, TenantTx
+from billing.tenants import Tenant, Tier
+
+slug_argument = click.argument("slug")
+
+
+@click.group()
+def tenants() -> None:
+    """List tenants, set their tier, switch them off and on."""
+
+
+@tenants.command("list")
+@as_json
+def list_tenants(as_json: bool) -> None:
+    """List every tenant, the oldest first.
+
+    Unless the database is the embedded one, this needs MIGRATION_DATABASE_URL.
+
+    \b
+    Example:
+      billing tenants list --json
+    """
+    with opened_as_owner() as store, store.operator() as operator:
+        rows = [asdict(tenant) for tenant in operator.tenants()]
+    show(rows, ("slug", "company_name", "email", "tier", "is_active", "stripe_status", "created_at"), as_json=as_json)
+
+
+@tenants.command("set-tier")
+@slug_argument
+@click.argument("tier", type=click.Choice(get_args(Tier)))
+def set_tier(slug: str, tier: Tier) -> None:
+    """Put a tenant into a tier.
+
+    \b
+    Example:
+      billing tenants set-tier acme pro
+    """
+    with transaction_of(slug) as tx:
+        chapter.set_tier(tx, tier, now=utc_now())
+    done(f"{slug} is in the tier {tier}.")
+
+
+@tenants.command()
+@slug_argument
+def disable(slug: str) -> None:
+    """Switch a tenant off: its users and keys are refused from now on.
+
+    \b
+    Example:
+      billing tenants disable acme
+    """
+    with transaction_of(slug) as tx:
+        chapter.set_active(tx, is_active=False, now=utc_now())
+    done(f"{slug} is disabled.")
+
+
+@tenants.command()
+@slug_argument
+def enable(slug: str) -> None:
+    """Switch a tenant on again: its users and keys work as before.
+
+    \b
+    Example:
+      billing tenants enable acme
+    """
+    with transaction_of(slug) as tx:
+        chapter.set_active(tx, is_active=True, now=utc_now())
+    done(f"{slug} is enabled.")
+
+
+@contextmanager
+def transaction_of(slug: str) -> Iterator[TenantTx]:
+    """A transaction of this tenant, in the operator's name."""
+    with opened_store() as (_, store), store.tenant(tenant_called(slug, store).id, OPERATOR) as tx:
+        yield tx
+
+
+def tenant_called(slug: str, store: Store) -> Tenant:
+    """Raises `NotFound`."""
+    with store.platform() as platform:
+        found = platform.find_tenant(slug)
+    if found is None:
+        raise NotFound("There is no tenant with this slug: `billing tenants list` shows them all.")
+    return found

@@ -1,0 +1,197 @@
+"""`billing users`: the users of a tenant, whom its API does not manage."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sys
+from collections.abc import Callable
+from typing import Any, get_args
+
+import click
+
+from billing import sessions
+from billing import tenants as chapter
+from billing.actors import OPERATOR
+from billing.cli.console import as_json, done, opened_store, show
+from billing.cli.tenants import tenant_called, transaction_of
+from billing.clock import utc_now
+from billing.handlers import shapes
+from billing.http import document
+from billing.http.validation import Rules
+from billing.passwords import Passwords, require_strength
+from billing.settings import Settings
+from billing.tenants import Role, Tenant, words_of
+
+# 120 random bits.
+GENERATED_PASSWORD_BYTES = 15
+
+Command = Callable[..., Any]
+
+tenant_option = click.option("--tenant", "slug", required=True, metavar="SLUG", help="The tenant.")
+email_argument = click.argument("email")
+role_choice = click.Choice(get_args(Role))
+
+
+@click.group()
+def users() -> None:
+    """Add and list the users of a tenant, change their role, lock them out."""
+
+
+# A password ----------------------------------------------------------------------------------------
+
+
+def with_password(command: Command) -> Command:
+    """The options that say where the password comes from."""
+    generate = click.option(
+        "--generate-password", "generate", is_flag=True, help="Make a password and print it, this once."
+    )
+    stdin = click.option("--password-stdin", "stdin", is_flag=True, help="Read it from standard input, one line.")
+    return generate(stdin(command))
+
+
+def new_password(*, stdin: bool, generate: bool) -> str:
+    """Generated, piped in, or asked for twice at the terminal, unseen."""
+    if stdin and generate:
+        raise click.UsageError("--password-stdin and --generate-password exclude each other.")
+    if generate:
+        return secrets.token_urlsafe(GENERATED_PASSWORD_BYTES)
+    if stdin:
+        return sys.stdin.readline().rstrip("\r\n")
+    if not sys.stdin.isatty():
+        raise click.UsageError("There is no terminal to ask at: use --password-stdin or --generate-password.")
+    password: str = click.prompt("Password", hide_input=True, confirmation_prompt="Again", err=True)
+    return password
+
+
+def require_valid(tenant: Tenant, details: dict[str, str]) -> None:
+    """Hold the details against the document, as if they had come with a registration; raises `InvalidRequest`."""
+    contract = document.load()
+    register = next(o for o in document.operations(contract) if o.operation_id == "register_tenant")
+    # This writer escapes what is no UTF-8, as an argument may be, and the rules refuse it.
+    Rules(contract, register).body(json.dumps({"company_name": tenant.company_name, **details}).encode())
+
+
+def hashed(password: str, settings: Settings) -> str:
+    return Passwords(settings.password_peppers, settings.password_cost).hash(password)
+
+
+# Commands ------------------------------------------------------------------------------------------
+
+
+@users.command("list")
+@tenant_option
+@as_json
+def list_users(slug: str, as_json: bool) -> None:
+    """List the users of a tenant, the oldest first.
+
+    \b
+    Example:
+      billing users list --tenant acme
+    """
+    with transaction_of(slug) as tx:
+        tenant = tx.tenants.get()
+        rows = [shapes.user(user, tenant) for user in tx.users.all()]
+    columns = ("email", "first_name", "last_name", "role", "is_active", "last_login", "created_at")
+    show(rows, columns, as_json=as_json)
+
+
+@users.command()
+@tenant_option
+@click.option("--email", required=True, help="What they log in with.")
+@click.option("--role", required=True, type=role_choice)
+@click.option("--first-name", default="")
+@click.option("--last-name", default="")
+@with_password
+def add(slug: str, email: str, role: Role, first_name: str, last_name: str, stdin: bool, generate: bool) -> None:
+    """Add a user to a tenant. Asks for the password unless an option says where it comes from.
+
+    \b
+    Example:
+      billing users add --tenant acme --email bob@acme.example --role developer
+    """
+    with opened_store() as (settings, store):
+        tenant = tenant_called(slug, store)
+        password = new_password(stdin=stdin, generate=generate)
+        details = {"email": email, "first_name": first_name, "last_name": last_name}
+        require_valid(tenant, {**details, "password": password})
+        user = chapter.new_user(tenant, details, role=role, now=utc_now())
+        require_strength(password, words_of(user, tenant))
+        password_hash = hashed(password, settings)
+        with store.tenant(tenant.id, OPERATOR) as tx:
+            chapter.add_user(tx, user, password_hash=password_hash, now=utc_now())
+    done(f"{user.email} is a user of {slug}, in the role {role}.")
+    if generate:
+        click.echo(password)
+
+
+@users.command("reset-password")
+@tenant_option
+@email_argument
+@with_password
+def reset_password(slug: str, email: str, stdin: bool, generate: bool) -> None:
+    """Give a user a new password and end their sessions. Asks for it unless an option says otherwise.
+
+    \b
+    Example:
+      billing users reset-password --tenant acme bob@acme.example --generate-password
+    """
+    with opened_store() as (settings, store):
+        tenant = tenant_called(slug, store)
+        with store.tenant(tenant.id, OPERATOR) as tx:
+            user = chapter.get_user(tx.users, email)
+        password = new_password(stdin=stdin, generate=generate)
+        require_valid(tenant, {"email": user.email, "password": password})
+        require_strength(password, words_of(user, tenant))
+        password_hash = hashed(password, settings)
+        with store.tenant(tenant.id, OPERATOR) as tx:
+            sessions.reset_password(tx, user, password_hash, now=utc_now())
+    done(f"{user.email} has a new password, and every session has ended.")
+    if generate:
+        click.echo(password)
+
+
+@users.command("set-role")
+@tenant_option
+@email_argument
+@click.argument("role", type=role_choice)
+def set_role(slug: str, email: str, role: Role) -> None:
+    """Give a user another role, from their next request on. A tenant keeps an active owner.
+
+    \b
+    Example:
+      billing users set-role --tenant acme bob@acme.example admin
+    """
+    with transaction_of(slug) as tx:
+        chapter.set_role(tx, email, role, now=utc_now())
+    done(f"{email} is in the role {role}.")
+
+
+@users.command()
+@tenant_option
+@email_argument
+def disable(slug: str, email: str) -> None:
+    """Lock a user out and end their sessions. A tenant keeps an active owner.
+
+    \b
+    Example:
+      billing users disable --tenant acme bob@acme.example
+    """
+    with transaction_of(slug) as tx:
+        sessions.disable_user(tx, email, now=utc_now())
+    done(f"{email} is disabled, and every session has ended.")
+
+
+@users.command()
+@tenant_option
+@email_argument
+def enable(slug: str, email: str) -> None:
+    """Let a disabled user log in again.
+
+    \b
+    Example:
+      billing users enable --tenant acme bob@acme.example
+    """
+    with transaction_of(slug) as tx:
+        chapter.enable_user(tx, email, now=utc_now())
+    done(f"{email} is enabled.")
