@@ -20,6 +20,7 @@ T = TypeVar("T")
 
 KEYRINGS = ("JWT_KEYS", "ENCRYPTION_KEYS", "KEY_PEPPERS", "PASSWORD_PEPPERS")
 LOWEST_PRODUCTION_COST = 10
+HOST = re.compile(r"[a-z0-9._-]+|\[[0-9a-f:.]+\]")
 
 
 class SettingsError(Exception):
@@ -34,6 +35,7 @@ class Settings:
     host: str
     port: int
     state_dir: Path
+    postgres_bin: Path | None
     database_url: str | None = field(repr=False)
     migration_database_url: str | None = field(repr=False)
     jwt_keys: Keyring
@@ -62,11 +64,13 @@ class Settings:
 
 
 def default_state_dir(environ: Mapping[str, str]) -> Path:
-    """Where state is kept unless `BILLING_STATE_DIR` says: by root below /var/lib, else below the home."""
+    """`/var/lib/billing` as root, else `$XDG_STATE_HOME/billing` (`~/.local/state/billing`)."""
     if os.geteuid() == 0:
         return Path("/var/lib/billing")
-    home = environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
-    return Path(home) / "billing"
+    # The XDG Base Directory Specification has a relative path ignored.
+    state_home = Path(environ.get("XDG_STATE_HOME", ""))
+    home = Path(environ.get("HOME") or Path.home())
+    return (state_home if state_home.is_absolute() else home / ".local/state") / "billing"
 
 
 def new_secrets() -> dict[str, str]:
@@ -100,6 +104,7 @@ class _Reader:
             host=self.given.get("HOST", "127.0.0.1"),
             port=port,
             state_dir=self.state_dir,
+            postgres_bin=Path(self.given["BILLING_PG_BIN"]) if "BILLING_PG_BIN" in self.given else None,
             database_url=self.database_url(),
             migration_database_url=self.given.get("MIGRATION_DATABASE_URL"),
             jwt_keys=rings["JWT_KEYS"],
@@ -193,7 +198,7 @@ def _is_origin(text: str) -> bool:
     host = f"[{host}]" if ":" in host else host
     # Put together again it has no user, no path, no capitals and no port 65536.
     plain = f"{scheme}://{host}" + ("" if port is None else f":{port}")
-    return scheme in ("http", "https") and bool(host) and text == plain and " " not in text
+    return scheme in ("http", "https") and text == plain and HOST.fullmatch(host) is not None
 
 
 def _keyring(name: str, text: str) -> Keyring:

@@ -183,9 +183,7 @@ def set_role(tx: Storage, email: str, role: Role, *, now: datetime) -> None:
         return
     require_another_owner(tx.users, user)
     tx.users.set_role(user.id, role, now)
-    tx.audit.record(
-        "user.role_changed", subject=user.email, now=now, details={"from": user.role, "to": role}
-    )
+    tx.audit.record("user.role_changed", subject=user.email, now=now, details={"from": user.role, "to": role})
 
 
 def enable_user(tx: Storage, email: str, *, now: datetime) -> None:

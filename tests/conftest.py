@@ -163,9 +163,11 @@ class CheckedClient(TestClient):
 
 
 @pytest.fixture(scope="session")
-def live_server_url(test_database: TestDatabase) -> Iterator[str]:
-    """A running server, on this worker's database."""
-    with live.serving({"DATABASE_URL": test_database.app_url}) as url:
+def live_server_url(cluster: embedded.Cluster, worker_id: str) -> Iterator[str]:
+    """A running server, on a database of its own."""
+    name = f"billing_live_{worker_id}"
+    clone(cluster, name)
+    with live.serving({"DATABASE_URL": database.url(cluster, database.APP, name)}) as url:
         yield url
 
 

@@ -48,6 +48,6 @@ def await_ready(process: subprocess.Popen[bytes], url: str) -> None:
         try:
             if requests.get(f"{url}/readyz", timeout=2).status_code == 200:
                 return
-        except requests.ConnectionError:
+        except (requests.ConnectionError, requests.Timeout):
             time.sleep(0.05)
     raise AssertionError(f"the server was not ready within {START_SECONDS} seconds")

@@ -11,7 +11,7 @@ from billing.cli.tenants import tenants
 from billing.cli.users import users
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("billing", cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="billing-control-plane", prog_name="billing")
 def main() -> None:
     """The billing platform: its server, and what its operator does.

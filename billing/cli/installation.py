@@ -10,7 +10,9 @@ from billing.storage import database, schema
 
 
 @click.command()
-@click.option("--bootstrap-sql", is_flag=True, help="Print what a DBA runs once: the roles. Needs no settings.")
+@click.option(
+    "--bootstrap-sql", is_flag=True, help="Print what a DBA runs once: the roles. Needs no settings."
+)
 def migrate(bootstrap_sql: bool) -> None:
     """Bring the database to this version and print its revision.
 
@@ -26,7 +28,12 @@ def migrate(bootstrap_sql: bool) -> None:
 
 @click.group()
 def secrets() -> None:
-    """The secrets of an installation."""
+    """The secrets of an installation.
+
+    \b
+    Example:
+      billing secrets generate
+    """
 
 
 @secrets.command()

@@ -36,8 +36,12 @@ WORKER_PATIENCE_SECONDS = 30
 
 @click.command()
 @click.option("--host", help="The address to listen on, instead of HOST (127.0.0.1).")
-@click.option("--port", type=click.IntRange(0, 65535), help="The port, instead of PORT (8000); 0 is any free one.")
-@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="How many processes serve.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), help="The port, instead of PORT (8000); 0 is any free one."
+)
+@click.option(
+    "--workers", type=click.IntRange(1), default=1, show_default=True, help="How many processes serve."
+)
 @click.option("--reload", is_flag=True, help="Start anew when the code changes, for development.")
 def serve(host: str | None, port: int | None, workers: int, reload: bool) -> None:
     """Serve the API until Ctrl-C or SIGTERM, which let requests in flight finish.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import get_args
 
 import click
@@ -15,14 +14,21 @@ from billing.cli.console import as_json, done, opened_as_owner, opened_store, sh
 from billing.clock import utc_now
 from billing.errors import NotFound
 from billing.storage.store import Store, TenantTx
-from billing.tenants import Tenant, Tier
+from billing.tenants import Tenant, TenantSummary, Tier
+
+COLUMNS = ("slug", "company_name", "email", "subscription_tier", "is_active", "created_at")
 
 slug_argument = click.argument("slug")
 
 
 @click.group()
 def tenants() -> None:
-    """List tenants, set their tier, switch them off and on."""
+    """List tenants, set their tier, switch them off and on.
+
+    \b
+    Example:
+      billing tenants list
+    """
 
 
 @tenants.command("list")
@@ -37,8 +43,22 @@ def list_tenants(as_json: bool) -> None:
       billing tenants list --json
     """
     with opened_as_owner() as store, store.operator() as operator:
-        rows = [asdict(tenant) for tenant in operator.tenants()]
-    show(rows, ("slug", "company_name", "email", "tier", "is_active", "stripe_status", "created_at"), as_json=as_json)
+        rows = [shape(tenant) for tenant in operator.tenants()]
+    show(rows, COLUMNS, as_json=as_json)
+
+
+def shape(tenant: TenantSummary) -> dict[str, object]:
+    """The members by the names that the API gives them."""
+    return {
+        "id": tenant.id,
+        "slug": tenant.slug,
+        "company_name": tenant.company_name,
+        "email": tenant.email,
+        "subscription_tier": tenant.tier,
+        "is_active": tenant.is_active,
+        "stripe_connect_status": tenant.stripe_status,
+        "created_at": tenant.created_at,
+    }
 
 
 @tenants.command("set-tier")

@@ -35,7 +35,12 @@ role_choice = click.Choice(get_args(Role))
 
 @click.group()
 def users() -> None:
-    """Add and list the users of a tenant, change their role, lock them out."""
+    """Add and list the users of a tenant, change their role, lock them out.
+
+    \b
+    Example:
+      billing users list --tenant acme
+    """
 
 
 # A password ----------------------------------------------------------------------------------------
@@ -46,7 +51,9 @@ def with_password(command: Command) -> Command:
     generate = click.option(
         "--generate-password", "generate", is_flag=True, help="Make a password and print it, this once."
     )
-    stdin = click.option("--password-stdin", "stdin", is_flag=True, help="Read it from standard input, one line.")
+    stdin = click.option(
+        "--password-stdin", "stdin", is_flag=True, help="Read it from standard input, one line."
+    )
     return generate(stdin(command))
 
 
@@ -103,7 +110,9 @@ def list_users(slug: str, as_json: bool) -> None:
 @click.option("--first-name", default="")
 @click.option("--last-name", default="")
 @with_password
-def add(slug: str, email: str, role: Role, first_name: str, last_name: str, stdin: bool, generate: bool) -> None:
+def add(
+    slug: str, email: str, role: Role, first_name: str, last_name: str, stdin: bool, generate: bool
+) -> None:
     """Add a user to a tenant. Asks for the password unless an option says where it comes from.
 
     \b

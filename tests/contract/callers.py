@@ -1,4 +1,4 @@
-"""Those as whom the API is fuzzed: what each sends, and what the document lets each do."""
+"""As whom the API is fuzzed."""
 
 from __future__ import annotations
 
@@ -9,14 +9,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Caller:
-    """Somebody who calls: the security scheme, and its headers from what `register_tenant` answered."""
+    """The security scheme somebody uses, and their headers, made from the answer of `register_tenant`."""
 
     scheme: str | None
     credentials: Callable[[dict[str, Any]], dict[str, str]]
-
-    @property
-    def has_credentials(self) -> bool:
-        return self.scheme is not None
 
 
 CALLERS = {

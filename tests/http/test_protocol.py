@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 import time
@@ -25,9 +26,11 @@ ROOT = Path(__file__).parents[2]
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers with what it saw; `/early` answers before it reads."""
+    """Answers with what it saw; `/early` answers before it reads, `/slow` takes its time."""
     if scope["type"] != "http":
         return
+    if scope["path"] == "/slow":
+        await asyncio.sleep(0.6)
     body = b"" if scope["path"] == "/early" else await read(receive)
     headers = [[name.decode(), value.decode()] for name, value in scope["headers"]]
     seen = {"method": scope["method"], "path": scope["path"], "headers": headers, "body": body.decode()}
@@ -330,6 +333,12 @@ def test_a_body_dripped_after_its_answer_is_not_waited_for(hurried: Address) -> 
         connection.send(request("POST", "/early", "Content-Length: 500"), b"x")
         assert connection.receive().status == 200
         assert is_hung_up_on(connection, b"x")
+
+
+def test_an_answer_may_take_longer_than_a_request(hurried: Address) -> None:
+    with Connection(hurried) as connection:
+        assert seen_by(connection, request("GET", "/slow"))["path"] == "/slow"
+        assert seen_by(connection, request("GET", "/next"))["path"] == "/next"
 
 
 def test_an_idle_connection_is_uvicorns_to_close(hurried: Address) -> None:

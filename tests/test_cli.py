@@ -1,0 +1,755 @@
+"""The command line: a server that starts, drains and ends as it should, and what an operator does."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import requests
+from click.testing import CliRunner, Result
+from dotenv import dotenv_values
+from sqlalchemy import create_engine, text
+
+from billing.cli import main
+from billing.settings import KEYRINGS, Settings
+from billing.storage import database
+from billing.storage.database import Database
+from tests.rawhttp import Connection, request
+
+ROOT = Path(__file__).parents[1]
+API = "/api/v1/auth/tenants"
+PASSWORD = "SecurePass123!"
+OTHER_PASSWORD = "NewSecurePassword456!"
+PATIENCE_SECONDS = 30
+VOLATILE = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+
+BILLING = (sys.executable, "-m", "billing.cli")
+APP = (sys.executable, str(ROOT / "app.py"))
+
+
+# What is started -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def state_dir() -> Iterator[Path]:
+    """A state directory, in memory where possible; anybody may pass, since root gives PostgreSQL away."""
+    memory = Path("/dev/shm")
+    made = Path(tempfile.mkdtemp(prefix="billing-cli-", dir=memory if memory.is_dir() else None))
+    made.chmod(0o711)
+    yield made
+    shutil.rmtree(made, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def embedded(state_dir: Path) -> Iterator[Database]:
+    """Its database, which everything below shares."""
+    with contextlib.closing(database.open_embedded(state_dir, options=VOLATILE)) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def environ(state_dir: Path, embedded: Database) -> dict[str, str]:
+    """All that a command knows."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    ours = {"BILLING_STATE_DIR": str(state_dir), "PASSWORD_COST": "4", "RATE_LIMITS": "off"}
+    return kept | ours | {"PYTHONPATH": str(ROOT)}
+
+
+@dataclass
+class Server:
+    """A `billing serve`: its process, its address, its log."""
+
+    process: subprocess.Popen[str]
+    said: dict[str, str]
+    log: Path
+
+    @property
+    def url(self) -> str:
+        return self.said["Docs"].removesuffix("/docs/")
+
+    @property
+    def address(self) -> tuple[str, int]:
+        return "127.0.0.1", int(self.url.rpartition(":")[2])
+
+    def events(self, start: str) -> list[str]:
+        lines = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+        return [line["event"] for line in lines if line["event"].startswith(start)]
+
+    def workers(self) -> list[int]:
+        return [int(event.rpartition("[")[2].rstrip("]")) for event in self.events("Started server process")]
+
+    def await_started(self, *, workers: int) -> None:
+        eventually(lambda: len(self.events("Application startup complete")) >= workers)
+
+    def call(self, method: str, path: str, token: str | None = None, **body: Any) -> requests.Response:
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        return requests.request(
+            method, f"{self.url}{API}{path}", json=body or None, headers=headers, timeout=10
+        )
+
+    def log_in(self, email: str, password: str) -> requests.Response:
+        return self.call("POST", "/login/", email=email, password=password)
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(PATIENCE_SECONDS)
+
+
+@contextmanager
+def serving(
+    environ: dict[str, str], *options: str, command: tuple[str, ...] = (*BILLING, "serve")
+) -> Iterator[Server]:
+    """A server on a free port, ended with the block."""
+    with (
+        tempfile.NamedTemporaryFile("w", suffix=".log") as log,
+        subprocess.Popen(
+            [*command, "--port", "0", *options],
+            env=environ,
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        ) as process,
+    ):
+        try:
+            yield Server(process, banner_of(process, Path(log.name)), Path(log.name))
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait(PATIENCE_SECONDS)
+
+
+def banner_of(process: subprocess.Popen[str], log: Path) -> dict[str, str]:
+    assert process.stdout
+    said = {}
+    for line in process.stdout:
+        if line.startswith("Ctrl-C"):
+            return said
+        name, _, what = line.rstrip().partition("  ")
+        said[name] = what.strip()
+    raise AssertionError(f"the server did not start: {log.read_text()}")
+
+
+@pytest.fixture(scope="module")
+def server(environ: dict[str, str]) -> Iterator[Server]:
+    with serving(environ) as server:
+        yield server
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not holds():
+        assert time.monotonic() < deadline, "It never came about."
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # A container's first process may never reap it.
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return True
+
+
+# What is run ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody's `.env` is in the current directory, and nothing is in the environment that a test did not put there."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("BILLING_STATE_DIR", "DATABASE_URL", "MIGRATION_DATABASE_URL", "ENVIRONMENT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(environ: dict[str, str]) -> Run:
+    def run(*arguments: str, input: str | None = None, code: int = 0, **more: str) -> Result:
+        result = CliRunner().invoke(main, arguments, input=input, env=environ | more)
+        assert result.exit_code == code, (result.output, result.exception)
+        return result
+
+    return run
+
+
+def run_process(environ: dict[str, str], *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*BILLING, *arguments],
+        env=environ | more,
+        cwd="/",
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+    )
+
+
+def sentence(stderr: str) -> str:
+    """The one line on stderr."""
+    assert stderr.startswith("Error: "), stderr
+    assert stderr.count("\n") == 1, stderr
+    return stderr.removeprefix("Error: ").rstrip()
+
+
+# Without a database --------------------------------------------------------------------------------
+
+
+def commands(command: click.Command, name: str = "billing") -> Iterator[tuple[str, click.Command]]:
+    yield name, command
+    if isinstance(command, click.Group):
+        for child in command.commands.values():
+            yield from commands(child, f"{name} {child.name}")
+
+
+@pytest.mark.parametrize(("name", "command"), [pytest.param(*each, id=each[0]) for each in commands(main)])
+def test_help_says_how_to_call_it_with_an_example(name: str, command: click.Command) -> None:
+    said = CliRunner().invoke(main, [*name.split()[1:], "--help"]).stdout
+
+    assert said.startswith(f"Usage: {name} ")
+    assert "Example:\n" in said and name in said.partition("Example:\n")[2]
+
+
+def test_version() -> None:
+    assert CliRunner().invoke(main, ["--version"]).stdout.startswith("billing, version ")
+
+
+def test_generated_secrets_are_all_that_production_asks_for() -> None:
+    made = CliRunner().invoke(main, ["secrets", "generate"])
+    given = {name: value or "" for name, value in dotenv_values(stream=io.StringIO(made.stdout)).items()}
+    rest = {"DATABASE_URL": "postgresql://db/billing", "PUBLIC_BASE_URL": "https://billing.example"}
+
+    assert set(given) == set(KEYRINGS)
+    assert Settings.load({"ENVIRONMENT": "production", **rest, **given}, dotenv=None).in_production
+    assert "secrets" in made.stderr and made.stderr.count("\n") == 1
+
+
+def test_generated_secrets_differ_each_time() -> None:
+    made = [CliRunner().invoke(main, ["secrets", "generate"]).stdout for _ in range(2)]
+
+    assert not set(made[0].splitlines()) & set(made[1].splitlines())
+
+
+def test_bootstrap_sql_needs_no_settings() -> None:
+    said = CliRunner().invoke(main, ["migrate", "--bootstrap-sql"], env={"PORT": "none"})
+
+    assert said.exit_code == 0
+    assert (
+        "CREATE ROLE billing_app" in said.stdout
+        and "CREATE DATABASE billing OWNER billing_owner" in said.stdout
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments", "expected"),
+    [
+        ({"PORT": "none"}, "serve", "PORT must be a whole number"),
+        ({"ENVIRONMENT": "production"}, "serve", "JWT_KEYS"),
+        ({"DATABASE_URL": "postgresql://me:hunter2@127.0.0.1:1/x"}, "serve --port 0", "cannot be reached"),
+        (
+            {"DATABASE_URL": "postgresql://me:hunter2@127.0.0.1:1/x"},
+            "users list --tenant acme",
+            "cannot be reached",
+        ),
+        (
+            {"DATABASE_URL": "postgresql://me:hunter2@host:port/x"},
+            "tenants list",
+            "DATABASE_URL must be like",
+        ),
+        (
+            {"DATABASE_URL": "postgresql://me:hunter2@127.0.0.1:1/x"},
+            "migrate",
+            "MIGRATION_DATABASE_URL is missing",
+        ),
+        (
+            {"DATABASE_URL": "postgresql://me:hunter2@127.0.0.1:1/x"},
+            "tenants list",
+            "MIGRATION_DATABASE_URL is missing",
+        ),
+        (
+            {
+                "DATABASE_URL": "postgresql://127.0.0.1:1/x",
+                "MIGRATION_DATABASE_URL": "postgresql://me:hunter2@127.0.0.1:1/x",
+            },
+            "migrate",
+            "cannot be reached",
+        ),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(
+    tmp_path: Path, settings: dict[str, str], arguments: str, expected: str
+) -> None:
+    environ = {
+        "BILLING_STATE_DIR": str(tmp_path),
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(ROOT),
+        **settings,
+    }
+
+    ended = run_process(environ, *arguments.split())
+
+    assert ended.returncode == 1
+    assert expected in sentence(ended.stderr)
+    assert "hunter2" not in ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "serve --no-such",
+        "serve --port 65536",
+        "serve --workers 0",
+        "serve --workers 2 --reload",
+        "users add",
+        "nothing",
+    ],
+)
+def test_2_for_wrong_usage(arguments: str) -> None:
+    assert CliRunner().invoke(main, arguments.split()).exit_code == 2
+
+
+# Serving -------------------------------------------------------------------------------------------
+
+
+def test_serve_says_where_everything_is(server: Server, state_dir: Path) -> None:
+    assert server.said["Environment"] == "development"
+    assert server.said["State"] == str(state_dir)
+    assert server.said["Database"] == f"embedded PostgreSQL in {state_dir}"
+    assert requests.get(server.said["Docs"], timeout=10).status_code == 200
+    # The base URL follows the port.
+    assert requests.get(server.said["Document"], timeout=10).json()["servers"][0]["url"] == server.url
+    assert requests.post(f"{server.said['API']}login/", timeout=10).status_code == 400
+
+
+def test_serve_names_date_but_no_software(server: Server) -> None:
+    answer = requests.get(f"{server.url}/healthz", headers={"X-Forwarded-For": "1.2.3.4"}, timeout=10)
+
+    assert answer.status_code == 200
+    assert "Date" in answer.headers and "Server" not in answer.headers
+
+
+def test_sigterm_lets_a_request_in_flight_finish(environ: dict[str, str]) -> None:
+    body = json.dumps({"email": "nobody@acme.example", "password": PASSWORD}).encode()
+    head = request(
+        "POST",
+        f"{API}/login/",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+        "Expect: 100-continue",
+    )
+    with serving(environ) as server, Connection(server.address, timeout_seconds=10) as slow:
+        slow.send(head)
+        assert slow.receive().status == 100
+        server.process.terminate()
+        eventually(lambda: refuses_connections(server))
+        slow.send(body)
+
+        assert slow.receive().code == "invalid-credentials"
+        assert server.process.wait(PATIENCE_SECONDS) == 0
+        assert server.events("Application shutdown complete")
+
+
+def refuses_connections(server: Server) -> bool:
+    try:
+        Connection(server.address).__exit__()
+    except ConnectionError:
+        return True
+    return False
+
+
+def test_sigint_ends_it_too(environ: dict[str, str]) -> None:
+    with serving(environ, command=(*APP,)) as server:
+        server.await_started(workers=1)
+
+        assert requests.get(f"{server.url}/readyz", timeout=10).status_code == 200
+        assert server.end(signal.SIGINT) == 0
+        assert len(server.workers()) == 1
+
+
+def test_a_signal_before_it_serves_ends_it(environ: dict[str, str]) -> None:
+    with serving(environ) as server:
+        assert server.end() == 0
+
+
+def test_a_port_in_use_is_one_sentence(server: Server, environ: dict[str, str]) -> None:
+    port = server.address[1]
+
+    ended = run_process(environ, "serve", "--port", str(port))
+
+    assert ended.returncode == 1
+    assert sentence(ended.stderr).startswith(f"Port {port} of 127.0.0.1 is in use")
+
+
+def test_a_role_that_may_too_much_is_one_sentence(environ: dict[str, str], embedded: Database) -> None:
+    assert embedded.server
+    url = embedded.server.cluster.url(database.NAME)
+
+    ended = run_process(environ, "serve", "--port", "0", DATABASE_URL=url)
+
+    assert ended.returncode == 1
+    assert sentence(ended.stderr).endswith("connect as billing_app.")
+
+
+def test_a_database_without_tables_is_one_sentence(environ: dict[str, str], embedded: Database) -> None:
+    assert embedded.server
+    url = database.url(embedded.server.cluster, database.APP, "postgres")
+
+    ended = run_process(environ, "serve", "--port", "0", DATABASE_URL=url)
+
+    assert ended.returncode == 1
+    assert sentence(ended.stderr).endswith("run `billing migrate`.")
+
+
+def test_a_killed_worker_is_replaced_and_sigterm_ends_all(environ: dict[str, str]) -> None:
+    with serving(environ, "--workers", "2") as server:
+        server.await_started(workers=2)
+        os.kill(server.workers()[0], signal.SIGKILL)
+        server.await_started(workers=3)
+
+        assert all(requests.get(f"{server.url}/readyz", timeout=10).ok for _ in range(10))
+        assert server.end() == 0
+        assert not any(map(is_alive, server.workers()))
+
+
+def test_workers_end_with_a_killed_supervisor(environ: dict[str, str]) -> None:
+    with serving(environ, "--workers", "2") as server:
+        server.await_started(workers=2)
+        server.end(signal.SIGKILL)
+
+        eventually(lambda: not any(map(is_alive, server.workers())))
+        assert refuses_connections(server)
+
+
+def test_two_servers_share_what_is_in_the_state_directory(server: Server, environ: dict[str, str]) -> None:
+    tokens = register(server, "Shared Ltd.")["tokens"]
+    with serving(environ) as other:
+        assert other.log_in("ada@shared.example", PASSWORD).status_code == 200
+        assert other.url != server.url
+    assert server.call("GET", "/me/", tokens["access"]).status_code == 200
+
+
+# Tenants -------------------------------------------------------------------------------------------
+
+
+def register(server: Server, company_name: str) -> dict[str, Any]:
+    email = f"ada@{company_name.split()[0].lower()}.example"
+    answer = server.call("POST", "/register/", company_name=company_name, email=email, password=PASSWORD)
+    assert answer.status_code == 201, answer.text
+    registered: dict[str, Any] = answer.json()
+    return registered
+
+
+@pytest.fixture(scope="module")
+def numbered() -> Iterator[int]:
+    return iter(range(1000))
+
+
+@dataclass
+class Tenant:
+    """A registered tenant; every test has its own."""
+
+    slug: str
+    owner: str
+    access: str
+    key: str
+
+
+@pytest.fixture
+def tenant(server: Server, numbered: Iterator[int]) -> Tenant:
+    made = register(server, f"Acme{next(numbered)} Inc.")
+    tenant = made["tenant"]
+    return Tenant(tenant["slug"], made["user"]["email"], made["tokens"]["access"], tenant["api_key_secret"])
+
+
+def audited(embedded: Database, slug: str) -> list[tuple[str, str | None]]:
+    """What the operator is said to have done to this tenant, and to whom."""
+    assert embedded.server
+    engine = create_engine(embedded.server.cluster.url(database.NAME))
+    query = (
+        "SELECT action, subject FROM audit_log JOIN tenants ON tenants.id = tenant_id "
+        "WHERE slug = :slug AND actor_kind = 'operator' ORDER BY sequence"
+    )
+    with engine.connect() as connection:
+        rows = [(row.action, row.subject) for row in connection.execute(text(query), {"slug": slug})]
+    engine.dispose()
+    return rows
+
+
+def test_migrate_prints_the_revision(run: Run) -> None:
+    assert run("migrate").stdout.strip().isalnum()
+
+
+def test_migrate_reaches_another_database_as_its_owner(run: Run, embedded: Database) -> None:
+    urls = {"DATABASE_URL": embedded.app_url, "MIGRATION_DATABASE_URL": embedded.owner_url or ""}
+
+    assert run("migrate", **urls).stdout == run("migrate").stdout
+
+
+def test_tenants_list_shows_every_tenant(
+    run: Run, tenant: Tenant, numbered: Iterator[int], server: Server
+) -> None:
+    register(server, f"Globex{next(numbered)} Ltd.")
+
+    listed = json.loads(run("tenants", "list", "--json").stdout)
+    lines = run("tenants", "list").stdout.splitlines()
+
+    assert next(each for each in listed if each["slug"] == tenant.slug)["subscription_tier"] == "free"
+    assert len(listed) >= 2 and len(lines) == len(listed) + 1
+    assert lines[0].split()[:2] == ["SLUG", "COMPANY"]
+    # Each column begins where its name does.
+    assert len({line.index("free") for line in lines[1:]} | {lines[0].index("SUBSCRIPTION TIER")}) == 1
+
+
+def test_a_terminal_obeys_no_company_name(run: Run, server: Server, numbered: Iterator[int]) -> None:
+    register(server, f"Evil{next(numbered)} \x9b31m Ltd.")
+
+    assert "\x9b" not in run("tenants", "list").stdout
+
+
+def test_set_tier(run: Run, server: Server, tenant: Tenant, embedded: Database) -> None:
+    run("tenants", "set-tier", tenant.slug, "pro")
+    run("tenants", "set-tier", tenant.slug, "pro")
+
+    assert server.call("GET", "/details/", tenant.key).json()["tenant"]["subscription_tier"] == "pro"
+    assert audited(embedded, tenant.slug) == [("tenant.tier_changed", tenant.slug)]
+
+
+def test_a_disabled_tenant_is_refused_until_it_is_enabled(
+    run: Run, server: Server, tenant: Tenant, embedded: Database
+) -> None:
+    run("tenants", "disable", tenant.slug)
+    refused = server.call("GET", "/verify/", tenant.key), server.call("GET", "/me/", tenant.access)
+    run("tenants", "enable", tenant.slug)
+
+    assert [answer.json()["code"] for answer in refused] == ["tenant-disabled"] * 2
+    assert server.call("GET", "/verify/", tenant.key).status_code == 200
+    assert server.call("GET", "/me/", tenant.access).status_code == 200
+    assert [action for action, _ in audited(embedded, tenant.slug)] == ["tenant.disabled", "tenant.enabled"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["tenants disable nobody", "tenants set-tier nobody pro", "users list --tenant nobody"],
+)
+def test_an_unknown_tenant_is_one_sentence(run: Run, arguments: str) -> None:
+    assert sentence(run(*arguments.split(), code=1).stderr).startswith("There is no tenant with this slug")
+
+
+# Users ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Bob:
+    """A user added at the console."""
+
+    email: str
+    tokens: dict[str, str]
+
+    @property
+    def access(self) -> str:
+        return self.tokens["access"]
+
+
+def add(run: Run, tenant: Tenant, *more: str, role: str = "developer", code: int = 0) -> Result:
+    named = ("--tenant", tenant.slug, "--email", email_of(tenant), "--role", role)
+    return run("users", "add", *named, "--password-stdin", *more, input=f"{OTHER_PASSWORD}\n", code=code)
+
+
+def email_of(tenant: Tenant) -> str:
+    return f"bob@{tenant.slug}.example"
+
+
+@pytest.fixture
+def bob(run: Run, server: Server, tenant: Tenant) -> Bob:
+    add(run, tenant)
+    return Bob(email_of(tenant), server.log_in(email_of(tenant), OTHER_PASSWORD).json()["tokens"])
+
+
+def test_an_added_developer_logs_in_and_may_not_see_keys(
+    server: Server, tenant: Tenant, bob: Bob, embedded: Database
+) -> None:
+    answer = server.call("GET", "/me/", bob.access).json()
+
+    assert answer["user"]["role"] == "developer"
+    assert answer["tenant"]["slug"] == tenant.slug
+    assert server.call("GET", "/api-keys/", bob.access).status_code == 403
+    assert audited(embedded, tenant.slug) == [("user.added", bob.email)]
+
+
+def test_an_added_admin_may_see_keys(run: Run, server: Server, tenant: Tenant) -> None:
+    add(run, tenant, role="admin")
+    access = server.log_in(email_of(tenant), OTHER_PASSWORD).json()["tokens"]["access"]
+
+    assert server.call("GET", "/api-keys/", access).status_code == 200
+
+
+def test_a_generated_password_is_all_of_stdout_and_works(run: Run, server: Server, tenant: Tenant) -> None:
+    email = email_of(tenant)
+    said = run(
+        "users", "add", "--tenant", tenant.slug, "--email", email, "--role", "owner", "--generate-password"
+    )
+
+    assert server.log_in(email, said.stdout.removesuffix("\n")).status_code == 200
+
+
+def test_the_password_is_asked_for_twice_unseen(
+    server: Server, tenant: Tenant, environ: dict[str, str]
+) -> None:
+    email = email_of(tenant)
+    command = [*BILLING, "users", "add", "--tenant", tenant.slug, "--email", email, "--role", "admin"]
+    terminal, end = pty.openpty()
+    with open(terminal, "r+b", buffering=0) as screen:
+        with subprocess.Popen(
+            command, env=environ, cwd="/", stdin=end, stdout=end, stderr=end, start_new_session=True
+        ) as process:
+            os.close(end)
+            shown = type_at(screen, b"Password: ") + type_at(screen, b"Again: ")
+            with suppress(OSError):  # Linux ends a terminal so.
+                while more := screen.read(1000):
+                    shown += more
+        assert process.returncode == 0, shown
+
+    assert OTHER_PASSWORD.encode() not in shown
+    assert server.log_in(email, OTHER_PASSWORD).status_code == 200
+
+
+def type_at(screen: io.FileIO | Any, prompt: bytes) -> bytes:
+    shown = b""
+    while not shown.endswith(prompt):
+        shown += screen.read(1)
+    time.sleep(0.1)  # What is typed before the echo is off is thrown away.
+    screen.write(f"{OTHER_PASSWORD}\n".encode())
+    return bytes(shown)
+
+
+def test_without_a_terminal_the_password_must_come_from_an_option(run: Run, tenant: Tenant) -> None:
+    said = run(
+        "users", "add", "--tenant", tenant.slug, "--email", email_of(tenant), "--role", "admin", code=2
+    )
+
+    assert "--password-stdin" in said.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "password", "expected"),
+    [
+        (["--email", "no address"], OTHER_PASSWORD, "email:"),
+        (["--first-name", "B\x1b[0m"], OTHER_PASSWORD, "first_name:"),
+        (["--last-name", "\udcff"], OTHER_PASSWORD, "The body is not JSON in UTF-8."),
+        ([], "short", "password:"),
+        ([], "password1234", "The password is too easy to guess."),
+    ],
+)
+def test_what_register_refuses_is_refused(
+    run: Run, tenant: Tenant, options: list[str], password: str, expected: str
+) -> None:
+    named = ["--tenant", tenant.slug, "--email", email_of(tenant), "--role", "admin", "--password-stdin"]
+
+    said = run("users", "add", *named, *options, input=f"{password}\n", code=1)
+
+    assert sentence(said.stderr).startswith(expected)
+    assert len(json.loads(run("users", "list", "--tenant", tenant.slug, "--json").stdout)) == 1
+
+
+def test_a_taken_email_is_one_sentence(run: Run, tenant: Tenant, bob: Bob) -> None:
+    assert sentence(add(run, tenant, code=1).stderr).startswith("The email is in use.")
+
+
+def test_users_list(run: Run, tenant: Tenant, bob: Bob) -> None:
+    listed = json.loads(run("users", "list", "--tenant", tenant.slug, "--json").stdout)
+    lines = run("users", "list", "--tenant", tenant.slug).stdout.splitlines()
+
+    assert [(user["email"], user["role"]) for user in listed] == [
+        (tenant.owner, "owner"),
+        (bob.email, "developer"),
+    ]
+    assert not any("password" in name for name in listed[0])
+    assert lines[0].startswith("EMAIL") and lines[2].startswith(bob.email)
+
+
+def test_a_role_counts_from_the_next_request(run: Run, server: Server, tenant: Tenant, bob: Bob) -> None:
+    run("users", "set-role", "--tenant", tenant.slug, bob.email.upper(), "admin")
+
+    assert server.call("GET", "/api-keys/", bob.access).status_code == 200
+
+
+def test_disabling_a_user_ends_their_sessions_for_good(
+    run: Run, server: Server, tenant: Tenant, bob: Bob, embedded: Database
+) -> None:
+    run("users", "disable", "--tenant", tenant.slug, bob.email)
+    assert server.call("GET", "/me/", bob.access).json()["code"] == "session-ended"
+    assert server.log_in(bob.email, OTHER_PASSWORD).json()["code"] == "invalid-credentials"
+
+    run("users", "enable", "--tenant", tenant.slug, bob.email)
+    assert server.call("GET", "/me/", bob.access).status_code == 401
+    assert server.call("POST", "/token/refresh/", refresh=bob.tokens["refresh"]).status_code == 401
+    assert server.log_in(bob.email, OTHER_PASSWORD).status_code == 200
+    assert [action for action, _ in audited(embedded, tenant.slug)] == [
+        "user.added",
+        "user.disabled",
+        "user.enabled",
+    ]
+
+
+def test_resetting_a_password_ends_every_session(run: Run, server: Server, tenant: Tenant, bob: Bob) -> None:
+    said = run("users", "reset-password", "--tenant", tenant.slug, bob.email, "--generate-password")
+
+    assert server.call("GET", "/me/", bob.access).json()["code"] == "session-ended"
+    assert server.call("POST", "/token/refresh/", refresh=bob.tokens["refresh"]).status_code == 401
+    assert server.log_in(bob.email, OTHER_PASSWORD).status_code == 401
+    assert server.log_in(bob.email, said.stdout.strip()).status_code == 200
+
+
+def test_a_password_made_of_own_words_is_no_reset(run: Run, server: Server, tenant: Tenant, bob: Bob) -> None:
+    named = ("--tenant", tenant.slug, bob.email, "--password-stdin")
+
+    said = run("users", "reset-password", *named, input=f"{bob.email}\n", code=1)
+
+    assert sentence(said.stderr).startswith("The password is too easy to guess.")
+    assert server.call("GET", "/me/", bob.access).status_code == 200
+
+
+@pytest.mark.parametrize("command", [["disable"], ["set-role"]])
+def test_the_last_active_owner_stays(
+    run: Run, server: Server, tenant: Tenant, bob: Bob, command: list[str]
+) -> None:
+    rest = ["--tenant", tenant.slug, tenant.owner, *(["admin"] if command == ["set-role"] else [])]
+
+    said = run("users", *command, *rest, code=1)
+    assert sentence(said.stderr).startswith("A tenant keeps at least one active owner")
+    assert server.call("GET", "/api-keys/", tenant.access).status_code == 200
+
+    run("users", "set-role", "--tenant", tenant.slug, bob.email, "owner")
+    run("users", *command, *rest)
+    assert server.call("GET", "/me/", tenant.access).status_code == (401 if command == ["disable"] else 200)
+
+
+@pytest.mark.parametrize("command", ["disable", "enable", "reset-password --generate-password"])
+def test_an_unknown_user_is_one_sentence(run: Run, tenant: Tenant, server: Server, command: str) -> None:
+    name, *options = command.split()
+
+    said = run("users", name, "--tenant", tenant.slug, "ada@shared.example", *options, code=1)
+
+    assert sentence(said.stderr) == "The tenant has no user with this email."

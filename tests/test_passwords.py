@@ -1,0 +1,215 @@
+"""Passwords: bcrypt's limits cured, peppers turned over, easy ones refused."""
+
+from __future__ import annotations
+
+import unicodedata
+from time import perf_counter
+
+import bcrypt
+import pytest
+
+from billing import passwords
+from billing.errors import PasswordTooWeak, WrongPassword
+from billing.keyrings import Keyring
+from billing.passwords import Passwords, require_strength
+
+OLD, NEW = bytes(range(32)), bytes(range(32, 64))
+COST = 4
+
+
+def made(*kids: str, cost: int = COST) -> Passwords:
+    return Passwords(Keyring({kid: {"old": OLD, "new": NEW}[kid] for kid in kids}), cost)
+
+
+# Storing and checking ----------------------------------------------------------------------------
+
+
+def test_a_password_is_known_again_and_no_other() -> None:
+    stored = made("old").hash("correct horse")
+    assert made("old").check("correct horse", stored)
+    assert not made("old").check("correct horsf", stored)
+    assert not made("old").check("", stored)
+
+
+def test_what_is_stored_names_scheme_pepper_and_cost_and_not_the_password() -> None:
+    scheme, kid, hashed = made("old").hash("correct horse").split("$", 2)
+    assert (scheme, kid, hashed[:7], len(hashed)) == ("bcrypt-hmac-sha384", "old", "$2b$04$", 60)
+
+
+def test_the_same_password_is_stored_differently_each_time() -> None:
+    one = made("old")
+    assert one.hash("correct horse") != one.hash("correct horse")
+
+
+@pytest.mark.parametrize("length", [71, 72, 73, 128, 10_000])
+@pytest.mark.parametrize("letter", ["a", "é", "😀"])
+def test_every_character_counts_beyond_bcrypts_72_bytes(letter: str, length: int) -> None:
+    stored = made("old").hash(letter * length)
+    assert made("old").check(letter * length, stored)
+    assert not made("old").check(letter * (length - 1), stored)
+    assert not made("old").check(letter * (length - 1) + "b", stored)
+
+
+def test_what_follows_a_nul_counts() -> None:
+    assert not made("old").check("before\0other", made("old").hash("before\0after"))
+
+
+def test_composed_and_decomposed_are_one_password() -> None:
+    decomposed = unicodedata.normalize("NFD", "Pässwörter für Ådå")
+    assert decomposed != "Pässwörter für Ådå"
+    assert made("old").check(decomposed, made("old").hash("Pässwörter für Ådå"))
+
+
+def test_require_raises_for_a_wrong_password() -> None:
+    stored = made("old").hash("correct horse")
+    made("old").require("correct horse", stored)
+    with pytest.raises(WrongPassword):
+        made("old").require("battery staple", stored)
+
+
+# Peppers and cost --------------------------------------------------------------------------------
+
+
+def test_an_older_pepper_still_checks() -> None:
+    assert made("new", "old").check("correct horse", made("old").hash("correct horse"))
+
+
+def test_without_its_pepper_a_hash_is_worth_nothing() -> None:
+    stored = made("old").hash("correct horse")
+    assert not made("new").check("correct horse", stored.replace("$old$", "$new$"))
+    with pytest.raises(LookupError, match="pepper old"):
+        made("new").check("correct horse", stored)
+
+
+def test_an_unknown_scheme_is_an_error_and_not_a_no() -> None:
+    with pytest.raises(LookupError, match="md5"):
+        made("old").check("correct horse", made("old").hash("x").replace("bcrypt-hmac-sha384", "md5"))
+
+
+@pytest.mark.parametrize(
+    ("before", "present", "is_renewed"),
+    [
+        (made("old"), made("old"), False),
+        (made("old"), made("old", "new"), False),
+        (made("old"), made("new", "old"), True),
+        (made("old"), made("old", cost=5), True),
+        (made("old", cost=5), made("old"), True),
+    ],
+)
+def test_renewed_when_pepper_or_cost_is_another(
+    before: Passwords, present: Passwords, is_renewed: bool
+) -> None:
+    renewed = present.renewed("correct horse", before.hash("correct horse"))
+    assert (renewed is not None) == is_renewed
+    if renewed:
+        assert present.check("correct horse", renewed)
+        assert present.renewed("correct horse", renewed) is None
+
+
+# Nobody's password -------------------------------------------------------------------------------
+
+
+def test_no_user_costs_a_real_bcrypt_of_the_present_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[bytes] = []
+    real = bcrypt.checkpw
+
+    def checkpw(password: bytes, hashed: bytes) -> bool:
+        checked.append(hashed)
+        return real(password, hashed)
+
+    one = made("old", cost=5)
+    monkeypatch.setattr(passwords.bcrypt, "checkpw", checkpw)
+    assert not one.check("correct horse", None)
+    assert [hashed[:7] for hashed in checked] == [b"$2b$05$"]
+
+
+def test_no_user_takes_as_long_as_a_wrong_password() -> None:
+    one = made("old", cost=8)
+    stored = one.hash("correct horse")
+    one.check("warm", stored)
+    assert 0.4 < fastest(one, None) / fastest(one, stored) < 2.5
+
+
+def fastest(one: Passwords, stored: str | None) -> float:
+    def once() -> float:
+        started = perf_counter()
+        one.check("wrong", stored)
+        return perf_counter() - started
+
+    return min(once() for _ in range(7))
+
+
+def test_no_password_is_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passwords.secrets, "token_urlsafe", lambda: "the dummy's own")
+    assert not made("old").check("the dummy's own", None)
+
+
+# Strength ----------------------------------------------------------------------------------------
+
+OWN_WORDS = ["ada@acme.example", "ada", "acme.example", "Acme Industries", "Lovelace", ""]
+PASS = [
+    "SecurePass123!",
+    "SecurePassword123!",
+    "NewSecurePassword456!",
+    "correct horse battery",
+    "xK9#mQ2$vL5n",
+    "тихий океан велик",
+    "é" * 4 + "q7Zw§xP4",
+    "q7Zw" * 3 + "kP4x" * 29,
+]
+REFUSED = [
+    "",
+    "xK9#mQ2$vL5",
+    "e\N{COMBINING ACUTE ACCENT}" * 11,
+    "xK9#mQ2$vL5n" * 10 + "xK9#mQ2$v",
+    "password1234",
+    "passwordpassword",
+    "aaaaaaaaaaaa",
+    "123456789012",
+    "qwertyuiop[]",
+    "abcabcabcabc",
+    "a" * 128,
+    "P@ssw0rd1234",
+]
+
+
+@pytest.mark.parametrize("password", PASS)
+def test_a_good_password_passes(password: str) -> None:
+    require_strength(password, OWN_WORDS)
+
+
+@pytest.mark.parametrize("password", REFUSED)
+def test_a_bad_password_is_refused(password: str) -> None:
+    with pytest.raises(PasswordTooWeak) as caught:
+        require_strength(password, [])
+    assert not password or password not in caught.value.detail
+
+
+@pytest.mark.parametrize(
+    "password", ["ada@acme.example", "LovelaceAda1", "acme.example1", "Acme Industries", "lovelacelovelace"]
+)
+def test_a_password_of_the_accounts_own_words_is_refused(password: str) -> None:
+    with pytest.raises(PasswordTooWeak):
+        require_strength(password, OWN_WORDS)
+
+
+def test_only_ones_own_words_count_against_one() -> None:
+    require_strength("Wolkenkratzerbau", [])
+    with pytest.raises(PasswordTooWeak):
+        require_strength("Wolkenkratzerbau", ["wolkenkratzerbau"])
+
+
+@pytest.mark.parametrize(("length", "passes"), [(11, False), (12, True), (128, True), (129, False)])
+def test_length_is_counted_in_characters_once_composed(length: int, passes: bool) -> None:
+    varied = "xK9#mQ2$vL5nW8&bT1@cR6!dY3^fH7*gJ4(hZ0)pS"
+    password = unicodedata.normalize("NFD", "é" + (varied * 4)[: length - 1])
+    assert len(password) == length + 1
+    assert outcome(password) == passes
+
+
+def outcome(password: str) -> bool:
+    try:
+        require_strength(password, [])
+    except PasswordTooWeak:
+        return False
+    return True
