@@ -50,8 +50,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[embedded.Cluster]:
-    """The PostgreSQL of this run, shared by its workers."""
-    with embedded.start(STATE / "pg", options=VOLATILE) as server:
+    """The PostgreSQL of this run, shared by its workers; BILLING_PG_BIN tries another version."""
+    chosen = os.environ.get("BILLING_PG_BIN")
+    with embedded.start(STATE / "pg", bin_dir=Path(chosen) if chosen else None, options=VOLATILE) as server:
         database.prepare(server.cluster, TEMPLATE)
         yield server.cluster
 

@@ -16,6 +16,7 @@ from billing.actors import OPERATOR
 from billing.cli.console import as_json, done, opened_store, show
 from billing.cli.tenants import tenant_called, transaction_of
 from billing.clock import utc_now
+from billing.errors import InvalidRequest, MalformedBody
 from billing.handlers import shapes
 from billing.http import document
 from billing.http.validation import Rules
@@ -64,7 +65,7 @@ def new_password(*, stdin: bool, generate: bool) -> str:
     if generate:
         return secrets.token_urlsafe(GENERATED_PASSWORD_BYTES)
     if stdin:
-        return sys.stdin.readline().rstrip("\r\n")
+        return click.get_text_stream("stdin", errors="surrogateescape").readline().rstrip("\r\n")
     if not sys.stdin.isatty():
         raise click.UsageError("There is no terminal to ask at: use --password-stdin or --generate-password.")
     password: str = click.prompt("Password", hide_input=True, confirmation_prompt="Again", err=True)
@@ -75,8 +76,12 @@ def require_valid(tenant: Tenant, details: dict[str, str]) -> None:
     """Hold the details against the document, as if they had come with a registration; raises `InvalidRequest`."""
     contract = document.load()
     register = next(o for o in document.operations(contract) if o.operation_id == "register_tenant")
-    # This writer escapes what is no UTF-8, as an argument may be, and the rules refuse it.
-    Rules(contract, register).body(json.dumps({"company_name": tenant.company_name, **details}).encode())
+    # This writer escapes what was no UTF-8, and the rules refuse it.
+    body = json.dumps({"company_name": tenant.company_name, **details}).encode()
+    try:
+        Rules(contract, register).body(body)
+    except MalformedBody:
+        raise InvalidRequest("Email, names and password must be text in UTF-8.") from None
 
 
 def hashed(password: str, settings: Settings) -> str:

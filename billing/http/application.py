@@ -9,7 +9,8 @@ import connexion
 import structlog
 from connexion.exceptions import ProblemException
 from connexion.lifecycle import ConnexionRequest, ConnexionResponse
-from connexion.middleware import MiddlewarePosition
+from connexion.middleware import ConnexionMiddleware, MiddlewarePosition
+from connexion.middleware.server_error import ServerErrorMiddleware
 from connexion.options import SwaggerUIOptions
 from starlette.exceptions import HTTPException
 from starlette.routing import Route, Router
@@ -30,6 +31,9 @@ from billing.http.wiring import ByOperationId, endpoints
 from billing.security import Doorkeeper
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.http")
+
+# Without the one that answers in text/plain when an error handler fails: `Failsafe` in the edge does that.
+MIDDLEWARES = [m for m in ConnexionMiddleware.default_middlewares if m is not ServerErrorMiddleware]
 
 # What Connexion and Starlette raise themselves, said in our words; theirs repeat what the client sent.
 BY_STATUS: dict[int, type[BillingError]] = {
@@ -59,6 +63,7 @@ def build(
     app = connexion.AsyncApp(
         "billing",
         lifespan=lifespan,
+        middlewares=MIDDLEWARES,
         strict_validation=True,
         swagger_ui_options=SwaggerUIOptions(swagger_ui=False, serve_spec=False),
         resolver=ByOperationId(endpoints(listed, services, Lanes(general_threads=threads))),

@@ -36,7 +36,7 @@ class Protocol(HttpToolsProtocol):
     """
 
     in_head = True
-    head_bytes = 0
+    pending_bytes = 0  # Fed since the parser last finished a head or gave out a part of a body.
     waiting_since = 0.0  # On the loop's clock.
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -50,7 +50,7 @@ class Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
-        self.head_bytes += len(data)
+        self.pending_bytes += len(data)
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -58,8 +58,8 @@ class Protocol(HttpToolsProtocol):
         except httptools.HttpParserError as error:
             self._refuse(reason_of(error))
         else:
-            # One endless header never reaches a callback: only the bytes tell.
-            if self.in_head and self.head_bytes > MAX_HEAD_BYTES:
+            # An endless header, or trailer, is kept and never reaches a callback: only the bytes tell.
+            if self.pending_bytes > MAX_HEAD_BYTES:
                 self._refuse(errors.RequestHeadersTooLarge())
 
     # The parser's callbacks, in their order --------------------------------------------------------
@@ -79,6 +79,11 @@ class Protocol(HttpToolsProtocol):
             return  # It comes again, without the header that asks.
         super().on_headers_complete()
         self.in_head = False
+        self.pending_bytes = 0
+
+    def on_body(self, body: bytes) -> None:
+        self.pending_bytes = 0
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():
@@ -97,7 +102,7 @@ class Protocol(HttpToolsProtocol):
 
     def _await_head(self) -> None:
         self.in_head = True
-        self.head_bytes = 0
+        self.pending_bytes = 0
         self.waiting_since = self.loop.time()
 
     def _check_head(self) -> None:
@@ -125,7 +130,7 @@ class Protocol(HttpToolsProtocol):
         """Close a connection that keeps us waiting; uvicorn's own timer minds only idle ones."""
         if not self._is_overdue():
             self.watch = self.loop.call_later(LOOK_SECONDS, self._look)
-        elif self.in_head and self.head_bytes:
+        elif self.in_head and self.pending_bytes:
             self._refuse(errors.RequestTimeout())
         else:
             self.transport.close()

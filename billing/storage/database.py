@@ -97,6 +97,7 @@ def prepare(cluster: embedded.Cluster, name: str = NAME) -> None:
             if not _has_database(connection, name):
                 _bootstrap(connection, cluster)
                 connection.exec_driver_sql(f'CREATE DATABASE "{name}" OWNER {OWNER}')
+            _let_owner_create(cluster, name)
     finally:
         engine.dispose()
     schema.migrate(url(cluster, OWNER, name))
@@ -116,6 +117,14 @@ def _bootstrap(connection: Connection, cluster: embedded.Cluster) -> None:
     connection.exec_driver_sql(schema.bootstrap_sql())
     for role in (OWNER, APP):
         connection.exec_driver_sql(f"ALTER ROLE {role} PASSWORD '{_password(cluster, role)}'")
+
+
+def _let_owner_create(cluster: embedded.Cluster, name: str) -> None:
+    # PostgreSQL 15 gives the schema to the database's owner by membership, which NOINHERIT leaves out.
+    engine = create_engine(cluster.url(name), isolation_level="AUTOCOMMIT", hide_parameters=True)
+    with engine.connect() as connection:
+        connection.exec_driver_sql(f"GRANT CREATE ON SCHEMA public TO {OWNER}")
+    engine.dispose()
 
 
 def _password(cluster: embedded.Cluster, role: str) -> str:

@@ -72,14 +72,9 @@ def before_call(_context: HookContext, case: Case, _kwargs: Json) -> None:
     Nobody guesses a password by chance, and hardly a strong one: the fuzzer would see refusals alone. Which
     half is a matter of the body, so that a case can be repeated.
     """
-    corrected = CORRECTED.get(operation_id_of(case))
-    if corrected and is_valid(case) and isinstance(case.body, dict) and zlib.crc32(repr(case.body).encode()) % 2:
+    corrected = CORRECTED.get(case.operation.definition.raw["operationId"])
+    if corrected and is_valid(case) and zlib.crc32(repr(case.body).encode()) % 2:
         case.body = corrected(case.body)
-
-
-def operation_id_of(case: Case) -> str:
-    operation_id: str = case.operation.definition.raw["operationId"]
-    return operation_id
 
 
 def is_valid(case: Case) -> bool:

@@ -270,6 +270,14 @@ TOO_LARGE = {
     "one without end": [b"GET / HTTP/1.1\r\nHost: x\r\nX: ", *[b"v" * 5000] * 7],
     "a target without end": [b"GET /", *[b"v" * 5000] * 7],
     "a long target": [request("GET", "/" + "v" * protocol.MAX_HEAD_BYTES)],
+    "a trailer without end": [
+        request("POST", "/", "Transfer-Encoding: chunked", body=b"1\r\nx\r\n0\r\nX: "),
+        *[b"v" * 5000] * 7,
+    ],
+    "trailers without end": [
+        request("POST", "/", "Transfer-Encoding: chunked", body=b"0\r\n"),
+        *[b"X: y\r\n" * 900] * 7,
+    ],
     "with an upgrade": [request("GET", "/", *UPGRADE, "X: " + "v" * protocol.MAX_HEAD_BYTES)],
 }
 
@@ -285,6 +293,11 @@ def test_431_for_a_head_that_is_too_large(connection: Connection, packets: list[
 def test_many_requests_on_one_connection_are_not_one_large_head(connection: Connection) -> None:
     for _ in range(10):
         assert seen_by(connection, request("POST", "/", "X: " + "v" * 5000, body=b"x" * 10_000))
+
+
+def test_a_body_in_the_smallest_chunks_is_not_a_large_head(connection: Connection) -> None:
+    coded = request("POST", "/", "Transfer-Encoding: chunked", body=chunked(*[b"x"] * 20_000))
+    assert len(seen_by(connection, coded)["body"]) == 20_000
 
 
 # Patience ----------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@
 --   \password billing_owner
 --   \password billing_app
 --   CREATE DATABASE billing OWNER billing_owner TEMPLATE template0 ENCODING 'UTF8';
+--   \connect billing
+--   GRANT CREATE ON SCHEMA public TO billing_owner;
 --
 -- DATABASE_URL names billing_app, MIGRATION_DATABASE_URL billing_owner.
 

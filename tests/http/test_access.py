@@ -1,0 +1,238 @@
+"""Access: one credential counts, and the document says who may."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from connexion.lifecycle import ConnexionRequest
+from connexion.security import NO_VALUE, ApiKeySecurityHandler, BearerSecurityHandler
+from starlette.types import Receive, Scope, Send
+
+from billing.errors import (
+    BillingError,
+    InsufficientScope,
+    KeyMalformed,
+    KeyUnknown,
+    TenantDisabled,
+    TokenInvalid,
+)
+from billing.http.access import Gate, NameOperation, operation_id_of, security_map
+from billing.http.document import Operation, load, operations
+from billing.ids import new_id
+from billing.keys import ApiKey
+from billing.security import Caller, bearer_credential
+from tests.test_tenants import ACME, ADA
+
+NOW = datetime(2026, 1, 15, 9, 30, tzinfo=UTC)
+KEY = ApiKey(ACME.id, new_id(), "live_secret", None, "abcd", NOW)
+BY_USER, BY_KEY = Caller(ACME, user=ADA), Caller(ACME, key=KEY)
+
+
+class Doorkeeper:
+    """Knows one token and one key."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.threads: set[threading.Thread] = set()
+
+    def by_bearer(self, credential: str) -> Caller:
+        return self._answer(credential, "a-token", BY_USER, TokenInvalid)
+
+    def by_key(self, text: str) -> Caller:
+        return self._answer(text, "a-key", BY_KEY, KeyUnknown)
+
+    def _answer(self, given: str, good: str, caller: Caller, error: type[BillingError]) -> Caller:
+        self.asked.append(given)
+        self.threads.add(threading.current_thread())
+        if given != good:
+            raise error
+        return caller
+
+
+def outcome(scheme: str, headers: list[tuple[str, str]], doorkeeper: Doorkeeper | None = None) -> Any:
+    """`nothing`, the class of what is raised, or the caller that is left in the state."""
+    verify = security_map(doorkeeper or Doorkeeper(), threads=2)[scheme]().get_fn({}, [])  # type: ignore[arg-type]
+    raw = [(name.encode(), value.encode()) for name, value in headers]
+    scope: Scope = {"type": "http", "headers": raw, "state": {}, "query_string": b"X-API-Key=a-key"}
+
+    async def ask() -> Any:
+        return await verify(ConnexionRequest(scope))
+
+    try:
+        found = asyncio.run(ask())
+    except BillingError as error:
+        assert "caller" not in scope["state"]
+        return type(error)
+    if found is NO_VALUE:
+        assert not scope["state"]
+        return "nothing"
+    assert found == {"sub": str(ACME.id)}
+    assert scope["state"]["tenant_id"] == ACME.id
+    return scope["state"]["caller"]
+
+
+AUTHORIZATION, X_API_KEY = "authorization", "x-api-key"
+
+
+@pytest.mark.parametrize(
+    ("headers", "by_bearer", "by_key"),
+    [
+        ([], "nothing", "nothing"),
+        ([(AUTHORIZATION, "Bearer a-token")], BY_USER, "nothing"),
+        ([(AUTHORIZATION, "bearer   a-token ")], BY_USER, "nothing"),
+        ([(X_API_KEY, "a-key")], "nothing", BY_KEY),
+        ([(X_API_KEY, "wrong")], "nothing", KeyUnknown),
+        ([(X_API_KEY, "")], "nothing", KeyUnknown),
+        ([(X_API_KEY, "a-key"), (X_API_KEY, "a-key")], "nothing", KeyUnknown),
+        ([(AUTHORIZATION, "Bearer wrong"), (X_API_KEY, "a-key")], TokenInvalid, "nothing"),
+        ([(AUTHORIZATION, "Bearer a-token"), (X_API_KEY, "wrong")], BY_USER, "nothing"),
+        ([(AUTHORIZATION, ""), (X_API_KEY, "a-key")], TokenInvalid, "nothing"),
+        ([(AUTHORIZATION, "Bearer"), (X_API_KEY, "a-key")], TokenInvalid, "nothing"),
+        ([(AUTHORIZATION, "Basic YTpi"), (X_API_KEY, "a-key")], TokenInvalid, "nothing"),
+        ([(AUTHORIZATION, "Bearer a-token"), (AUTHORIZATION, "Bearer a-token")], TokenInvalid, "nothing"),
+    ],
+)
+def test_authorization_counts_alone_where_it_is_present(
+    headers: list[tuple[str, str]], by_bearer: Any, by_key: Any
+) -> None:
+    assert (outcome("bearer", headers), outcome("apiKey", headers)) == (by_bearer, by_key)
+
+
+def test_without_a_credential_nobody_is_asked() -> None:
+    doorkeeper = Doorkeeper()
+    for scheme in ("bearer", "apiKey"):
+        for headers in ([], [(AUTHORIZATION, "Basic a-token")]):
+            outcome(scheme, headers, doorkeeper)
+    assert doorkeeper.asked == []
+
+
+def test_the_doorkeeper_is_asked_off_the_event_loop() -> None:
+    doorkeeper = Doorkeeper()
+    outcome("bearer", [(AUTHORIZATION, "Bearer a-token")], doorkeeper)
+    assert threading.main_thread() not in doorkeeper.threads
+
+
+def test_connexion_knows_both_handlers_for_its_own() -> None:
+    made = security_map(Doorkeeper(), threads=1)  # type: ignore[arg-type]
+    assert issubclass(made["bearer"], BearerSecurityHandler)
+    assert issubclass(made["apiKey"], ApiKeySecurityHandler)
+
+
+@pytest.mark.parametrize(
+    ("headers", "credential"),
+    [
+        ([], None),
+        ([""], ""),
+        (["Bearer"], ""),
+        (["Bearer "], ""),
+        (["Bearer x"], "x"),
+        (["BEARER x"], "x"),
+        (["Bearer  x y "], "x y"),
+        (["Token x"], ""),
+        (["x"], ""),
+        (["Bearer\tx"], ""),
+        (["Bearer x", "Bearer x"], ""),
+    ],
+)
+def test_bearer_credentials(headers: list[str], credential: str | None) -> None:
+    assert bearer_credential(headers) == credential
+
+
+# The gate ----------------------------------------------------------------------------------------
+
+OPERATIONS = {operation.operation_id: operation for operation in operations(load())}
+DISABLED = replace(ACME, is_active=False)
+
+
+def through(caller: Caller | None, operation_id: str | None) -> str:
+    """`let in`, or the class of the refusal."""
+    reached: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        reached.append("let in")
+
+    scope = {
+        "type": "http",
+        "state": {} if caller is None else {"caller": caller},
+        "extensions": {"connexion_routing": {"operation_id": operation_id}},
+    }
+    try:
+        asyncio.run(Gate(app, operations=OPERATIONS)(scope, None, None))  # type: ignore[arg-type]
+    except BillingError as error:
+        assert not reached
+        return type(error).__name__
+    return reached[0]
+
+
+def role(name: str) -> Caller:
+    return Caller(ACME, user=replace(ADA, role=name))
+
+
+ANYONE = {"get_current_user", "change_password", "verify_api_key", "get_tenant_details"}
+ADMINS = {
+    "get_stripe_status",
+    "list_api_keys",
+    "get_webhook_config",
+    "configure_webhook",
+    "remove_webhook",
+    "send_test_webhook",
+}
+OWNERS = {"start_stripe_connect", "disconnect_stripe", "regenerate_api_keys", "revoke_api_keys"}
+PUBLIC = {"register_tenant", "log_in", "refresh_tokens", "complete_stripe_connect"}
+
+
+def test_every_operation_has_its_place() -> None:
+    assert OPERATIONS.keys() == ANYONE | ADMINS | OWNERS | PUBLIC
+
+
+@pytest.mark.parametrize("operation_id", sorted(ANYONE | ADMINS | OWNERS))
+@pytest.mark.parametrize(
+    ("caller", "allowed"),
+    [
+        (role("owner"), ANYONE | ADMINS | OWNERS),
+        (role("admin"), ANYONE | ADMINS),
+        (role("developer"), ANYONE),
+        (role("stranger"), set()),
+        (BY_KEY, {"verify_api_key", "get_tenant_details"}),
+    ],
+    ids=["owner", "admin", "developer", "stranger", "key"],
+)
+def test_who_may(caller: Caller, allowed: set[str], operation_id: str) -> None:
+    assert through(caller, operation_id) == ("let in" if operation_id in allowed else "InsufficientScope")
+
+
+@pytest.mark.parametrize("operation_id", sorted(ANYONE | ADMINS | OWNERS))
+@pytest.mark.parametrize(
+    "caller", [Caller(DISABLED, user=ADA), Caller(DISABLED, key=KEY)], ids=["user", "key"]
+)
+def test_a_disabled_tenant_may_nothing(caller: Caller, operation_id: str) -> None:
+    assert through(caller, operation_id) == "TenantDisabled"
+
+
+def test_where_security_found_nobody_the_gate_is_open() -> None:
+    # Connexion has answered 401 before, unless the operation is public or there is none.
+    assert through(None, "log_in") == through(None, None) == "let in"
+
+
+def test_the_name_of_the_operation_is_left_for_the_log() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None: ...
+
+    scope: Scope = {
+        "type": "http",
+        "state": {},
+        "extensions": {"connexion_routing": {"operation_id": "log_in"}},
+    }
+    asyncio.run(NameOperation(app)(scope, None, None))  # type: ignore[arg-type]
+    assert scope["state"] == {"operation_id": "log_in"}
+    assert operation_id_of(scope) == "log_in"
+
+
+def test_refusals_are_no_credentials_errors() -> None:
+    assert not issubclass(InsufficientScope, KeyMalformed.__mro__[1])
+    assert not issubclass(TenantDisabled, KeyMalformed.__mro__[1])
+    assert isinstance(OPERATIONS["log_in"], Operation)

@@ -1,0 +1,204 @@
+"""Lanes: passwords wait for passwords, and nothing else does."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any
+
+import pytest
+
+from billing.errors import Overloaded
+from billing.handlers import authentication
+from billing.http.lanes import LONGEST_WAIT_SECONDS, PASSWORD_THREADS, Lane, Lanes, lane_of, runs_in
+
+LONG = 30.0
+SHORT = 0.05
+
+
+class Work:
+    """Calls that last until they are told to end."""
+
+    def __init__(self) -> None:
+        self._end = threading.Event()
+        self.begun = threading.Semaphore(0)
+        self.running = 0
+        self.most = 0
+        self._lock = threading.Lock()
+
+    def __call__(self) -> str:
+        with self._lock:
+            self.running += 1
+            self.most = max(self.most, self.running)
+        self.begun.release()
+        assert self._end.wait(10)
+        with self._lock:
+            self.running -= 1
+        return "done"
+
+    def end(self) -> None:
+        self._end.set()
+
+
+@contextmanager
+def working() -> Iterator[Work]:
+    work = Work()
+    try:
+        yield work
+    finally:
+        work.end()
+
+
+async def begin(lanes: Lanes, lane: Lane, work: Work, times: int) -> list[asyncio.Task[str]]:
+    """That many calls, all of them running."""
+    tasks = [asyncio.create_task(lanes.run(lane, work)) for _ in range(times)]
+    for _ in range(times):
+        await asyncio.to_thread(work.begun.acquire, timeout=10)
+    return tasks
+
+
+async def is_overloaded(lanes: Lanes, lane: Lane, call: Callable[[], Any] = lambda: "done") -> bool:
+    try:
+        await lanes.run(lane, call)
+    except Overloaded:
+        return True
+    return False
+
+
+def test_the_limits_are_two_threads_and_two_seconds() -> None:
+    assert (PASSWORD_THREADS, LONGEST_WAIT_SECONDS) == (2, 2)
+    assert Lanes(general_threads=1)._longest_wait_seconds == 2
+
+
+def test_two_passwords_at_once_and_a_third_is_told_to_come_back() -> None:
+    async def story(work: Work) -> None:
+        lanes = Lanes(general_threads=2, longest_wait_seconds=SHORT)
+        tasks = await begin(lanes, Lane.PASSWORDS, work, 2)
+        started = perf_counter()
+        assert await is_overloaded(lanes, Lane.PASSWORDS)
+        assert perf_counter() - started >= SHORT
+        work.end()
+        assert await asyncio.gather(*tasks) == ["done", "done"]
+        assert not await is_overloaded(lanes, Lane.PASSWORDS)
+        assert work.most == 2
+
+    with working() as work:
+        asyncio.run(story(work))
+
+
+def test_a_third_password_gets_the_thread_that_becomes_free_in_time() -> None:
+    async def story(work: Work) -> None:
+        lanes = Lanes(general_threads=2, longest_wait_seconds=LONG)
+        tasks = await begin(lanes, Lane.PASSWORDS, work, 2)
+        third = asyncio.create_task(lanes.run(Lane.PASSWORDS, lambda: "third"))
+        await asyncio.sleep(SHORT)
+        assert not third.done()
+        work.end()
+        assert await asyncio.gather(third, *tasks) == ["third", "done", "done"]
+
+    with working() as work:
+        asyncio.run(story(work))
+
+
+def test_a_storm_of_passwords_runs_two_at_a_time_and_leaves_no_thread_taken() -> None:
+    async def story(work: Work) -> None:
+        lanes = Lanes(general_threads=2, longest_wait_seconds=SHORT)
+        tasks = await begin(lanes, Lane.PASSWORDS, work, 2)
+        storm = await asyncio.gather(*(is_overloaded(lanes, Lane.PASSWORDS) for _ in range(50)))
+        assert storm == [True] * 50
+        work.end()
+        await asyncio.gather(*tasks)
+        again = Work()
+        more = await begin(lanes, Lane.PASSWORDS, again, 2)
+        again.end()
+        assert await asyncio.gather(*more) == ["done", "done"]
+
+    with working() as work:
+        asyncio.run(story(work))
+
+
+def test_a_general_call_does_not_wait_for_passwords() -> None:
+    async def story(work: Work) -> None:
+        lanes = Lanes(general_threads=1, longest_wait_seconds=LONG)
+        await begin(lanes, Lane.PASSWORDS, work, 2)
+        waiting = [asyncio.create_task(is_overloaded(lanes, Lane.PASSWORDS)) for _ in range(20)]
+        await asyncio.sleep(0)
+        started = perf_counter()
+        assert await lanes.run(Lane.GENERAL, lambda: "general") == "general"
+        assert perf_counter() - started < 5
+        assert work.running == 2
+        assert not any(task.done() for task in waiting)
+        work.end()
+        assert await asyncio.gather(*waiting) == [False] * 20
+
+    with working() as work:
+        asyncio.run(story(work))
+
+
+def test_passwords_do_not_wait_for_general_calls() -> None:
+    async def story(work: Work) -> None:
+        lanes = Lanes(general_threads=3, longest_wait_seconds=SHORT)
+        await begin(lanes, Lane.GENERAL, work, 3)
+        assert not await is_overloaded(lanes, Lane.PASSWORDS)
+        assert await is_overloaded(lanes, Lane.GENERAL)
+        work.end()
+
+    with working() as work:
+        asyncio.run(story(work))
+
+
+@pytest.mark.parametrize("error", [ValueError, TimeoutError])
+def test_what_a_call_raises_comes_through_and_frees_its_thread(error: type[Exception]) -> None:
+    def fail() -> None:
+        raise error
+
+    async def story() -> None:
+        lanes = Lanes(general_threads=1, longest_wait_seconds=SHORT)
+        for _ in range(5):
+            with pytest.raises(error):
+                await lanes.run(Lane.GENERAL, fail)
+
+    asyncio.run(story())
+
+
+def test_a_caller_who_gives_up_waiting_frees_the_place() -> None:
+    async def story(work: Work) -> None:
+        lanes = Lanes(general_threads=1, longest_wait_seconds=LONG)
+        (task,) = await begin(lanes, Lane.GENERAL, work, 1)
+        waiting = asyncio.create_task(lanes.run(Lane.GENERAL, lambda: "never"))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        work.end()
+        await task
+        assert await lanes.run(Lane.GENERAL, lambda: "next") == "next"
+
+    with working() as work:
+        asyncio.run(story(work))
+
+
+def test_calls_run_off_the_event_loop() -> None:
+    ran_in = asyncio.run(Lanes(general_threads=1).run(Lane.GENERAL, threading.current_thread))
+    assert ran_in is not threading.main_thread()
+
+
+def test_a_handler_is_general_unless_it_was_marked() -> None:
+    @runs_in(Lane.PASSWORDS)
+    def marked() -> str:
+        return "itself"
+
+    assert (lane_of(marked), marked()) == (Lane.PASSWORDS, "itself")
+    assert lane_of(lambda: None) is Lane.GENERAL
+
+
+def test_the_handlers_that_hash_are_those_marked() -> None:
+    import inspect
+
+    for name, handler in inspect.getmembers(authentication, inspect.isfunction):
+        if handler.__module__ == authentication.__name__:
+            hashes = "passwords" in inspect.signature(handler).parameters
+            assert (lane_of(handler) is Lane.PASSWORDS) == hashes, name

@@ -1,0 +1,211 @@
+"""Tenants: slugs, emails in the form in which they are compared, and an account's own words."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from datetime import UTC, datetime
+from itertools import islice
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from billing.errors import Conflict, NotFound
+from billing.ids import new_id
+from billing.tenants import (
+    LONGEST_SLUG,
+    Account,
+    Tenant,
+    User,
+    get_user,
+    new_user,
+    normalise_email,
+    own_words,
+    require_another_owner,
+    slugs,
+    words_of,
+)
+
+NOW = datetime(2026, 1, 15, 9, 30, tzinfo=UTC)
+ACME = Tenant(
+    id=new_id(),
+    company_name="Acme Industries",
+    slug="acme-industries",
+    email="ada@acme.example",
+    domain="acme.example",
+    webhook_url=None,
+    stripe_account_id=None,
+    stripe_status="not_connected",
+    tier="free",
+    is_active=True,
+    created_at=NOW,
+    updated_at=NOW,
+)
+ADA = new_user(ACME, {"email": "Ada@Acme.example", "first_name": "Ada"}, role="owner", now=NOW)
+
+
+# Slugs -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "slug"),
+    [
+        ("Acme Inc.", "acme-inc"),
+        ("  Acme   &  Sons ", "acme-sons"),
+        ("Müller & Söhne", "muller-sohne"),
+        ("Ørsted", "orsted"),
+        ("北京", "bei-jing"),
+        ("Москва", "moskva"),
+        ("O'Reilly", "o-reilly"),
+        ("../../etc/passwd", "etc-passwd"),
+        ("<script>", "script"),
+        ("ACME_INC", "acme-inc"),
+        ("1&1", "1-1"),
+        ("", "tenant"),
+        ("   ", "tenant"),
+        ("!!!", "tenant"),
+        ("😀", "tenant"),
+        ("\0\n", "tenant"),
+        ("a" * 255, "a" * LONGEST_SLUG),
+        ("word " * 51, "-".join(["word"] * 12)),
+        ("x" * 50 + " " + "y" * 50, "x" * 50),
+    ],
+)
+def test_the_first_slug_is_the_plain_one(name: str, slug: str) -> None:
+    assert next(slugs(name)) == slug
+
+
+@given(name=st.text(max_size=255))
+def test_every_slug_is_safe_in_a_url(name: str) -> None:
+    for slug in islice(slugs(name), 3):
+        assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", slug)
+        assert len(slug) <= LONGEST_SLUG + 7
+
+
+def test_the_next_slugs_are_ones_that_nobody_else_has() -> None:
+    plain, *others = islice(slugs("Acme"), 50)
+    assert plain == "acme"
+    assert all(re.fullmatch(r"acme-[0-9a-f]{6}", other) for other in others)
+    assert len(set(others)) == 49
+
+
+# Emails ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("email", "kept"),
+    [
+        ("ada@acme.example", "ada@acme.example"),
+        ("ADA@Acme.Example", "ada@acme.example"),
+        ("  ada@acme.example\n", "ada@acme.example"),
+        ("ÅDA@acme.example", "åda@acme.example"),
+        ("A\N{COMBINING RING ABOVE}da@acme.example", "åda@acme.example"),
+        ("\N{ANGSTROM SIGN}da@acme.example", "åda@acme.example"),
+        ("J\N{COMBINING CARON}@acme.example", "\N{LATIN SMALL LETTER J WITH CARON}@acme.example"),
+        ("a.d.a+tag@acme.example", "a.d.a+tag@acme.example"),
+    ],
+)
+def test_an_email_is_kept_composed_and_without_capitals(email: str, kept: str) -> None:
+    assert normalise_email(email) == kept
+
+
+@given(email=st.text() | st.text(alphabet="aAjJ\u030c\u0301\u0307ǰİıſKÅΣς @."))
+def test_an_email_in_its_form_stays_as_it_is(email: str) -> None:
+    assert normalise_email(normalise_email(email)) == normalise_email(email)
+
+
+# Own words ---------------------------------------------------------------------------------------
+
+WORDS = {
+    "ada@acme.example",
+    "ada",
+    "acme.example",
+    "Acme Industries",
+    "Acme",
+    "Industries",
+    "Ada",
+    "Lovelace",
+}
+
+
+def test_own_words_are_those_of_the_registration() -> None:
+    details = {
+        "company_name": "Acme Industries",
+        "email": "ada@acme.example",
+        "first_name": "Ada",
+        "last_name": "Lovelace",
+        "domain": "acme.example",
+        "password": "hunter2",
+    }
+    assert set(own_words(details)) == WORDS
+
+
+def test_what_was_left_out_has_no_words() -> None:
+    assert set(own_words({"email": "ada@acme.example", "company_name": "Acme"})) - {""} == {
+        "ada@acme.example",
+        "ada",
+        "acme.example",
+        "Acme",
+    }
+
+
+def test_an_existing_account_has_the_same_words() -> None:
+    assert set(words_of(replace(ADA, last_name="Lovelace"), ACME)) == WORDS
+    assert "None" not in "".join(words_of(ADA, replace(ACME, domain=None)))
+
+
+# Users -------------------------------------------------------------------------------------------
+
+
+def test_a_new_user_is_active_and_has_never_logged_in() -> None:
+    assert (ADA.tenant_id, ADA.email, ADA.first_name, ADA.last_name) == (
+        ACME.id,
+        "ada@acme.example",
+        "Ada",
+        "",
+    )
+    assert (ADA.is_active, ADA.token_version, ADA.last_login, ADA.created_at) == (True, 1, None, NOW)
+
+
+def test_a_password_hash_is_not_in_a_representation() -> None:
+    assert "the-hash" not in repr(Account(ACME, ADA, "the-hash"))
+
+
+class Members:
+    def __init__(self, *users: User) -> None:
+        self._users = users
+
+    def all(self) -> list[User]:
+        return list(self._users)
+
+    def find_by_email(self, email: str) -> User | None:
+        return next((user for user in self._users if user.email == email), None)
+
+
+def test_a_user_is_found_in_whatever_capitals() -> None:
+    assert get_user(Members(ADA), "ADA@acme.example") == ADA
+    with pytest.raises(NotFound):
+        get_user(Members(ADA), "eve@acme.example")
+
+
+BOB = replace(ADA, id=new_id(), email="bob@acme.example")
+
+
+@pytest.mark.parametrize(
+    ("user", "others", "allowed"),
+    [
+        (ADA, [], False),
+        (ADA, [BOB], True),
+        (ADA, [replace(BOB, is_active=False)], False),
+        (ADA, [replace(BOB, role="admin")], False),
+        (replace(ADA, role="admin"), [], True),
+        (replace(ADA, is_active=False), [], True),
+    ],
+)
+def test_a_tenant_keeps_an_active_owner(user: User, others: list[User], allowed: bool) -> None:
+    if allowed:
+        require_another_owner(Members(user, *others), user)
+    else:
+        with pytest.raises(Conflict):
+            require_another_owner(Members(user, *others), user)

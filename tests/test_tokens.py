@@ -1,0 +1,292 @@
+"""Tokens: ours, of the right kind, in time; anything else is invalid, whatever it is made of."""
+
+from __future__ import annotations
+
+import base64
+import json
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import jwt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from billing.errors import TokenExpired, TokenInvalid
+from billing.ids import new_id
+from billing.keyrings import Keyring
+from billing.tokens import (
+    ACCESS_LIFETIME,
+    ALGORITHM,
+    LONGEST,
+    REFRESH_IDLE_LIFETIME,
+    Holder,
+    TokenPair,
+    Tokens,
+)
+
+NOW = datetime(2026, 1, 15, 9, 30, tzinfo=UTC)
+OLD, NEW = bytes(range(32)), bytes(range(32, 64))
+ISSUER = "https://billing.example"
+TOKENS = Tokens(Keyring({"old": OLD}), ISSUER)
+HOLDER = Holder(new_id(), new_id(), new_id(), 3, "owner")
+FAMILY_ENDS = NOW + timedelta(days=30)
+HEADER = {"typ": "at+jwt", "kid": "old"}
+CLAIMS: dict[str, Any] = {
+    "iss": ISSUER,
+    "aud": "billing-api",
+    "sub": str(HOLDER.user_id),
+    "tid": str(HOLDER.tenant_id),
+    "sid": str(HOLDER.session_id),
+    "ver": 3,
+    "role": "owner",
+    "jti": "a-jti",
+    "iat": int(NOW.timestamp()),
+    "exp": int(NOW.timestamp()) + 900,
+}
+
+
+def refresh_token(tokens: Tokens = TOKENS, jti: str = "a-jti") -> str:
+    return tokens.refresh(HOLDER, jti, NOW, FAMILY_ENDS)
+
+
+def signed(header: dict[str, Any] | None = None, key: bytes = OLD, **claims: Any) -> str:
+    return raw_signed(json.dumps(CLAIMS | claims).encode(), header, key)
+
+
+def raw_signed(body: bytes, header: dict[str, Any] | None = None, key: bytes = OLD) -> str:
+    """What PyJWT would sign if it looked at nothing."""
+    return jwt.PyJWS().encode(body, key, algorithm=ALGORITHM, headers=header or HEADER)
+
+
+def encoded(part: object) -> str:
+    raw = part if isinstance(part, bytes) else json.dumps(part).encode()
+    return base64.urlsafe_b64encode(raw).decode().rstrip("=")
+
+
+def outcome(text: str, now: datetime = NOW) -> str:
+    """`good`, `invalid` or `expired`, by both readers; anything else that is raised fails the test."""
+    outcomes = []
+    for read in (TOKENS.read_access, TOKENS.read_refresh):
+        try:
+            read(text, now)
+        except TokenInvalid:
+            outcomes.append("invalid")
+        except TokenExpired:
+            outcomes.append("expired")
+        else:
+            outcomes.append("good")
+    return next((said for said in outcomes if said != "invalid"), "invalid")
+
+
+# What a good token says --------------------------------------------------------------------------
+
+
+def test_an_access_token_says_for_whom_it_is() -> None:
+    claims = TOKENS.read_access(TOKENS.access(HOLDER, NOW), NOW)
+    assert (claims.tenant_id, claims.user_id, claims.session_id, claims.token_version) == (
+        HOLDER.tenant_id,
+        HOLDER.user_id,
+        HOLDER.session_id,
+        3,
+    )
+    assert claims.signed_by == "old"
+
+
+def test_the_handmade_token_of_these_tests_is_good() -> None:
+    assert outcome(signed()) == "good"
+
+
+def test_the_header_and_the_claims_are_those_of_rfc_9068() -> None:
+    text = TOKENS.access(HOLDER, NOW)
+    assert jwt.get_unverified_header(text) == {"alg": "HS256", "typ": "at+jwt", "kid": "old"}
+    claims = jwt.decode(text, options={"verify_signature": False})
+    assert claims | {"jti": "a-jti"} == CLAIMS
+
+
+def test_every_access_token_has_a_jti_of_its_own() -> None:
+    texts = [TOKENS.access(HOLDER, NOW) for _ in range(100)]
+    assert len({TOKENS.read_access(text, NOW).jti for text in texts}) == 100
+
+
+def test_a_refresh_token_is_the_same_for_the_same_arguments() -> None:
+    assert refresh_token() == refresh_token()
+    assert refresh_token() != refresh_token(jti="another")
+    assert TOKENS.read_refresh(refresh_token(), NOW).jti == "a-jti"
+
+
+# Time --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(-3600, "good"), (0, "good"), (899, "good"), (900, "expired"), (10**6, "expired")],
+)
+def test_an_access_token_is_good_for_fifteen_minutes(seconds: int, expected: str) -> None:
+    assert timedelta(minutes=15) == ACCESS_LIFETIME
+    assert outcome(TOKENS.access(HOLDER, NOW), NOW + timedelta(seconds=seconds)) == expected
+
+
+@pytest.mark.parametrize(
+    ("days_left", "good_for"),
+    [(30, REFRESH_IDLE_LIFETIME), (7, timedelta(days=7)), (2, timedelta(days=2))],
+)
+def test_a_refresh_token_ends_when_idle_or_with_its_family(days_left: int, good_for: timedelta) -> None:
+    text = TOKENS.refresh(HOLDER, "j", NOW, NOW + timedelta(days=days_left))
+    assert outcome(text, NOW + good_for - timedelta(seconds=1)) == "good"
+    assert outcome(text, NOW + good_for) == "expired"
+
+
+# Confusion ---------------------------------------------------------------------------------------
+
+
+def test_an_access_token_is_no_refresh_token_nor_the_other_way_round() -> None:
+    with pytest.raises(TokenInvalid):
+        TOKENS.read_refresh(TOKENS.access(HOLDER, NOW), NOW)
+    with pytest.raises(TokenInvalid):
+        TOKENS.read_access(refresh_token(), NOW)
+
+
+CONFUSED: dict[str, str] = {
+    "typ of the other kind": signed(HEADER | {"typ": "rt+jwt"}),
+    "typ JWT": signed(HEADER | {"typ": "JWT"}),
+    "typ in capitals": signed(HEADER | {"typ": "AT+JWT"}),
+    "typ with its prefix": signed(HEADER | {"typ": "application/at+jwt"}),
+    "no typ": signed({"typ": None, "kid": "old"}),
+    "audience of the other kind": signed(aud="billing-refresh"),
+    "audience in a list": signed(aud=["billing-api"]),
+    "two audiences": signed(aud=["billing-api", "billing-refresh"]),
+    "another issuer": signed(iss="https://evil.example"),
+    "issuer with a slash": signed(iss=ISSUER + "/"),
+    "issuer in a list": signed(iss=[ISSUER]),
+    "no kid": signed({"typ": "at+jwt"}),
+    "an unknown kid": signed(HEADER | {"kid": "new"}),
+    "an empty kid": signed(HEADER | {"kid": ""}),
+    "a path as kid": signed(HEADER | {"kid": "/dev/null"}),
+    "another key under our kid": signed(key=NEW),
+    "a key of its own": signed(HEADER | {"jwk": {"kty": "oct", "k": encoded(NEW)}, "jku": ISSUER}, key=NEW),
+    "alg none": f"{encoded(HEADER | {'alg': 'none'})}.{encoded(CLAIMS)}.",
+    "alg None": f"{encoded(HEADER | {'alg': 'None'})}.{encoded(CLAIMS)}.",
+    "HS512": jwt.encode(CLAIMS, OLD * 2, algorithm="HS512", headers=HEADER),
+    "HS384 with our key": f"{encoded(HEADER | {'alg': 'HS384'})}.{encoded(CLAIMS)}.{encoded(OLD)}",
+    "RS256": f"{encoded(HEADER | {'alg': 'RS256'})}.{encoded(CLAIMS)}.{encoded(OLD)}",
+    "an unknown critical header": signed(HEADER | {"crit": ["exp"], "exp": 1}),
+    "an unencoded payload": signed(HEADER | {"crit": ["b64"], "b64": False}),
+    "no signature": signed().rpartition(".")[0] + ".",
+    "two parts": signed().rpartition(".")[0],
+    "four parts": signed() + ".x",
+    "encrypted": f"{encoded({'alg': 'dir', 'enc': 'A256GCM'})}....",
+}
+
+
+@pytest.mark.parametrize("how", CONFUSED)
+def test_confusion(how: str) -> None:
+    assert outcome(CONFUSED[how]) == "invalid"
+
+
+@pytest.mark.parametrize("claim", [name for name in CLAIMS if name != "role"])
+def test_every_claim_is_required(claim: str) -> None:
+    left = {name: value for name, value in CLAIMS.items() if name != claim}
+    assert outcome(jwt.encode(left, OLD, algorithm=ALGORITHM, headers=HEADER)) == "invalid"
+
+
+def test_every_changed_character_is_noticed() -> None:
+    text = signed()
+    for at in range(len(text) - 1):  # The last one has two bits that say nothing.
+        changed = text[:at] + ("A" if text[at] != "A" else "B") + text[at + 1 :]
+        assert outcome(changed) == "invalid", at
+
+
+@pytest.mark.parametrize(("length", "expected"), [(LONGEST, "good"), (LONGEST + 1, "invalid")])
+def test_a_token_has_a_greatest_length(length: int, expected: str) -> None:
+    texts = (signed(pad="x" * pad) for pad in range(length // 2, length))
+    text = next(text for text in texts if len(text) >= length)
+    assert len(text) == length
+    assert outcome(text) == expected
+
+
+def test_an_expired_token_of_a_stranger_is_invalid() -> None:
+    assert outcome(signed(key=NEW, exp=1)) == "invalid"
+    assert outcome(signed(iss="https://evil.example", exp=1)) == "invalid"
+    assert outcome(signed(exp=1)) == "expired"
+
+
+# The ring turns ----------------------------------------------------------------------------------
+
+
+def test_a_new_key_signs_and_the_old_one_still_verifies() -> None:
+    turned = Tokens(Keyring({"new": NEW, "old": OLD}), ISSUER)
+    assert turned.read_access(TOKENS.access(HOLDER, NOW), NOW).signed_by == "old"
+    assert turned.read_access(turned.access(HOLDER, NOW), NOW).signed_by == "new"
+    assert outcome(turned.access(HOLDER, NOW)) == "invalid"
+
+
+def test_a_key_taken_off_the_ring_ends_its_tokens() -> None:
+    with pytest.raises(TokenInvalid):
+        Tokens(Keyring({"new": NEW}), ISSUER).read_access(TOKENS.access(HOLDER, NOW), NOW)
+
+
+def test_a_successor_outlives_a_turn_of_the_ring() -> None:
+    turned = Tokens(Keyring({"new": NEW, "old": OLD}), ISSUER)
+    before, after = (tokens.read_refresh(refresh_token(), NOW) for tokens in (TOKENS, turned))
+    assert TOKENS.successor(before) == turned.successor(after)
+
+
+def test_a_successor_is_the_same_each_time_and_not_to_be_guessed() -> None:
+    one, other = (TOKENS.read_refresh(refresh_token(jti=jti), NOW) for jti in ("one", "other"))
+    strange = Tokens(Keyring({"old": NEW}), ISSUER)
+    assert TOKENS.successor(one) == TOKENS.successor(one)
+    assert len({TOKENS.successor(one), TOKENS.successor(other), strange.successor(one), "one"}) == 4
+
+
+def test_tokens_are_not_shown_in_representations() -> None:
+    assert repr(TokenPair("an-access-token", "a-refresh-token")) == "TokenPair()"
+
+
+# Whatever else -----------------------------------------------------------------------------------
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+KNOWN = st.sampled_from([*CLAIMS, "nbf", "alg", "kid", "typ", "crit", "b64", "jwk", "zip", "cty"])
+TIMES = st.sampled_from([10**exponent * sign for exponent in range(8, 40) for sign in (1, -1)])
+
+
+@given(claims=st.dictionaries(KNOWN, JSON | TIMES, max_size=4))
+def test_claims_of_any_type_are_invalid_expired_or_good(claims: dict[str, Any]) -> None:
+    assert outcome(signed(**claims)) in ("invalid", "expired", "good")
+
+
+@pytest.mark.parametrize(
+    "exp", [10**17, 10**18, -(10**18), 10**400, 1e300, float("nan"), float("inf"), "1", None, [], {}]
+)
+def test_a_time_that_is_none_is_invalid(exp: object) -> None:
+    assert outcome(signed(exp=exp)) == "invalid"
+
+
+@given(header=st.dictionaries(KNOWN, JSON, max_size=4), signature=st.binary(max_size=40))
+def test_headers_of_any_type_are_invalid(header: dict[str, Any], signature: bytes) -> None:
+    assert (
+        outcome(f"{encoded(HEADER | {'alg': 'HS256'} | header)}.{encoded(CLAIMS)}.{encoded(signature)}")
+        == "invalid"
+    )
+
+
+@given(parts=st.lists(st.binary(max_size=60) | JSON, max_size=5))
+def test_parts_of_anything_are_invalid(parts: list[object]) -> None:
+    assert outcome(".".join(encoded(part) for part in parts)) == "invalid"
+
+
+@given(text=st.text() | st.text(alphabet="eyJhbGciOi.=_-", max_size=200))
+def test_any_other_text_is_invalid(text: str) -> None:
+    assert outcome(text) == "invalid"
+
+
+@pytest.mark.parametrize(
+    "part", [b"[" * 1500, b'{"a":' * 500, b"1" * 2000, b'"\\ud800"', b"\xff\xfe", b"null"]
+)
+def test_a_hostile_part_is_invalid(part: bytes) -> None:
+    assert outcome(f"{encoded(part)}.{encoded(CLAIMS)}.AA") == "invalid"
+    assert outcome(raw_signed(part)) == "invalid"

@@ -1,0 +1,242 @@
+"""Webhook URLs: public names over https, however an address is dressed up."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from billing.errors import WebhookUrlRefused
+from billing.webhooks.endpoints import LONGEST, UrlPolicy
+
+PRODUCTION = UrlPolicy()
+DEVELOPMENT = UrlPolicy(allow_http=True, allow_localhost=True)
+
+
+def refusal(url: str, policy: UrlPolicy = PRODUCTION) -> str | None:
+    """Why the URL is refused, None where it is not."""
+    try:
+        assert policy.check(url) == url
+    except WebhookUrlRefused as refused:
+        return refused.detail
+    return None
+
+
+GOOD = [
+    "https://hooks.acme.example/",
+    "https://hooks.acme.example",
+    "https://hooks.acme.example/in?token=a%20b&x=@#"[:-1],
+    "https://hooks.acme.example:443/",
+    "https://hooks.acme.example:8443/in",
+    "https://hooks.acme.example:/",
+    "HTTPS://Hooks.Acme.Example/",
+    "https://hooks.acme.example./",
+    "https://xn--mller-kva.example/",
+    "https://a_b.acme.example/",
+    "https://1a.acme.example/",
+    "https://127.0.0.1.nip.example/",
+    "https://a.example/http://127.0.0.1/",
+    "https://a.example/in@127.0.0.1/",
+    "https://localhost.example/",
+    "https://internal.acme.example/",
+    "https://0x7f.acme.example/",
+    "https://" + "a" * 63 + ".example/",
+]
+
+
+@pytest.mark.parametrize("url", GOOD)
+def test_a_public_name_over_https_is_good(url: str) -> None:
+    assert refusal(url) is None
+
+
+ADDRESSES = [
+    "https://127.0.0.1/",
+    "https://127.0.0.1./",
+    "https://127.1/",
+    "https://127.0.1/",
+    "https://2130706433/",
+    "https://017700000001/",
+    "https://0177.0.0.1/",
+    "https://0x7f000001/",
+    "https://0X7F.0.0.1/",
+    "https://0x7f.1/",
+    "https://127.0.0.0x1/",
+    "https://10.0.0.1/",
+    "https://169.254.169.254/latest/meta-data/",
+    "https://8.8.8.8/",
+    "https://0/",
+    "https://0.0.0.0/",
+    "https://256.256.256.256/",
+    "https://1.2.3.4.5/",
+    "https://a.example.1/",
+    "https://a.0x/",
+    "https://[::1]/",
+    "https://[::]/",
+    "https://[::ffff:127.0.0.1]/",
+    "https://[::ffff:7f00:1]/",
+    "https://[0:0:0:0:0:0:0:1]/",
+    "https://[64:ff9b::7f00:1]/",
+    "https://[2002:7f00:1::]/",
+    "https://[fe80::1%25eth0]/",
+    "https://[fd00:ec2::254]/",
+    "https://[2001:4860:4860::8888]/",
+]
+LOCAL = [
+    "https://localhost/",
+    "https://LOCALHOST/",
+    "https://localhost./",
+    "https://localhost:8443/",
+    "https://a.localhost/",
+    "https://a.localhost./",
+    "https://printer.local/",
+    "https://metadata.google.internal/",
+    "https://vault.internal./",
+    "https://intranet/",
+    "https://com/",
+]
+ODD_NAMES = [
+    "https:///in",
+    "https://",
+    "https://:443/",
+    "https://./",
+    "https://../",
+    "https://.a.example/",
+    "https://a..example/",
+    "https://a.example../",
+    "https://a.local../",
+    "https://exa%6dple.example/",
+    "https://%31%32%37.0.0.1/",
+    "https://127.0.0.1%2f.example/",
+    "https://127.0.0.1%00.example/",
+    "https://a.example%2elocal/",
+    "https://-a.example/",
+    "https://a-.example/",
+    "https://a,b.example/",
+    "https://$(id).example/",
+    "https://a*.example/",
+    "https://" + "a" * 64 + ".example/",
+    "https://" + "a." * 126 + "ab/",
+]
+
+
+@pytest.mark.parametrize("url", [*ADDRESSES, *LOCAL, *ODD_NAMES])
+@pytest.mark.parametrize("policy", [PRODUCTION, UrlPolicy(allow_http=True)])
+def test_a_host_that_is_no_public_name_is_refused(url: str, policy: UrlPolicy) -> None:
+    assert refusal(url, policy) == "The webhook URL must name a public host."
+
+
+@pytest.mark.parametrize("url", [*ADDRESSES, *ODD_NAMES, "https://a.localhost/", "https://printer.local/"])
+def test_development_opens_localhost_alone(url: str) -> None:
+    assert refusal(url, DEVELOPMENT) == "The webhook URL must name a public host."
+
+
+USERINFO = "The webhook URL must not have a user name, a password or a fragment."
+SCHEME = "The webhook URL must begin with https://."
+PORT = "The webhook URL must use port 443 or 8443."
+CHARACTERS = f"The webhook URL must have at most {LONGEST} printable ASCII characters."
+UNREADABLE = "The webhook URL cannot be parsed."
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("https://ada@a.example/", USERINFO),
+        ("https://ada:hunter2@a.example/", USERINFO),
+        ("https://@a.example/", USERINFO),
+        ("https://a.example@127.0.0.1/", USERINFO),
+        ("https://127.0.0.1:443@a.example/", USERINFO),
+        ("https://a.example/#", USERINFO),
+        ("https://a.example/#@127.0.0.1/", USERINFO),
+        ("https://a.example#@127.0.0.1/", USERINFO),
+        ("http://a.example/", SCHEME),
+        ("ftp://a.example/", SCHEME),
+        ("file:///etc/passwd", SCHEME),
+        ("gopher://a.example/", SCHEME),
+        ("javascript:alert(1)", SCHEME),
+        ("httpsx://a.example/", SCHEME),
+        ("//a.example/", SCHEME),
+        ("a.example/", SCHEME),
+        ("", SCHEME),
+        ("https:a.example", "The webhook URL must name a public host."),
+        ("https:/a.example/", "The webhook URL must name a public host."),
+        ("https://a.example:80/", PORT),
+        ("https://a.example:0/", PORT),
+        ("https://a.example:22/", PORT),
+        ("https://a.example:65535/", PORT),
+        ("https://a.example:65536/", UNREADABLE),
+        ("https://a.example:-443/", UNREADABLE),
+        ("https://a.example:+443/", UNREADABLE),
+        ("https://a.example:4 43/", UNREADABLE),
+        ("https://a.example:0x1bb/", UNREADABLE),
+        ("https://a.example:443:443/", UNREADABLE),
+        ("https://a.example:٤٤٣/", UNREADABLE),
+        ("https://[::1/", UNREADABLE),
+        ("https://::1]/", UNREADABLE),
+        ("https://a.example℀.example/", UNREADABLE),
+        ("https://１２７.0.0.1/", CHARACTERS),
+        ("https://①②⑦.0.0.1/", CHARACTERS),
+        ("https://127。0。0。1/", CHARACTERS),
+        ("https://lоcalhost.example/", CHARACTERS),
+        ("https://müller.example/", CHARACTERS),
+        ("https://a.example/\u202e", CHARACTERS),
+        ("https://a.example/ x", CHARACTERS),
+        (" https://a.example/", CHARACTERS),
+        ("https://a.example/\n", CHARACTERS),
+        ("https://a.example/\r\nX-Injected: 1", CHARACTERS),
+        ("https://a.exa\tmple/", CHARACTERS),
+        ("https://a.example/\0", CHARACTERS),
+        ("https://a.example/\x7f", CHARACTERS),
+        ("\x01https://a.example/", CHARACTERS),
+        ("https://a.example\\@127.0.0.1/", CHARACTERS),
+        ("https:\\\\a.example\\", CHARACTERS),
+        ("https://a.example/" + "x" * LONGEST, CHARACTERS),
+    ],
+)
+def test_every_other_oddity_is_refused_for_its_reason(url: str, reason: str) -> None:
+    assert refusal(url) == reason
+
+
+@pytest.mark.parametrize(("length", "passes"), [(LONGEST, True), (LONGEST + 1, False)])
+def test_the_greatest_length(length: int, passes: bool) -> None:
+    url = "https://a.example/"
+    assert (refusal(url + "x" * (length - len(url))) is None) is passes
+
+
+@pytest.mark.parametrize(
+    ("url", "policy", "passes"),
+    [
+        ("http://a.example/", UrlPolicy(allow_http=True), True),
+        ("http://a.example:8080/", UrlPolicy(allow_http=True), False),
+        ("http://localhost/", UrlPolicy(allow_http=True), False),
+        ("https://localhost:9000/", UrlPolicy(allow_localhost=True), True),
+        ("https://localhost./", UrlPolicy(allow_localhost=True), True),
+        ("https://localhost../", UrlPolicy(allow_localhost=True), False),
+        ("http://localhost:9000/", UrlPolicy(allow_localhost=True), False),
+        ("https://a.example:9000/", UrlPolicy(allow_localhost=True), True),
+        ("http://localhost:9000/in", DEVELOPMENT, True),
+        ("ftp://localhost/", DEVELOPMENT, False),
+        ("http://ada@localhost/", DEVELOPMENT, False),
+    ],
+)
+def test_what_development_opens(url: str, policy: UrlPolicy, passes: bool) -> None:
+    assert (refusal(url, policy) is None) is passes
+
+
+def test_a_url_may_be_left_out() -> None:
+    PRODUCTION.check_optional(None)
+    with pytest.raises(WebhookUrlRefused):
+        PRODUCTION.check_optional("")
+
+
+@given(url=st.text() | st.text(alphabet="https:/.@[]#%\\x0127", max_size=40).map("https://".__add__))
+def test_anything_else_is_refused_or_good_and_never_repeated(url: str) -> None:
+    said = refusal(url)
+    assert said in (
+        None,
+        USERINFO,
+        SCHEME,
+        PORT,
+        CHARACTERS,
+        UNREADABLE,
+        "The webhook URL must name a public host.",
+    )
