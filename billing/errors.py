@@ -129,7 +129,7 @@ class Invalid(BillingError):
 class MalformedBody(Invalid):
     """The body is not JSON in UTF-8.
 
-    Send one JSON value in UTF-8, without NUL or lone surrogates, nested less than 1,024 deep.
+    Send one JSON value in UTF-8, without NUL or lone surrogates, nested at most 128 deep.
     """
 
 

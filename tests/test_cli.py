@@ -192,7 +192,7 @@ Run = Callable[..., Result]
 
 @pytest.fixture
 def run(environ: dict[str, str]) -> Run:
-    def run(*arguments: str, input: str | None = None, code: int = 0, **more: str) -> Result:
+    def run(*arguments: str, input: str | bytes | None = None, code: int = 0, **more: str) -> Result:
         result = CliRunner().invoke(main, arguments, input=input, env=environ | more)
         assert result.exit_code == code, (result.output, result.exception)
         return result
@@ -671,10 +671,15 @@ def test_without_a_terminal_the_password_must_come_from_an_option(run: Run, tena
 @pytest.mark.parametrize(
     ("options", "password", "expected"),
     [
-        (["--email", "no address"], OTHER_PASSWORD, "email:"),
-        (["--first-name", "B\x1b[0m"], OTHER_PASSWORD, "first_name:"),
-        (["--last-name", "\udcff"], OTHER_PASSWORD, "Email, names and password must be text in UTF-8."),
-        ([], "short", "password:"),
+        (["--email", "no address"], OTHER_PASSWORD, "The API would refuse this email:"),
+        (["--first-name", "B\x1b[0m"], OTHER_PASSWORD, "The API would refuse this first name:"),
+        (
+            ["--last-name", "\udcff"],
+            OTHER_PASSWORD,
+            "Email, names and password must be text in UTF-8, without NUL.",
+        ),
+        ([], "an old\0password of bob", "Email, names and password must be text in UTF-8, without NUL."),
+        ([], "short", "The password must have 12 to 128 characters."),
         ([], "password1234", "The password is too easy to guess."),
     ],
 )
@@ -745,6 +750,14 @@ def test_a_password_made_of_own_words_is_no_reset(run: Run, server: Server, tena
 
     assert sentence(said.stderr).startswith("The password is too easy to guess.")
     assert server.call("GET", "/me/", bob.access).status_code == 200
+
+
+def test_a_password_that_is_no_utf8_is_refused(run: Run, tenant: Tenant, bob: Bob) -> None:
+    named = ("--tenant", tenant.slug, bob.email, "--password-stdin")
+
+    said = run("users", "reset-password", *named, input=b"a long caf\xe9 phrase\n", code=1)
+
+    assert sentence(said.stderr).endswith("must be text in UTF-8, without NUL.")
 
 
 @pytest.mark.parametrize("command", [["disable"], ["set-role"]])

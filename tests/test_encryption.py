@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from billing.encryption import NONCE_BYTES, Unreadable, Vault
 from billing.keyrings import Keyring
+
+# A busy machine is no failure.
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 OLD, NEW = bytes(range(32)), bytes(range(32, 64))
 VAULT = Vault(Keyring({"old": OLD}))
@@ -15,6 +18,7 @@ PLACE = "webhook_secrets:acme:1"
 SEALED = VAULT.seal("a secret", place=PLACE)
 
 
+@UNHURRIED
 @given(secret=st.text(), place=st.text())
 def test_what_is_sealed_opens_in_its_place(secret: str, place: str) -> None:
     assert VAULT.open(VAULT.seal(secret, place=place), place=place) == secret

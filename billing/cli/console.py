@@ -44,8 +44,6 @@ def unreachable(error: DatabaseUnavailable) -> str:
 
 def said(error: BillingError) -> str:
     """The error's own detail; where it has none, its title and what its docstring adds."""
-    if error.faults:
-        return " ".join(f"{fault.pointer.strip('/')}: {fault.message}" for fault in error.faults)
     return f"{error.title()} {error.detail}" if error.detail == error.explanation() else error.detail
 
 

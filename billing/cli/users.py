@@ -65,7 +65,7 @@ def new_password(*, stdin: bool, generate: bool) -> str:
     if generate:
         return secrets.token_urlsafe(GENERATED_PASSWORD_BYTES)
     if stdin:
-        return click.get_text_stream("stdin", errors="surrogateescape").readline().rstrip("\r\n")
+        return sys.stdin.buffer.readline().decode(errors="surrogateescape").rstrip("\r\n")
     if not sys.stdin.isatty():
         raise click.UsageError("There is no terminal to ask at: use --password-stdin or --generate-password.")
     password: str = click.prompt("Password", hide_input=True, confirmation_prompt="Again", err=True)
@@ -73,7 +73,7 @@ def new_password(*, stdin: bool, generate: bool) -> str:
 
 
 def require_valid(tenant: Tenant, details: dict[str, str]) -> None:
-    """Hold the details against the document, as if they had come with a registration; raises `InvalidRequest`."""
+    """Hold the details against the document, as if they came with a registration; raises `InvalidRequest`."""
     contract = document.load()
     register = next(o for o in document.operations(contract) if o.operation_id == "register_tenant")
     # This writer escapes what was no UTF-8, and the rules refuse it.
@@ -81,7 +81,12 @@ def require_valid(tenant: Tenant, details: dict[str, str]) -> None:
     try:
         Rules(contract, register).body(body)
     except MalformedBody:
-        raise InvalidRequest("Email, names and password must be text in UTF-8.") from None
+        raise InvalidRequest("Email, names and password must be text in UTF-8, without NUL.") from None
+    except InvalidRequest as error:
+        names = sorted({fault.pointer.strip("/").replace("_", " ") for fault in error.faults})
+        raise InvalidRequest(
+            f"The API would refuse this {', '.join(names)}: see RegisterRequest in its document."
+        ) from None
 
 
 def hashed(password: str, settings: Settings) -> str:
@@ -128,9 +133,9 @@ def add(
         tenant = tenant_called(slug, store)
         password = new_password(stdin=stdin, generate=generate)
         details = {"email": email, "first_name": first_name, "last_name": last_name}
-        require_valid(tenant, {**details, "password": password})
         user = chapter.new_user(tenant, details, role=role, now=utc_now())
         require_strength(password, words_of(user, tenant))
+        require_valid(tenant, {**details, "password": password})
         password_hash = hashed(password, settings)
         with store.tenant(tenant.id, OPERATOR) as tx:
             chapter.add_user(tx, user, password_hash=password_hash, now=utc_now())
@@ -155,8 +160,8 @@ def reset_password(slug: str, email: str, stdin: bool, generate: bool) -> None:
         with store.tenant(tenant.id, OPERATOR) as tx:
             user = chapter.get_user(tx.users, email)
         password = new_password(stdin=stdin, generate=generate)
-        require_valid(tenant, {"email": user.email, "password": password})
         require_strength(password, words_of(user, tenant))
+        require_valid(tenant, {"email": user.email, "password": password})
         password_hash = hashed(password, settings)
         with store.tenant(tenant.id, OPERATOR) as tx:
             sessions.reset_password(tx, user, password_hash, now=utc_now())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -14,6 +14,8 @@ from billing.errors import Fault, InvalidRequest, MalformedBody
 from billing.http.document import Operation
 
 MASK = "The value"
+# The schemas' library follows a value 255 levels down and raises, orjson writes 254; we read a thousand.
+MAX_DEPTH = 128
 
 
 class Rules:
@@ -47,6 +49,8 @@ class Rules:
             _refuse([Fault("", "A body is required.")] if self._body_required else [])
             return None
         body = parse_json(raw)
+        if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and is_deep(body):
+            raise MalformedBody
         _refuse(list(_faults(self._body, body)) if self._body else [])
         return body
 
@@ -75,6 +79,20 @@ def _has_nul(value: Any) -> bool:
         elif isinstance(part, str) and "\0" in part:
             return True
     return False
+
+
+def is_deep(value: Any) -> bool:
+    """Whether lists and objects stand in each other more than `MAX_DEPTH` deep."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [part for whole in level for part in _parts(whole)]
+    return any(isinstance(part, dict | list) for part in level)
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _refuse(faults: Sequence[Fault]) -> None:

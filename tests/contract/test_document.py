@@ -184,8 +184,10 @@ def test_security_is_said_outright(operation_id: str) -> None:
 
 
 @pytest.mark.parametrize("operation", LISTED.values(), ids=LISTED)
-def test_an_operation_has_a_handler(operation: Operation) -> None:
-    assert callable(handler_of(operation))
+def test_an_operation_has_a_handler_of_its_own(operation: Operation) -> None:
+    handler = handler_of(operation)
+    module = operation.tags[0].lower().replace(" ", "_")
+    assert (handler.__module__, handler.__name__) == (f"billing.handlers.{module}", operation.operation_id)
 
 
 @pytest.mark.parametrize("operation_id", OPERATIONS)

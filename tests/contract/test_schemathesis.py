@@ -42,9 +42,12 @@ def server_url(cluster: embedded.Cluster, worker_id: str) -> Iterator[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("who", CALLERS)
-def test_the_server_does_what_its_document_says(server_url: str, who: str, tmp_path: Path) -> None:
+def test_the_server_does_what_its_document_says(
+    server_url: str, who: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     report = fuzz(server_url, who, tmp_path / "report.json")
-    print(f"{who}: {report['test_cases']['generated']} cases in {report['running_time']:.0f} s")
+    with capsys.disabled():
+        print(f"\n{who}: {report['test_cases']['generated']} cases in {report['running_time']:.0f} s")
     assert set(of(report["phases"], "status")) == {"success"}
     assert report["operations"]["tested"] == len(BUILT)
     # Some of what is valid was accepted: refusing everything would look as clean.

@@ -120,6 +120,7 @@ def test_an_operation_says_who_may_call_it(small: dict[str, Any]) -> None:
         roles=("admin", "owner"),
         schemes=("bearerAuth",),
         query=({"name": "limit", "in": "query"},),
+        open_query=False,
         request=None,
         body_required=False,
     )

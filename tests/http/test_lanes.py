@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -196,8 +197,6 @@ def test_a_handler_is_general_unless_it_was_marked() -> None:
 
 
 def test_the_handlers_that_hash_are_those_marked() -> None:
-    import inspect
-
     for name, handler in inspect.getmembers(authentication, inspect.isfunction):
         if handler.__module__ == authentication.__name__:
             hashes = "passwords" in inspect.signature(handler).parameters

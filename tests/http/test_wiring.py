@@ -14,7 +14,6 @@ import pytest
 from connexion.context import _scope
 from starlette.responses import Response
 
-from billing import keys
 from billing.actors import Actor
 from billing.http import wiring
 from billing.http.document import Operation, load, operations
@@ -189,9 +188,3 @@ def test_connexion_is_given_our_endpoints(handlers: ModuleType) -> None:
 
     resolution = wiring.ByOperationId({"get_thing": endpoint}).resolve(operation("get_thing"))
     assert (resolution.function, resolution.operation_id) == (endpoint, "get_thing")
-
-
-def test_the_names_of_the_request_are_no_names_of_services() -> None:
-    # A service of such a name would hide what belongs to the request.
-    assert not wiring.OF_THE_REQUEST & {"store", "clock", "tokens", "digests", "passwords", "url_policy"}
-    assert keys.TYPES
