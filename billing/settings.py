@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Literal, TypeVar, cast
 from urllib.parse import urlsplit
 
@@ -167,9 +169,7 @@ class _Reader:
     def public_base_url(self, port: int) -> str:
         url = self.given.get("PUBLIC_BASE_URL")
         if url is None and self.production:
-            raise SettingsError(
-                "PUBLIC_BASE_URL is missing: the https origin at which clients reach this API."
-            )
+            raise SettingsError("PUBLIC_BASE_URL is missing: the origin at which clients reach this API.")
         url = (url or f"http://127.0.0.1:{port}").rstrip("/")
         if not _is_origin(url):
             raise SettingsError("PUBLIC_BASE_URL must be an origin such as https://billing.example.")
@@ -219,12 +219,8 @@ def _kept_secrets(state_dir: Path) -> dict[str, str]:
 def _write_once(path: Path, text: str) -> None:
     # A hard link appears whole or not at all: of several processes that start at once, one wins.
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)
-    try:
-        os.link(draft, path)
-    except FileExistsError:
-        pass
-    finally:
-        draft.unlink()
+    with NamedTemporaryFile("w", dir=path.parent) as draft:  # Readable by its owner only.
+        draft.write(text)
+        draft.flush()
+        with suppress(FileExistsError):
+            os.link(draft.name, path)

@@ -99,10 +99,9 @@ def normalise_email(email: str) -> str:
 
 
 def own_words(details: Mapping[str, str]) -> list[str]:
-    """The words of an account that its passwords must not be made of, from what its registration says."""
-    email = details["email"]
-    names = [details.get(name, "") for name in ("company_name", "first_name", "last_name", "domain")]
-    return [email, *email.split("@"), *names, *(word for name in names for word in name.split())]
+    """What an account is called, and its passwords must not be made of, from what its registration says."""
+    names = ("email", "company_name", "first_name", "last_name", "domain")
+    return [details[name] for name in names if name in details]
 
 
 def words_of(user: User, tenant: Tenant) -> list[str]:

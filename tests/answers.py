@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import httpx
-from jsonschema_rs import Draft4Validator
+from jsonschema_rs import Draft202012Validator
 
 from billing.http.document import load, resolve
 from billing.http.validation import as_json_schema
@@ -62,5 +62,5 @@ def _check_headers(response: httpx.Response, said: dict[str, Any]) -> None:
 
 def _validate(schema: dict[str, Any], response: httpx.Response) -> None:
     whole = {**as_json_schema(schema), "components": as_json_schema(DOCUMENT["components"])}
-    for error in Draft4Validator(whole, validate_formats=True).iter_errors(response.json()):
+    for error in Draft202012Validator(whole, validate_formats=True).iter_errors(response.json()):
         raise Undocumented(f"{response.request.method} {response.request.url.path}: {error}")

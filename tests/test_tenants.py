@@ -122,16 +122,7 @@ def test_an_email_in_its_form_stays_as_it_is(email: str) -> None:
 
 # Own words ---------------------------------------------------------------------------------------
 
-WORDS = {
-    "ada@acme.example",
-    "ada",
-    "acme.example",
-    "Acme Industries",
-    "Acme",
-    "Industries",
-    "Ada",
-    "Lovelace",
-}
+WORDS = {"ada@acme.example", "Acme Industries", "Ada", "Lovelace", "acme.example"}
 
 
 def test_own_words_are_those_of_the_registration() -> None:
@@ -147,12 +138,7 @@ def test_own_words_are_those_of_the_registration() -> None:
 
 
 def test_what_was_left_out_has_no_words() -> None:
-    assert set(own_words({"email": "ada@acme.example", "company_name": "Acme"})) - {""} == {
-        "ada@acme.example",
-        "ada",
-        "acme.example",
-        "Acme",
-    }
+    assert own_words({"email": "ada@acme.example", "company_name": "Acme"}) == ["ada@acme.example", "Acme"]
 
 
 def test_an_existing_account_has_the_same_words() -> None:

@@ -107,8 +107,8 @@ class Operation:
 
     `roles` are those a user must have one of; none means that any user may. `schemes` are the names of the
     security schemes offered; none means that the operation is public. `query` are its query parameters,
-    resolved; an `open_query` may have others too. `request` is the JSON schema of the body as it stands in the document, `None` where there is
-    no body.
+    resolved; an `open_query` may have others too. `request` is the JSON schema of the body as it stands in
+    the document, `None` where there is no body.
     """
 
     operation_id: str

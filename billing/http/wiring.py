@@ -38,11 +38,17 @@ def endpoints(
 
 def handler_of(operation: Operation) -> Callable[..., Reply]:
     """The function named after the operation, in the module named after its first tag."""
-    module = f"{HANDLERS}.{operation.tags[0].lower().replace(' ', '_')}"
+    name = f"{HANDLERS}.{operation.tags[0].lower().replace(' ', '_')}"
     try:
-        return getattr(importlib.import_module(module), operation.operation_id)  # type: ignore[no-any-return]
-    except (ImportError, AttributeError):
-        raise WiringError(f"The operation {operation.operation_id} has no handler in {module}.") from None
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise  # The module is there, and what it needs is not.
+        module = None
+    handler: Callable[..., Reply] | None = getattr(module, operation.operation_id, None)
+    if handler is None:
+        raise WiringError(f"The operation {operation.operation_id} has no handler in {name}.")
+    return handler
 
 
 def _endpoint(

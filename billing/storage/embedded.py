@@ -125,8 +125,9 @@ def start(
 ) -> Server:
     """Uses the server of `state_dir`; makes it and starts it where need be.
 
-    `bin_dir` holds PostgreSQL's programs, where those of the wheel are not wanted. `options` are settings of postgres, and count if this process is what starts it. The directory is ours: as
-    root it is opened for passage (`o+x`) to the user who runs postgres. Raises EmbeddedPostgresError.
+    `bin_dir` holds PostgreSQL's programs, where those of the wheel are not wanted. `options` are settings of
+    postgres; they count if this process is what starts it. The directory is ours: as root it is opened for
+    passage (`o+x`) to the user who runs postgres. Raises EmbeddedPostgresError.
     """
     deadline = time.monotonic() + timeout_seconds
     with ExitStack() as undo:

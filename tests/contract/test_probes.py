@@ -352,6 +352,11 @@ def test_a_query_that_nobody_asked_for(address: Address, bearer: str, query: str
     assert answer.status == (200 if query in ("", "&") else 400)
 
 
+@pytest.mark.parametrize("query", ["state=a&state=b", "state=a&st%61te=a", "state=%00", f"state={MARK * 20}"])
+def test_a_query_that_is_not_as_asked_for(address: Address, query: str) -> None:
+    assert outcome(probe(address, get(f"{API}/stripe/callback/?{query}"))) == INVALID
+
+
 @pytest.mark.parametrize("host", ["evil.example", f"{MARK}.example", "a b", "", "[::1", "\xff"])
 def test_no_redirect_is_made_from_a_forged_host(address: Address, host: str) -> None:
     sent = f"GET {ME[:-1]} HTTP/1.1\r\nHost: {host}\r\nX-Forwarded-Host: evil.example\r\n\r\n"

@@ -26,7 +26,9 @@ def block_of(page: str, heading: str, language: str) -> str:
 
 def test_the_tour_of_the_readme(live_server_url: str) -> None:
     script = block_of("README.md", "Five steps", "sh").replace(LOCAL, live_server_url)
-    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     registered, listed, verified = [json.loads(line) for line in done.stdout.splitlines()]
     assert registered["tenant"]["slug"] == "acme-inc"
@@ -57,7 +59,8 @@ def names_in(page: str, pattern: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("page", "pattern"), [("docs/settings.md", r"^\| `([A-Z_]+)` \| .* \| .* \|$"), (".env.example", r"^([A-Z_]+)=")]
+    ("page", "pattern"),
+    [("docs/settings.md", r"^\| `([A-Z_]+)` \| .* \| .* \|$"), (".env.example", r"^([A-Z_]+)=")],
 )
 def test_every_setting_is_documented_and_no_other(page: str, pattern: str) -> None:
     source = Path(settings.__file__).read_text()
