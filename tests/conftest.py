@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ if "BILLING_TEST_STATE" not in os.environ:
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     os.environ["BILLING_TEST_STATE"] = tempfile.mkdtemp(prefix="billing-tests-", dir=memory)
     Path(os.environ["BILLING_TEST_STATE"]).chmod(0o711)
+    atexit.register(shutil.rmtree, os.environ["BILLING_TEST_STATE"], ignore_errors=True)
 STATE = Path(os.environ["BILLING_TEST_STATE"])
 os.environ.update(BILLING_STATE_DIR=str(STATE), PASSWORD_COST="4", ENVIRONMENT="development")
 
@@ -38,11 +40,6 @@ PASSWORD = "SecurePass123!"
 TEMPLATE = "billing_template"
 # The rows of a test need not outlive the machine.
 VOLATILE = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "max_connections": "200"}
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):
-        shutil.rmtree(STATE, ignore_errors=True)
 
 
 # The database ------------------------------------------------------------------------------------
