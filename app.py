@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import anyio
@@ -16,6 +16,7 @@ from billing.clock import Clock, utc_now
 from billing.encryption import Vault
 from billing.errors import DatabaseUnavailable
 from billing.http import application, document, logs, problems
+from billing.http.lanes import PASSWORD_THREADS, Lane, Lanes
 from billing.http.pages import pages
 from billing.keys import KeyDigests
 from billing.passwords import Passwords
@@ -23,7 +24,7 @@ from billing.security import Doorkeeper, KeyUses
 from billing.settings import Settings
 from billing.storage.database import open_database
 from billing.storage.schema import SchemaError
-from billing.storage.store import Store
+from billing.storage.store import StorageError, Store
 from billing.tokens import Tokens
 from billing.webhooks.endpoints import UrlPolicy
 
@@ -36,7 +37,7 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> ASGIApp:
     """The application for these settings. The database is opened by its lifespan."""
     problems.configure(settings.public_base_url)
     contract = document.load()
-    store = Store(Vault(settings.encryption_keys), connections=2 * settings.worker_threads + 2)
+    store = Store(Vault(settings.encryption_keys), connections=connections_of(settings))
     tokens = Tokens(settings.jwt_keys, settings.public_base_url)
     digests = KeyDigests(settings.key_peppers)
     uses = KeyUses()
@@ -53,22 +54,31 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> ASGIApp:
             ),
         },
         doorkeeper=Doorkeeper(store, tokens, digests, uses, clock),
-        routes=pages(
-            served=document.served(contract, settings.public_base_url), ready=lambda: require_ready(store)
-        ),
+        routes=pages(served=document.served(contract, settings.public_base_url), ready=readiness(store)),
         lifespan=lambda _: running(settings, store, uses),
-        threads=settings.worker_threads,
+        lanes=Lanes(threads_of(settings)),
         allowed_origins=settings.cors_allowed_origins,
         trusted_proxies=settings.trusted_proxies,
     )
+
+
+def threads_of(settings: Settings) -> dict[Lane, int]:
+    """How many threads each kind of work has."""
+    shared = settings.worker_threads
+    return {Lane.GENERAL: shared, Lane.SECURITY: shared, Lane.PASSWORDS: PASSWORD_THREADS}
+
+
+def connections_of(settings: Settings) -> int:
+    """One connection for each thread that may want one, and one each for readiness and the notes of used keys."""
+    return sum(threads_of(settings).values()) + 2
 
 
 @asynccontextmanager
 async def running(settings: Settings, store: Store, uses: KeyUses) -> AsyncIterator[None]:
     """Everything that lives as long as the server: the database, the pool, the notes of used keys."""
     database = await to_thread.run_sync(open_database, settings)
-    store.open(database.app_url)
     try:
+        store.open(database.app_url)
         await to_thread.run_sync(store.require_ready)
         await to_thread.run_sync(store.require_safe)
         async with anyio.create_task_group() as tasks:
@@ -93,19 +103,24 @@ async def keep_flushing(uses: KeyUses, store: Store) -> None:
 
 
 def flush(uses: KeyUses, store: Store) -> None:
-    """A database that is away for a moment must not end the task: the next use notes the key again."""
+    """A note that cannot be written must not end the server: the next use notes the key again."""
     try:
         uses.flush(store)
-    except DatabaseUnavailable:
-        log.warning("key uses not written down: the database is unavailable")
+    except (DatabaseUnavailable, StorageError) as error:
+        log.warning("key uses were not written down", cause=type(error).__name__)
 
 
-async def require_ready(store: Store) -> None:
-    """Raises `DatabaseUnavailable` while requests cannot be answered as they should."""
-    try:
-        await to_thread.run_sync(store.require_ready)
-    except SchemaError as error:
-        raise DatabaseUnavailable from error
+def readiness(store: Store) -> Callable[[], Awaitable[None]]:
+    """What `/readyz` asks: one at a time, however many ask. Raises `DatabaseUnavailable` or `Overloaded`."""
+    lane = Lanes({Lane.GENERAL: 1})
+
+    def require_ready() -> None:
+        try:
+            store.require_ready()
+        except SchemaError as error:
+            raise DatabaseUnavailable from error
+
+    return lambda: lane.run(Lane.GENERAL, require_ready)
 
 
 logs.configure(tty=sys.stderr.isatty())

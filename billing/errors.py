@@ -79,7 +79,7 @@ class BillingError(Exception):
         faults: Sequence[Fault] = (),
         retry_after_seconds: int | None = None,
     ) -> None:
-        self.detail = detail or self.explanation() or self.title()
+        self.detail = detail or self.title()
         super().__init__(self.detail)
         self.faults = tuple(faults)
         if retry_after_seconds is not None:
@@ -191,7 +191,7 @@ class InvalidCredentials(Unauthenticated):
 
 
 class TokenInvalid(Unauthenticated):
-    """The token is not a good one.
+    """The token is invalid.
 
     It is malformed, was not signed here, or is of another kind than this operation takes.
     """
@@ -401,7 +401,7 @@ class RequestHeadersTooLarge(BillingError):
 class InternalError(BillingError):
     """Something went wrong on our side.
 
-    Nothing was changed, or the change can be repeated safely. Quote `request_id` when you report it.
+    Whether anything was changed is unknown. Quote `request_id` when you report it.
     """
 
 
@@ -430,7 +430,7 @@ class Overloaded(Unavailable):
 
 
 class DatabaseUnavailable(Unavailable):
-    """The database cannot be reached.
+    """The database does not answer in time.
 
     Wait as many seconds as `Retry-After` says, and repeat the request.
     """

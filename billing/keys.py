@@ -166,9 +166,11 @@ def _new_key(tenant_id: UUID, key_type: KeyType, now: datetime) -> NewKey:
 def regenerate(
     tx: Storage, selection: Selection, *, grace: timedelta, digests: KeyDigests, now: datetime
 ) -> Renewal:
-    """Replace the keys of the selection; the current ones work until `grace` is over, older ones end now."""
+    """Replace the keys of the selection; the current ones work until `grace` is over, older ones end now.
+
+    The caller holds the tenant's lock, and looked at the clock under it.
+    """
     types = types_of(selection)
-    tx.tenants.lock()
     replaced = [
         key.ending(now + grace if key.expires_at is None else now) for key in tx.api_keys.living(now, types)
     ]
@@ -189,8 +191,10 @@ def regenerate(
 
 
 def revoke(tx: Storage, selection: Selection, *, reason: str | None, now: datetime) -> list[KeyType]:
-    """End every living key of the selection at once, in its grace period too. Returns the types ended."""
-    tx.tenants.lock()
+    """End every active key of the selection at once, in its grace period too. Returns the types ended.
+
+    The caller holds the tenant's lock, and looked at the clock under it.
+    """
     revoked = tx.api_keys.revoke(types_of(selection), now)
     tx.audit.record(
         "api_key.revoked",
@@ -208,9 +212,11 @@ def to_show(keys: Sequence[ApiKey], now: datetime) -> list[ApiKey]:
 
 
 def _to_show(key_type: KeyType, keys: Sequence[ApiKey], now: datetime) -> list[ApiKey]:
-    newest_first = sorted((key for key in keys if key.type == key_type), key=lambda key: key.id, reverse=True)
-    living = [key for key in newest_first if key.status_at(now) in ("active", "expiring")]
-    return living or newest_first[:1]
+    of_type = [key for key in keys if key.type == key_type]
+    # Not by age alone: ids made on two machines sort by two clocks.
+    in_order = sorted(of_type, key=lambda key: (key.status_at(now) == "active", key.id), reverse=True)
+    working = [key for key in in_order if key.status_at(now) in ("active", "expiring")]
+    return working or in_order[:1]
 
 
 class KeyShelf(Protocol):

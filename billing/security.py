@@ -14,10 +14,11 @@ from billing.clock import Clock
 from billing.errors import InsufficientScope, KeyUnknown, SessionEnded, TenantDisabled
 from billing.keys import ApiKey, KeyDigests
 from billing.storage.store import Store
-from billing.tenants import Tenant, User
+from billing.tenants import Tenant
 from billing.tokens import Tokens
+from billing.users import User
 
-# A look at the clock is enough: more precise would be a write a request.
+# Five minutes is precise enough; noting every use would be one write per request.
 USE_NOTED_EVERY = timedelta(minutes=5)
 
 
@@ -99,19 +100,6 @@ def require_allowed(caller: Caller, *, roles: Sequence[str], keys_allowed: bool)
     allowed = keys_allowed if caller.user is None else caller.user.role in roles
     if not allowed:
         raise InsufficientScope
-
-
-def bearer_credential(authorization: Sequence[str]) -> str | None:
-    """The credential of the Authorization headers, None where there is no header.
-
-    A header with another scheme, or two headers, is a bad credential and not a missing one.
-    """
-    if not authorization:
-        return None
-    scheme, _, credential = authorization[0].partition(" ")
-    if len(authorization) > 1 or scheme.lower() != "bearer":
-        return ""
-    return credential.strip()
 
 
 class KeyUses:

@@ -18,8 +18,9 @@ from billing.errors import (
 from billing.ids import new_id
 from billing.passwords import Passwords
 from billing.ports import Audit
-from billing.tenants import Account, Members, Tenant, User, get_user, require_another_owner
+from billing.tenants import Account, Tenant
 from billing.tokens import Claims, Holder, TokenPair, Tokens
+from billing.users import User
 
 FAMILY_LIFETIME = timedelta(days=30)
 # Two tabs, or a retry after a lost answer, are no attack.
@@ -94,36 +95,17 @@ def change_password(
     return start(tx, changed, tokens=tokens, now=now)
 
 
-def reset_password(tx: Storage, user: User, password_hash: str, *, now: datetime) -> None:
-    """Put a password in the place of one that was lost, and end every session of the user."""
-    tx.users.reset_password(user.id, password_hash, now)
-    tx.sessions.end_all(user.id, now)
-    tx.audit.record("user.password_reset", subject=user.email, now=now)
-
-
-def disable_user(tx: Storage, email: str, *, now: datetime) -> None:
-    """Lock a user out, and end every session of theirs; raises `NotFound`, `Conflict` for the last owner."""
-    tx.tenants.lock()
-    user = get_user(tx.users, email)
-    if not user.is_active:
-        return
-    require_another_owner(tx.users, user)
-    tx.users.disable(user.id, now)
-    tx.sessions.end_all(user.id, now)
-    tx.audit.record("user.disabled", subject=user.email, now=now)
-
-
 def refresh(tx: Storage, claims: Claims, *, tokens: Tokens, now: datetime) -> TokenPair | BillingError:
     """Exchange a refresh token for its successor and a fresh access token.
 
     A repeat within ten seconds gets the same successor again. Any other ends the session; as that must
     outlast the refusal, the refusal is returned, to be raised when the transaction is over.
     """
-    if not tx.tenants.get().is_active:
-        return TenantDisabled()
     user = tx.users.find(claims.user_id)
     if user is None or not user.is_active or user.token_version != claims.token_version:
         return SessionEnded()
+    if not tx.tenants.get().is_active:
+        return TenantDisabled()
     successor = tokens.successor(claims)
     rotated = tx.sessions.rotate(claims.session_id, hashed(claims.jti), hashed(successor), now)
     session = rotated or tx.sessions.find(claims.session_id)
@@ -163,16 +145,14 @@ class SessionShelf(Protocol):
 
 class TenantShelf(Protocol):
     def get(self) -> Tenant: ...
-    def lock(self) -> None: ...
 
 
-class UserShelf(Members, Protocol):
-    """Two return the user changed, or None if its tokens were ended in the meantime."""
+class UserShelf(Protocol):
+    """The last two return the user changed, or None if its tokens were ended in the meantime."""
 
     def find(self, id: UUID) -> User | None: ...
     def note_login(self, user: User, renewed_hash: str | None, now: datetime) -> User | None: ...
     def change_password(self, user: User, password_hash: str, now: datetime) -> User | None: ...
-    def reset_password(self, id: UUID, password_hash: str, now: datetime) -> None: ...
     def disable(self, id: UUID, now: datetime) -> None: ...
 
 

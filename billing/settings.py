@@ -65,6 +65,15 @@ class Settings:
         return _Reader({name: value for name, value in given.items() if value}).settings()
 
 
+def migration_database_url(
+    environ: Mapping[str, str] | None = None, *, dotenv: Path | None = Path(".env")
+) -> str | None:
+    """All that a migration needs to know, so that its job need hold no other secret."""
+    return {**_dotenv(dotenv), **(os.environ if environ is None else environ)}.get(
+        "MIGRATION_DATABASE_URL"
+    ) or None
+
+
 def default_state_dir(environ: Mapping[str, str]) -> Path:
     """`/var/lib/billing` as root, else `$XDG_STATE_HOME/billing` (`~/.local/state/billing`)."""
     if os.geteuid() == 0:

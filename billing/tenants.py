@@ -1,9 +1,8 @@
-"""Tenants and their users: who they are, and how one comes to be."""
+"""Tenants: what they are, and how one comes to be."""
 
 from __future__ import annotations
 
 import secrets
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -12,13 +11,11 @@ from uuid import UUID
 
 from slugify import slugify
 
-from billing import keys
-from billing.errors import Conflict, EmailTaken, NotFound
-from billing.ids import new_id
+from billing import keys, users
 from billing.keys import KeyDigests, NewKey
+from billing.users import User, normalise_email
 from billing.webhooks.signing import new_secret
 
-Role = Literal["owner", "admin", "developer"]
 Tier = Literal["free", "pro", "enterprise"]
 
 LONGEST_SLUG = 60
@@ -57,23 +54,6 @@ class TenantSummary:
 
 
 @dataclass(frozen=True)
-class User:
-    """A person who acts for a tenant."""
-
-    tenant_id: UUID
-    id: UUID
-    email: str
-    first_name: str
-    last_name: str
-    role: str
-    is_active: bool
-    token_version: int
-    last_login: datetime | None
-    created_at: datetime
-    updated_at: datetime
-
-
-@dataclass(frozen=True)
 class Account:
     """What a login looks at: a user, their tenant, and what is kept of the password."""
 
@@ -90,12 +70,6 @@ class Registered:
     owner: User
     keys: Sequence[NewKey]
     webhook_secret: str = field(repr=False)
-
-
-def normalise_email(email: str) -> str:
-    """The form in which emails are compared and kept: composed, and without capitals."""
-    # Some capitals have no composed form, and their small letters have: J̌ becomes ǰ.
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", email.strip()).lower())
 
 
 def own_words(details: Mapping[str, str]) -> list[str]:
@@ -127,23 +101,15 @@ def register(
     now: datetime,
 ) -> Registered:
     """Make a tenant, its owner, four keys and a webhook secret; raises `EmailTaken`."""
-    tenant = _new_tenant(tx, details, now)
-    owner = new_user(tenant, details, role="owner", now=now)
+    tenant = _new_tenant(tx.tenant_id, details, slug=claim_slug(tx, details["company_name"]), now=now)
+    owner = users.new_user(tenant.id, details, role="owner", now=now)
     tx.tenants.add(tenant)
     tx.audit.record("tenant.registered", subject=tenant.slug, now=now)
-    add_user(tx, owner, password_hash=password_hash, now=now)
+    users.add(tx, owner, password_hash=password_hash, now=now)
     minted = keys.mint_each(tx, digests=digests, now=now)
     secret = new_secret()
     tx.webhooks.open(details.get("webhook_url"), secret, now=now)
     return Registered(tenant, owner, minted, secret)
-
-
-def add_user(tx: Storage, user: User, *, password_hash: str, now: datetime) -> None:
-    """Give a tenant one more user; raises `EmailTaken`, whoever has taken it."""
-    if not tx.directory.claim("email", user.email, user.id):
-        raise EmailTaken
-    tx.users.add(user, password_hash=password_hash)
-    tx.audit.record("user.added", subject=user.email, now=now, details={"role": user.role})
 
 
 def set_tier(tx: Storage, tier: Tier, *, now: datetime) -> None:
@@ -166,54 +132,16 @@ def set_active(tx: Storage, *, is_active: bool, now: datetime) -> None:
         tx.audit.record("tenant.enabled" if is_active else "tenant.disabled", subject=tenant.slug, now=now)
 
 
-def get_user(users: Members, email: str) -> User:
-    """The tenant's user with this email, in whatever capitals; raises `NotFound`."""
-    user = users.find_by_email(normalise_email(email))
-    if user is None:
-        raise NotFound("The tenant has no user with this email.")
-    return user
+def claim_slug(tx: Storage, company_name: str) -> str:
+    """A slug made from the name, which nobody else has."""
+    return next(slug for slug in slugs(company_name) if tx.directory.claim("slug", slug, tx.tenant_id))
 
 
-def set_role(tx: Storage, email: str, role: Role, *, now: datetime) -> None:
-    """Give a user another role, which counts from their next request; raises `NotFound`, `Conflict`."""
-    tx.tenants.lock()
-    user = get_user(tx.users, email)
-    if user.role == role:
-        return
-    require_another_owner(tx.users, user)
-    tx.users.set_role(user.id, role, now)
-    tx.audit.record("user.role_changed", subject=user.email, now=now, details={"from": user.role, "to": role})
-
-
-def enable_user(tx: Storage, email: str, *, now: datetime) -> None:
-    """Let a disabled user log in again; raises `NotFound`."""
-    user = get_user(tx.users, email)
-    if not user.is_active:
-        tx.users.enable(user.id, now)
-        tx.audit.record("user.enabled", subject=user.email, now=now)
-
-
-def require_another_owner(users: Members, user: User) -> None:
-    """Raises `Conflict` if the user is the only active owner: nobody could make another one.
-
-    The caller holds the tenant's lock, or two owners could end each other.
-    """
-    others = [other for other in users.all() if other.id != user.id]
-    if is_active_owner(user) and not any(map(is_active_owner, others)):
-        raise Conflict("A tenant keeps at least one active owner: make another user an owner first.")
-
-
-def is_active_owner(user: User) -> bool:
-    return user.role == "owner" and user.is_active
-
-
-def _new_tenant(tx: Storage, details: Mapping[str, str], now: datetime) -> Tenant:
+def _new_tenant(tenant_id: UUID, details: Mapping[str, str], *, slug: str, now: datetime) -> Tenant:
     return Tenant(
-        id=tx.tenant_id,
-        company_name=details["company_name"].strip(),
-        slug=next(
-            slug for slug in slugs(details["company_name"]) if tx.directory.claim("slug", slug, tx.tenant_id)
-        ),
+        id=tenant_id,
+        company_name=details["company_name"],
+        slug=slug,
         email=normalise_email(details["email"]),
         domain=details.get("domain"),
         webhook_url=details.get("webhook_url"),
@@ -221,23 +149,6 @@ def _new_tenant(tx: Storage, details: Mapping[str, str], now: datetime) -> Tenan
         stripe_status="not_connected",
         tier="free",
         is_active=True,
-        created_at=now,
-        updated_at=now,
-    )
-
-
-def new_user(tenant: Tenant, details: Mapping[str, str], *, role: Role, now: datetime) -> User:
-    """A user of the tenant, not yet kept."""
-    return User(
-        tenant_id=tenant.id,
-        id=new_id(),
-        email=normalise_email(details["email"]),
-        first_name=details.get("first_name", ""),
-        last_name=details.get("last_name", ""),
-        role=role,
-        is_active=True,
-        token_version=1,
-        last_login=None,
         created_at=now,
         updated_at=now,
     )
@@ -251,29 +162,14 @@ class TenantShelf(Protocol):
     def set_active(self, is_active: bool, now: datetime) -> None: ...
 
 
-class Members(Protocol):
-    """The users of a tenant, to look at."""
-
-    def all(self) -> list[User]: ...
-    def find_by_email(self, email: str) -> User | None: ...
-
-
-class UserShelf(Members, Protocol):
-    def add(self, user: User, *, password_hash: str) -> None: ...
-    def set_role(self, id: UUID, role: str, now: datetime) -> None: ...
-    def enable(self, id: UUID, now: datetime) -> None: ...
-
-
 class WebhookShelf(Protocol):
     def open(self, url: str | None, secret: str, *, now: datetime) -> None: ...
 
 
-class Storage(keys.Storage, Protocol):
+class Storage(keys.Storage, users.Storage, Protocol):
     """What this chapter asks of storage, inside one transaction of one tenant."""
 
     @property
     def tenants(self) -> TenantShelf: ...
-    @property
-    def users(self) -> UserShelf: ...
     @property
     def webhooks(self) -> WebhookShelf: ...

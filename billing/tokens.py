@@ -94,7 +94,7 @@ class Tokens:
 
         The key is the one that signed the token, so that the answer outlives a rotation of the ring.
         """
-        key = self._keys.get(claims.signed_by) or b""
+        key = self._keys.keys[claims.signed_by]
         return hmac.digest(key, b"refresh token successor\0" + claims.jti.encode(), hashlib.sha256).hex()
 
     def _sign(

@@ -90,7 +90,7 @@ def clone(cluster: embedded.Cluster, name: str) -> None:
 @pytest.fixture(scope="session")
 def superuser(test_database: TestDatabase) -> Iterator[Engine]:
     """The one who sees all rows: for looking at what is really stored."""
-    engine = create_engine(test_database.superuser_url)
+    engine = create_engine(test_database.superuser_url, pool_pre_ping=True)
     yield engine
     engine.dispose()
 
@@ -206,8 +206,8 @@ def bearer(credential: str) -> dict[str, str]:
 
 
 def register(client: TestClient, company_name: str = "Acme Inc.", **more: Any) -> httpx.Response:
-    domain = company_name.split()[0].lower() + ".example"
-    body = {"company_name": company_name, "email": f"ada@{domain}", "password": PASSWORD, **more}
+    name = (company_name.split() or ["nameless"])[0].lower()
+    body = {"company_name": company_name, "email": f"ada@{name}.example", "password": PASSWORD, **more}
     return client.post(f"{API}/register/", json=body)
 
 

@@ -18,7 +18,10 @@ FLOORS = (
     (5, "app billing.cli"),
     (4, "billing.handlers billing.security billing.http"),
     (3, "billing.storage"),
-    (2, "billing.tenants billing.tokens billing.keys billing.sessions billing.webhooks.endpoints"),
+    (
+        2,
+        "billing.tenants billing.users billing.tokens billing.keys billing.sessions billing.webhooks.endpoints",
+    ),
     (1, "billing.passwords billing.encryption billing.ports billing.actors billing.webhooks.signing"),
     (0, "billing.errors billing.ids billing.clock billing.settings billing.keyrings"),
 )

@@ -83,9 +83,8 @@ def test_errors_stand_in_their_file_by_status() -> None:
 # One error ---------------------------------------------------------------------------------------
 
 
-def test_the_detail_is_what_was_said_else_the_explanation_else_the_title() -> None:
+def test_the_detail_is_what_was_said_else_the_title() -> None:
     assert errors.PasswordTooWeak("Too short.").detail == "Too short."
-    assert errors.StripeAlreadyConnected().detail == "Disconnect it first."
     assert errors.KeyUnknown().detail == errors.KeyUnknown.title() == "The API key is unknown."
     assert str(errors.KeyUnknown()) == "The API key is unknown."
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import click
 
 from billing.cli.console import done
-from billing.settings import Settings, new_secrets
+from billing.settings import Settings, migration_database_url, new_secrets
 from billing.storage import database, schema
 
 
@@ -16,14 +18,23 @@ from billing.storage import database, schema
 def migrate(bootstrap_sql: bool) -> None:
     """Bring the database to this version and print its revision.
 
-    An embedded database is started for it; any other is reached by MIGRATION_DATABASE_URL.
+    MIGRATION_DATABASE_URL says where, and is all it needs. Without that the embedded database is started.
 
     \b
     Example:
       billing migrate --bootstrap-sql | psql postgres
       billing migrate
     """
-    click.echo(schema.bootstrap_sql() if bootstrap_sql else database.migrate(Settings.load()))
+    click.echo(schema.bootstrap_sql() if bootstrap_sql else revision())
+
+
+def revision() -> str:
+    """What the database is brought to; raises `SettingsError` where its owner's address is not known."""
+    owner_url = migration_database_url()
+    if owner_url is not None:
+        return database.migrate(owner_url)
+    with closing(database.open_database(Settings.load())) as opened:
+        return database.migrate(opened.require_owner_url())
 
 
 @click.group()

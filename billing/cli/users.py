@@ -10,8 +10,7 @@ from typing import Any, get_args
 
 import click
 
-from billing import sessions
-from billing import tenants as chapter
+from billing import users as chapter
 from billing.actors import OPERATOR
 from billing.cli.console import as_json, done, opened_store, show
 from billing.cli.tenants import tenant_called, transaction_of
@@ -22,7 +21,8 @@ from billing.http import document
 from billing.http.validation import Rules
 from billing.passwords import Passwords, require_strength
 from billing.settings import Settings
-from billing.tenants import Role, Tenant, words_of
+from billing.tenants import Tenant, words_of
+from billing.users import Role
 
 # 120 random bits.
 GENERATED_PASSWORD_BYTES = 15
@@ -133,12 +133,12 @@ def add(
         tenant = tenant_called(slug, store)
         password = new_password(stdin=stdin, generate=generate)
         details = {"email": email, "first_name": first_name, "last_name": last_name}
-        user = chapter.new_user(tenant, details, role=role, now=utc_now())
+        user = chapter.new_user(tenant.id, details, role=role, now=utc_now())
         require_strength(password, words_of(user, tenant))
         require_valid(tenant, {**details, "password": password})
         password_hash = hashed(password, settings)
         with store.tenant(tenant.id, OPERATOR) as tx:
-            chapter.add_user(tx, user, password_hash=password_hash, now=utc_now())
+            chapter.add(tx, user, password_hash=password_hash, now=utc_now())
     done(f"{user.email} is a user of {slug}, in the role {role}.")
     if generate:
         click.echo(password)
@@ -158,13 +158,13 @@ def reset_password(slug: str, email: str, stdin: bool, generate: bool) -> None:
     with opened_store() as (settings, store):
         tenant = tenant_called(slug, store)
         with store.tenant(tenant.id, OPERATOR) as tx:
-            user = chapter.get_user(tx.users, email)
+            user = chapter.get(tx, email)
         password = new_password(stdin=stdin, generate=generate)
         require_strength(password, words_of(user, tenant))
         require_valid(tenant, {"email": user.email, "password": password})
         password_hash = hashed(password, settings)
         with store.tenant(tenant.id, OPERATOR) as tx:
-            sessions.reset_password(tx, user, password_hash, now=utc_now())
+            chapter.reset_password(tx, user, password_hash, now=utc_now())
     done(f"{user.email} has a new password, and every session has ended.")
     if generate:
         click.echo(password)
@@ -197,7 +197,7 @@ def disable(slug: str, email: str) -> None:
       billing users disable --tenant acme bob@acme.example
     """
     with transaction_of(slug) as tx:
-        sessions.disable_user(tx, email, now=utc_now())
+        chapter.disable(tx, email, now=utc_now())
     done(f"{email} is disabled, and every session has ended.")
 
 
@@ -212,5 +212,5 @@ def enable(slug: str, email: str) -> None:
       billing users enable --tenant acme bob@acme.example
     """
     with transaction_of(slug) as tx:
-        chapter.enable_user(tx, email, now=utc_now())
+        chapter.enable(tx, email, now=utc_now())
     done(f"{email} is enabled.")

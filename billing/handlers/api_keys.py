@@ -15,8 +15,8 @@ from billing.security import Caller
 from billing.storage.store import Store
 
 SHOWN_ONCE = "Store the new keys now: the secret ones are not shown again."
-MASKED = "Secret keys are shown once, when they are made. Regenerate one that is lost."
-ENDED = "The revoked keys no longer work. Regenerate to get new ones."
+MASKED = "Secret keys are shown once, when they are made. Regenerate the keys if one is lost."
+ENDED = "Revoked keys never work again. Regenerate to get new ones."
 
 
 def list_api_keys(*, caller: Caller, actor: Actor, store: Store, clock: Clock) -> Reply:
@@ -30,7 +30,7 @@ def regenerate_api_keys(
     body: dict[str, Any], *, caller: Caller, actor: Actor, store: Store, clock: Clock, digests: KeyDigests
 ) -> Reply:
     grace = timedelta(seconds=body.get("grace_period_seconds", 0))
-    with store.tenant(caller.tenant_id, actor) as tx:
+    with store.tenant(caller.tenant_id, actor, exclusive=True) as tx:
         renewal = keys.regenerate(tx, body["key_type"], grace=grace, digests=digests, now=clock())
         return ok(
             {
@@ -46,11 +46,11 @@ def revoke_api_keys(
     body: dict[str, Any], *, caller: Caller, actor: Actor, store: Store, clock: Clock
 ) -> Reply:
     reason = body.get("reason")
-    with store.tenant(caller.tenant_id, actor) as tx:
+    with store.tenant(caller.tenant_id, actor, exclusive=True) as tx:
         revoked = keys.revoke(tx, body["key_type"], reason=reason, now=clock())
         return ok(
             {
-                "message": "The keys are revoked." if revoked else "There was no living key to revoke.",
+                "message": "The keys are revoked." if revoked else "There was no key left to revoke.",
                 "revoked_keys": revoked,
                 "reason": reason,
                 "warning": ENDED,

@@ -14,8 +14,9 @@ from billing.keys import KeyDigests
 from billing.passwords import Passwords, require_strength
 from billing.security import Caller
 from billing.storage.store import Store
-from billing.tenants import normalise_email, own_words
+from billing.tenants import own_words
 from billing.tokens import Tokens
+from billing.users import normalise_email
 from billing.webhooks.endpoints import UrlPolicy
 
 
@@ -40,7 +41,7 @@ def register_tenant(
         pair = sessions.start(tx, made.owner, tokens=tokens, now=now)
         return created(
             {
-                "message": "Registered. Store the keys and the webhook secret now: they are not shown again.",
+                "message": "Registered. Store the secret keys and the webhook secret: they are not shown again.",
                 "tenant": shapes.registered_tenant(made),
                 "user": shapes.user(made.owner, made.tenant),
                 "tokens": shapes.tokens(pair),

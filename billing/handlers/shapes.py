@@ -8,8 +8,9 @@ from typing import Any
 
 from billing.keys import ApiKey, NewKey
 from billing.security import Caller
-from billing.tenants import Registered, Tenant, User
+from billing.tenants import Registered, Tenant
 from billing.tokens import TokenPair
+from billing.users import User
 
 Shape = dict[str, Any]
 

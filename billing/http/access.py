@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from anyio import CapacityLimiter, to_thread
 from connexion.lifecycle import ConnexionRequest
 from connexion.security import NO_VALUE, ApiKeySecurityHandler, BearerSecurityHandler
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from billing.errors import TokenInvalid
 from billing.http.document import Operation
-from billing.security import Caller, Doorkeeper, bearer_credential, require_allowed
+from billing.http.lanes import Lane, Lanes
+from billing.security import Caller, Doorkeeper, require_allowed
 
-BEARER, API_KEY = "bearerAuth", "apiKeyAuth"
+API_KEY = "apiKeyAuth"
 Verify = Callable[[ConnexionRequest], Awaitable[Any]]
 
 
-def security_map(doorkeeper: Doorkeeper, *, threads: int) -> dict[str, type]:
+def security_map(doorkeeper: Doorkeeper, lanes: Lanes) -> dict[str, type]:
     """Connexion's handler classes by scheme. Nothing of Python stands in the document.
 
-    Both are asynchronous with a thread apart: a synchronous one would hold the event loop. If
+    Both are asynchronous, with threads of their own: a synchronous one would hold the event loop. If
     `Authorization` is present it alone counts: Connexion would let a good key make up for a bad token
     (spec-first/connexion#1767).
     """
-    limiter = CapacityLimiter(threads)
 
     async def found(
         request: ConnexionRequest, find: Callable[[str], Caller], credential: str
     ) -> dict[str, Any]:
-        caller = await to_thread.run_sync(find, credential, limiter=limiter)
+        caller = await lanes.run(Lane.SECURITY, partial(find, credential))
         request.scope["state"].update(caller=caller, tenant_id=caller.tenant_id)
         return {"sub": str(caller.tenant_id)}  # Connexion wants a mapping; we keep the caller ourselves.
 
@@ -52,6 +52,19 @@ def security_map(doorkeeper: Doorkeeper, *, threads: int) -> dict[str, type]:
         "bearer": _handler(BearerSecurityHandler, by_bearer),
         "apiKey": _handler(ApiKeySecurityHandler, by_api_key),
     }
+
+
+def bearer_credential(authorization: Sequence[str]) -> str | None:
+    """The credential of the Authorization headers, None where there is no header.
+
+    A header with another scheme, or two headers, is a bad credential and not a missing one.
+    """
+    if not authorization:
+        return None
+    scheme, _, credential = authorization[0].partition(" ")
+    if len(authorization) > 1 or scheme.lower() != "bearer":
+        return ""
+    return credential.strip()
 
 
 def _handler(base: type, verify: Verify) -> type:

@@ -54,7 +54,7 @@ def build(
     doorkeeper: Doorkeeper,
     routes: list[Route],
     lifespan: Callable[..., Any],
-    threads: int,
+    lanes: Lanes,
     allowed_origins: Collection[str],
     trusted_proxies: Sequence[Network],
 ) -> ASGIApp:
@@ -64,11 +64,10 @@ def build(
         "billing",
         lifespan=lifespan,
         middlewares=MIDDLEWARES,
-        strict_validation=True,
         swagger_ui_options=SwaggerUIOptions(swagger_ui=False, serve_spec=False),
-        resolver=ByOperationId(endpoints(listed, services, Lanes(general_threads=threads))),
+        resolver=ByOperationId(endpoints(listed, services, lanes)),
         validator_map=validator_map({o.operation_id: Rules(document, o) for o in listed}),
-        security_map=security_map(doorkeeper, threads=threads),
+        security_map=security_map(doorkeeper, lanes),
     )
     app.add_middleware(Guard, position=MiddlewarePosition.BEFORE_SWAGGER)
     app.add_middleware(beside, position=MiddlewarePosition.BEFORE_ROUTING, routes=routes)

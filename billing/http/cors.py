@@ -73,11 +73,13 @@ def value(headers: Iterable[Header], name: bytes) -> bytes | None:
 
 
 def with_headers(send: Send, headers: list[Header]) -> Send:
-    """A `send` that adds the headers to an answer."""
+    """A `send` that adds the headers to an answer, in the place of those it has."""
+    ours = {name for name, _ in headers} - {VARY[0]}
 
     async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message.get("headers", ()), *headers]}
+            kept = [header for header in message.get("headers", ()) if header[0].lower() not in ours]
+            message = {**message, "headers": [*kept, *headers]}
         await send(message)
 
     return send_with_headers

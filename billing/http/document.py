@@ -114,7 +114,6 @@ class Operation:
     operation_id: str
     method: str
     path: str
-    summary: str
     tags: tuple[str, ...]
     roles: tuple[str, ...]
     schemes: tuple[str, ...]
@@ -163,7 +162,6 @@ def _operation(document: dict[str, Any], method: str, path: str, said: dict[str,
         operation_id=said["operationId"],
         method=method.upper(),
         path=path,
-        summary=said.get("summary", ""),
         tags=tuple(said.get("tags", ())),
         roles=tuple(said.get("x-roles", ())),
         schemes=tuple(dict.fromkeys(name for alternative in security for name in alternative)),

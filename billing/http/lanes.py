@@ -1,4 +1,4 @@
-"""Where handlers run: a few threads for all, and two apart for passwords.
+"""Where blocking work runs: a few threads for handlers, a few for finding callers, and two for passwords.
 
 bcrypt takes a quarter of a second of a core. In the threads that everything else needs, a login storm
 would stop everything else; here it queues for two seconds and is then told to come back.
@@ -7,7 +7,7 @@ would stop everything else; here it queues for two seconds and is then told to c
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import anyio
@@ -26,6 +26,7 @@ class Lane(enum.Enum):
     """Kinds of work that must not wait for each other."""
 
     GENERAL = "general"
+    SECURITY = "security"
     PASSWORDS = "passwords"
 
 
@@ -48,12 +49,11 @@ def lane_of(handler: Callable[..., object]) -> Lane:
 class Lanes:
     """The threads of each lane."""
 
-    def __init__(self, *, general_threads: int, longest_wait_seconds: float = LONGEST_WAIT_SECONDS) -> None:
+    def __init__(
+        self, threads: Mapping[Lane, int], *, longest_wait_seconds: float = LONGEST_WAIT_SECONDS
+    ) -> None:
         self._longest_wait_seconds = longest_wait_seconds
-        self._limits = {
-            Lane.GENERAL: anyio.CapacityLimiter(general_threads),
-            Lane.PASSWORDS: anyio.CapacityLimiter(PASSWORD_THREADS),
-        }
+        self._limits = {lane: anyio.CapacityLimiter(count) for lane, count in threads.items()}
 
     async def run(self, lane: Lane, call: Callable[[], T]) -> T:
         """Run a blocking call in the lane; raises `Overloaded` if no thread is free in time."""
@@ -64,7 +64,7 @@ class Lanes:
         except TimeoutError:
             raise Overloaded from None
         try:
-            # The thread is ours already: this limiter only counts it once more, and never waits.
+            # The lane's limit is taken; the one that anyio asks for here is never waited for.
             return await to_thread.run_sync(call, limiter=anyio.CapacityLimiter(1))
         finally:
             limiter.release_on_behalf_of(borrower)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -14,6 +15,8 @@ from billing.errors import Fault, InvalidRequest, MalformedBody
 from billing.http.document import Operation
 
 MASK = "The value"
+# The document says how many an answer lists at most.
+MAX_FAULTS = 100
 # The schemas' library follows a value 255 levels down and raises, orjson writes 254; we read a thousand.
 MAX_DEPTH = 128
 
@@ -32,9 +35,10 @@ class Rules:
     def query(self, query_string: bytes) -> dict[str, str]:
         """The query's parameters; raises `InvalidRequest`."""
         pairs = parse_qsl(query_string.decode("latin-1"), keep_blank_values=True)
+        names = [name for name, _ in pairs if name in self._query or not self._open_query]
         given = dict(pairs)
         faults = [Fault(f"/query/{name}", "It is required.") for name in self._required_query - given.keys()]
-        if len(given) < len(pairs):
+        if len(set(names)) < len(names):
             faults.append(Fault("/query", "A parameter stands in it twice."))
         if given.keys() - self._query.keys() and not self._open_query:
             faults.append(Fault("/query", "It has a parameter that the document does not know."))
@@ -97,11 +101,15 @@ def _parts(value: Any) -> Iterable[Any]:
 
 def _refuse(faults: Sequence[Fault]) -> None:
     if faults:
-        raise InvalidRequest(faults=sorted(faults, key=lambda fault: fault.pointer))
+        places = f"{len(faults)} place{'s' if len(faults) > 1 else ''}"
+        raise InvalidRequest(
+            f"The request does not match the document in {places}.",
+            faults=sorted(faults, key=lambda fault: fault.pointer),
+        )
 
 
 def _faults(validator: Draft4Validator, value: Any, *, at: str = "") -> Iterator[Fault]:
-    for error in validator.iter_errors(value):
+    for error in islice(validator.iter_errors(value), MAX_FAULTS):
         yield _fault(error, at + _pointer(error.instance_path))
 
 

@@ -7,28 +7,18 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, and_, or_, select
+from sqlalchemy import ColumnElement, and_, func, or_, select
 from sqlalchemy.dialects.postgresql import distinct_on
 
 from billing.keys import ApiKey, KeyType
-from billing.storage.shelf import Shelf, values_of
+from billing.storage.shelf import Shelf, columns_of, values_of
 from billing.storage.tables import api_keys
 
-COLUMNS = (
-    api_keys.c.tenant_id,
-    api_keys.c.id,
-    api_keys.c.type,
-    api_keys.c.text,
-    api_keys.c.last4,
-    api_keys.c.created_at,
-    api_keys.c.expires_at,
-    api_keys.c.revoked_at,
-    api_keys.c.last_used_at,
-)
+COLUMNS = columns_of(ApiKey, api_keys)
 
 
 def key_of(row: Sequence[Any]) -> ApiKey:
-    """The value in a row of `COLUMNS`, which stand in the order of its fields."""
+    """The value in a row of `COLUMNS`."""
     return ApiKey(*row)
 
 
@@ -79,7 +69,9 @@ class ApiKeys(Shelf):
         return [key_of(row) for row in rows]
 
     def note_use(self, id: UUID, at: datetime) -> None:
-        """Keep when a key was last used."""
+        """Keep when a key was last used, by whichever process."""
         self._connection.execute(
-            api_keys.update().where(self.mine(api_keys), api_keys.c.id == id).values(last_used_at=at)
+            api_keys.update()
+            .where(self.mine(api_keys), api_keys.c.id == id)
+            .values(last_used_at=func.greatest(api_keys.c.last_used_at, at))
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,13 +61,12 @@ def open_database(settings: Settings) -> Database:
     return open_embedded(settings.state_dir, bin_dir=settings.postgres_bin)
 
 
-def migrate(settings: Settings) -> str:
-    """Bring the database of the settings to this version; returns the revision.
+def migrate(owner_url: str) -> str:
+    """Bring the database at this address to this version; returns the revision.
 
-    Raises `SettingsError` without the owner's address, `DatabaseUnavailable` and `schema.SchemaError`.
+    Raises `SettingsError`, `DatabaseUnavailable` and `schema.SchemaError`.
     """
-    with closing(open_database(settings)) as database:
-        return schema.migrate(database.require_owner_url())
+    return schema.migrate(_with_driver("MIGRATION_DATABASE_URL", owner_url))
 
 
 def open_embedded(
@@ -134,7 +132,9 @@ def _password(cluster: embedded.Cluster, role: str) -> str:
 
 def _with_driver(setting: str, text: str) -> str:
     try:
-        return make_url(text).set(drivername=DRIVER).render_as_string(hide_password=False)
+        url = make_url(text)
     except (ArgumentError, ValueError):
-        # The library's words could quote the password.
-        raise SettingsError(f"{setting} must be like postgresql://user:password@host:5432/billing.") from None
+        url = None  # The library's words could quote the password.
+    if url is None or url.drivername not in ("postgresql", "postgres", DRIVER):
+        raise SettingsError(f"{setting} must be like postgresql://user:password@host:5432/billing.")
+    return url.set(drivername=DRIVER).render_as_string(hide_password=False)

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from sqlalchemy import Connection, select
 
+from billing.storage.shelf import columns_of
 from billing.storage.tables import tenants
 from billing.tenants import TenantSummary
 
-COLUMNS = (
-    tenants.c.id,
-    tenants.c.slug,
-    tenants.c.company_name,
-    tenants.c.email,
-    tenants.c.tier,
-    tenants.c.is_active,
-    tenants.c.stripe_status,
-    tenants.c.created_at,
-)
+COLUMNS = columns_of(TenantSummary, tenants)
 
 
 class Operator:

@@ -15,12 +15,13 @@ from sqlalchemy import Connection, Row
 
 from billing.keys import ApiKey
 from billing.storage import api_keys, tenants, users
-from billing.tenants import Account, Tenant, User
+from billing.tenants import Account, Tenant
 from billing.tokens import Claims
+from billing.users import User
 
 
 def _names(columns: Sequence[Any]) -> str:
-    return ", ".join(f"{column.element if hasattr(column, 'element') else column}" for column in columns)
+    return ", ".join(str(column) for column in columns)
 
 
 TENANT = _names(tenants.COLUMNS)

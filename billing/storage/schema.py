@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from alembic import command
@@ -104,6 +105,7 @@ def _config() -> Config:
     return config
 
 
+@cache
 def _head() -> str:
     head = ScriptDirectory.from_config(_config()).get_current_head()
     if head is None:

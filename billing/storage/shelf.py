@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 from uuid import UUID
 
@@ -28,6 +29,11 @@ class Shelf:
         """Add a row, as this tenant's whatever it says."""
         owner = {"tenant_id": self._tenant_id} if "tenant_id" in table.c else {"id": self._tenant_id}
         self._connection.execute(table.insert().values({**values, **owner}))
+
+
+def columns_of(value: type, table: Table, **elsewhere: ColumnElement[Any]) -> tuple[ColumnElement[Any], ...]:
+    """The columns of a value's fields, in their order; those of another table are given by the field's name."""
+    return tuple(elsewhere[f.name] if f.name in elsewhere else table.c[f.name] for f in fields(value))
 
 
 def values_of(value: object, table: Table) -> dict[str, Any]:

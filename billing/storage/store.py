@@ -43,6 +43,14 @@ CONNECT_ARGS = {
 }
 
 
+# The SQLSTATE of a write to a primary that has become a replica.
+READ_ONLY = "25006"
+
+
+class StorageError(Exception):
+    """PostgreSQL refused a statement of ours."""
+
+
 class TenantTx:
     """One transaction of one tenant: a shelf for each noun, all of it kept or none."""
 
@@ -84,17 +92,25 @@ class Store:
         return self._opened
 
     @contextmanager
-    def tenant(self, tenant_id: UUID, actor: Actor = SYSTEM) -> Iterator[TenantTx]:
-        """A transaction that reaches this tenant's rows alone. Leaving commits, raising rolls back."""
+    def tenant(
+        self, tenant_id: UUID, actor: Actor = SYSTEM, *, exclusive: bool = False
+    ) -> Iterator[TenantTx]:
+        """A transaction that reaches this tenant's rows alone. Leaving commits, raising rolls back.
+
+        An exclusive one holds the tenant's lock from its beginning.
+        """
         with _in_our_words(), self._engine.begin() as connection:
             connection.exec_driver_sql("SELECT set_config('app.tenant_id', %s, true)", (str(tenant_id),))
-            yield TenantTx(connection, tenant_id, actor, self._vault)
+            tx = TenantTx(connection, tenant_id, actor, self._vault)
+            if exclusive:
+                tx.tenants.lock()
+            yield tx
 
     @contextmanager
     def platform(self) -> Iterator[Platform]:
         """The questions asked before a tenant is known, each one message to the database."""
         with _in_our_words(), self._engine.connect() as connection:
-            # One statement, one transaction: no BEGIN and no COMMIT to wait for.
+            # Each question is one message, and so one transaction: no BEGIN and no COMMIT to wait for.
             connection.execution_options(isolation_level="AUTOCOMMIT")
             yield Platform(connection)
 
@@ -127,6 +143,6 @@ def _in_our_words() -> Iterator[None]:
     except (exc.OperationalError, exc.InterfaceError, exc.TimeoutError) as error:
         raise DatabaseUnavailable from error
     except exc.DBAPIError as error:
-        if error.connection_invalidated:
+        if error.connection_invalidated or getattr(error.orig, "pgcode", None) == READ_ONLY:
             raise DatabaseUnavailable from error
-        raise
+        raise StorageError(type(error.orig).__name__) from error

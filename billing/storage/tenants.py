@@ -9,29 +9,16 @@ from typing import Any
 from sqlalchemy import select
 
 from billing.errors import NotFound
-from billing.storage.shelf import Shelf, values_of
+from billing.storage.shelf import Shelf, columns_of, values_of
 from billing.storage.tables import tenants, webhook_endpoints
 from billing.tenants import Tenant
 
-COLUMNS = (
-    tenants.c.id,
-    tenants.c.company_name,
-    tenants.c.slug,
-    tenants.c.email,
-    tenants.c.domain,
-    webhook_endpoints.c.url.label("webhook_url"),
-    tenants.c.stripe_account_id,
-    tenants.c.stripe_status,
-    tenants.c.tier,
-    tenants.c.is_active,
-    tenants.c.created_at,
-    tenants.c.updated_at,
-)
+COLUMNS = columns_of(Tenant, tenants, webhook_url=webhook_endpoints.c.url)
 WITH_ENDPOINT = tenants.outerjoin(webhook_endpoints, webhook_endpoints.c.tenant_id == tenants.c.id)
 
 
 def tenant_of(row: Sequence[Any]) -> Tenant:
-    """The value in a row of `COLUMNS`, which stand in the order of its fields."""
+    """The value in a row of `COLUMNS`."""
     return Tenant(*row)
 
 

@@ -7,30 +7,18 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Update, select
+from sqlalchemy import Executable, Update, select
 
 from billing.errors import NotFound
-from billing.storage.shelf import Shelf, values_of
+from billing.storage.shelf import Shelf, columns_of, values_of
 from billing.storage.tables import users
-from billing.tenants import User
+from billing.users import User
 
-COLUMNS = (
-    users.c.tenant_id,
-    users.c.id,
-    users.c.email,
-    users.c.first_name,
-    users.c.last_name,
-    users.c.role,
-    users.c.is_active,
-    users.c.token_version,
-    users.c.last_login,
-    users.c.created_at,
-    users.c.updated_at,
-)
+COLUMNS = columns_of(User, users)
 
 
 def user_of(row: Sequence[Any]) -> User:
-    """The value in a row of `COLUMNS`, which stand in the order of its fields."""
+    """The value in a row of `COLUMNS`."""
     return User(*row)
 
 
@@ -41,16 +29,11 @@ class Users(Shelf):
         self.insert(users, values_of(user, users) | {"password_hash": password_hash})
 
     def find(self, id: UUID) -> User | None:
-        row = self._connection.execute(
-            select(*COLUMNS).where(self.mine(users), users.c.id == id)
-        ).one_or_none()
-        return user_of(row) if row else None
+        return self._one(select(*COLUMNS).where(self.mine(users), users.c.id == id))
 
     def find_by_email(self, email: str) -> User | None:
         """The user with this email, which is in its normal form."""
-        query = select(*COLUMNS).where(self.mine(users), users.c.email == email)
-        row = self._connection.execute(query).one_or_none()
-        return row and user_of(row)
+        return self._one(select(*COLUMNS).where(self.mine(users), users.c.email == email))
 
     def all(self) -> list[User]:
         rows = self._connection.execute(select(*COLUMNS).where(self.mine(users)).order_by(users.c.id))
@@ -68,14 +51,14 @@ class Users(Shelf):
     def note_login(self, user: User, renewed_hash: str | None, now: datetime) -> User | None:
         """The user with this login, or None if they were disabled or ended since they were read."""
         values = {"last_login": now} | ({"password_hash": renewed_hash} if renewed_hash else {})
-        return self._one(self._same(user).values(values))
+        return self._one(self._same(user).values(values).returning(*COLUMNS))
 
     def change_password(self, user: User, password_hash: str, now: datetime) -> User | None:
         """The user with a new password, or None if they were disabled or ended since they were read."""
         return self._one(
-            self._same(user).values(
-                password_hash=password_hash, token_version=users.c.token_version + 1, updated_at=now
-            )
+            self._same(user)
+            .values(password_hash=password_hash, token_version=users.c.token_version + 1, updated_at=now)
+            .returning(*COLUMNS)
         )
 
     def set_role(self, id: UUID, role: str, now: datetime) -> None:
@@ -104,6 +87,6 @@ class Users(Shelf):
             users.c.is_active,
         )
 
-    def _one(self, change: Update) -> User | None:
-        row = self._connection.execute(change.returning(*COLUMNS)).one_or_none()
+    def _one(self, query: Executable) -> User | None:
+        row = self._connection.execute(query).one_or_none()
         return user_of(row) if row else None

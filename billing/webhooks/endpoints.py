@@ -47,7 +47,7 @@ class UrlPolicy:
         host = (parts.hostname or "").removesuffix(".")
         local = self.allow_localhost and host == "localhost"
         if len(url) > LONGEST or not url.isascii() or not url.isprintable() or " " in url or "\\" in url:
-            return f"must have at most {LONGEST} printable ASCII characters"
+            return f"must be printable ASCII, at most {LONGEST} characters"
         if parts.scheme != "https" and not (parts.scheme == "http" and self.allow_http):
             return "must begin with https://"
         if "@" in parts.netloc or "#" in url:

@@ -12,6 +12,8 @@ import pytest
 from sqlalchemy import Engine, text
 from starlette.testclient import TestClient
 
+from billing.storage.store import Store
+from billing.storage.tables import metadata
 from tests.clock import TurnedClock
 from tests.conftest import API, PASSWORD, Account, bearer, log_in, register
 
@@ -74,6 +76,12 @@ def test_slug_is_made_unique(acme: Account) -> None:
 def test_slug_of_a_name_without_latin_letters(client: TestClient) -> None:
     assert register(client, "北京", email="x@beijing.example").json()["tenant"]["slug"] == "bei-jing"
     assert register(client, "!!!", email="y@beijing.example").json()["tenant"]["slug"] == "tenant"
+
+
+@pytest.mark.parametrize("name", ["\u3000", "\u00a0Acme\u00a0"])
+def test_a_company_name_is_kept_as_it_was_sent(client: TestClient, name: str) -> None:
+    answer = register(client, name, email="ada@acme.example").json()
+    assert answer["tenant"]["company_name"] == answer["user"]["tenant_name"] == name
 
 
 def test_fifty_registrations_of_one_email_make_one_tenant(client: TestClient, superuser: Engine) -> None:
@@ -223,6 +231,15 @@ def test_an_access_token_is_no_refresh_token_and_the_other_way_round(acme: Accou
     assert code_of(refresh(acme.client, acme.tokens["access"])) == (401, "token-invalid")
     answer = acme.client.get(f"{API}/me/", headers=bearer(acme.tokens["refresh"]))
     assert code_of(answer) == (401, "token-invalid")
+
+
+def test_the_refresh_token_of_a_tenant_that_is_gone_is_401(
+    acme: Account, store: Store, superuser: Engine
+) -> None:
+    with superuser.begin() as connection:
+        for table in reversed(metadata.sorted_tables):
+            connection.execute(table.delete())
+    assert code_of(refresh(acme.client, acme.tokens["refresh"])) == (401, "session-ended")
 
 
 def test_refresh_of_a_disabled_tenant_is_403(acme: Account, superuser: Engine) -> None:

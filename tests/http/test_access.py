@@ -18,14 +18,16 @@ from billing.errors import (
     KeyUnknown,
     TokenInvalid,
 )
-from billing.http.access import Gate, NameOperation, operation_id_of, security_map
+from billing.http.access import Gate, NameOperation, bearer_credential, operation_id_of, security_map
 from billing.http.document import load, operations
+from billing.http.lanes import Lane, Lanes
 from billing.ids import new_id
 from billing.keys import ApiKey
-from billing.security import Caller, bearer_credential
+from billing.security import Caller
 from tests.test_tenants import ACME, ADA
 
 NOW = datetime(2026, 1, 15, 9, 30, tzinfo=UTC)
+LANES = Lanes({Lane.SECURITY: 2})
 KEY = ApiKey(ACME.id, new_id(), "live_secret", None, "abcd", NOW)
 BY_USER, BY_KEY = Caller(ACME, user=ADA), Caller(ACME, key=KEY)
 
@@ -53,7 +55,7 @@ class Doorkeeper:
 
 def outcome(scheme: str, headers: list[tuple[str, str]], doorkeeper: Doorkeeper | None = None) -> Any:
     """`nothing`, the class of what is raised, or the caller that is left in the state."""
-    verify = security_map(doorkeeper or Doorkeeper(), threads=2)[scheme]().get_fn({}, [])  # type: ignore[arg-type]
+    verify = security_map(doorkeeper or Doorkeeper(), LANES)[scheme]().get_fn({}, [])  # type: ignore[arg-type]
     raw = [(name.encode(), value.encode()) for name, value in headers]
     scope: Scope = {"type": "http", "headers": raw, "state": {}, "query_string": b"X-API-Key=a-key"}
 
@@ -115,7 +117,7 @@ def test_the_doorkeeper_is_asked_off_the_event_loop() -> None:
 
 
 def test_connexion_knows_both_handlers_for_its_own() -> None:
-    made = security_map(Doorkeeper(), threads=1)  # type: ignore[arg-type]
+    made = security_map(Doorkeeper(), LANES)  # type: ignore[arg-type]
     assert issubclass(made["bearer"], BearerSecurityHandler)
     assert issubclass(made["apiKey"], ApiKeySecurityHandler)
 

@@ -115,7 +115,6 @@ def test_an_operation_says_who_may_call_it(small: dict[str, Any]) -> None:
         operation_id="list_things",
         method="GET",
         path="/things/",
-        summary="List things",
         tags=("Things",),
         roles=("admin", "owner"),
         schemes=("bearerAuth",),

@@ -14,7 +14,7 @@ import pytest
 
 from billing.errors import Overloaded
 from billing.handlers import authentication
-from billing.http.lanes import LONGEST_WAIT_SECONDS, PASSWORD_THREADS, Lane, Lanes, lane_of, runs_in
+from billing.http.lanes import PASSWORD_THREADS, Lane, Lanes, lane_of, runs_in
 
 LONG = 30.0
 SHORT = 0.05
@@ -69,14 +69,9 @@ async def is_overloaded(lanes: Lanes, lane: Lane, call: Callable[[], Any] = lamb
     return False
 
 
-def test_the_limits_are_two_threads_and_two_seconds() -> None:
-    assert (PASSWORD_THREADS, LONGEST_WAIT_SECONDS) == (2, 2)
-    assert Lanes(general_threads=1)._longest_wait_seconds == 2
-
-
 def test_two_passwords_at_once_and_a_third_is_told_to_come_back() -> None:
     async def story(work: Work) -> None:
-        lanes = Lanes(general_threads=2, longest_wait_seconds=SHORT)
+        lanes = Lanes({Lane.GENERAL: 2, Lane.PASSWORDS: PASSWORD_THREADS}, longest_wait_seconds=SHORT)
         tasks = await begin(lanes, Lane.PASSWORDS, work, 2)
         started = perf_counter()
         assert await is_overloaded(lanes, Lane.PASSWORDS)
@@ -92,7 +87,7 @@ def test_two_passwords_at_once_and_a_third_is_told_to_come_back() -> None:
 
 def test_a_third_password_gets_the_thread_that_becomes_free_in_time() -> None:
     async def story(work: Work) -> None:
-        lanes = Lanes(general_threads=2, longest_wait_seconds=LONG)
+        lanes = Lanes({Lane.GENERAL: 2, Lane.PASSWORDS: PASSWORD_THREADS}, longest_wait_seconds=LONG)
         tasks = await begin(lanes, Lane.PASSWORDS, work, 2)
         third = asyncio.create_task(lanes.run(Lane.PASSWORDS, lambda: "third"))
         await asyncio.sleep(SHORT)
@@ -106,7 +101,7 @@ def test_a_third_password_gets_the_thread_that_becomes_free_in_time() -> None:
 
 def test_a_storm_of_passwords_runs_two_at_a_time_and_leaves_no_thread_taken() -> None:
     async def story(work: Work) -> None:
-        lanes = Lanes(general_threads=2, longest_wait_seconds=SHORT)
+        lanes = Lanes({Lane.GENERAL: 2, Lane.PASSWORDS: PASSWORD_THREADS}, longest_wait_seconds=SHORT)
         tasks = await begin(lanes, Lane.PASSWORDS, work, 2)
         storm = await asyncio.gather(*(is_overloaded(lanes, Lane.PASSWORDS) for _ in range(50)))
         assert storm == [True] * 50
@@ -123,7 +118,7 @@ def test_a_storm_of_passwords_runs_two_at_a_time_and_leaves_no_thread_taken() ->
 
 def test_a_general_call_does_not_wait_for_passwords() -> None:
     async def story(work: Work) -> None:
-        lanes = Lanes(general_threads=1, longest_wait_seconds=LONG)
+        lanes = Lanes({Lane.GENERAL: 1, Lane.PASSWORDS: PASSWORD_THREADS}, longest_wait_seconds=LONG)
         await begin(lanes, Lane.PASSWORDS, work, 2)
         waiting = [asyncio.create_task(is_overloaded(lanes, Lane.PASSWORDS)) for _ in range(20)]
         await asyncio.sleep(0)
@@ -141,7 +136,7 @@ def test_a_general_call_does_not_wait_for_passwords() -> None:
 
 def test_passwords_do_not_wait_for_general_calls() -> None:
     async def story(work: Work) -> None:
-        lanes = Lanes(general_threads=3, longest_wait_seconds=SHORT)
+        lanes = Lanes({Lane.GENERAL: 3, Lane.PASSWORDS: PASSWORD_THREADS}, longest_wait_seconds=SHORT)
         await begin(lanes, Lane.GENERAL, work, 3)
         assert not await is_overloaded(lanes, Lane.PASSWORDS)
         assert await is_overloaded(lanes, Lane.GENERAL)
@@ -157,7 +152,7 @@ def test_what_a_call_raises_comes_through_and_frees_its_thread(error: type[Excep
         raise error
 
     async def story() -> None:
-        lanes = Lanes(general_threads=1, longest_wait_seconds=SHORT)
+        lanes = Lanes({Lane.GENERAL: 1, Lane.PASSWORDS: PASSWORD_THREADS}, longest_wait_seconds=SHORT)
         for _ in range(5):
             with pytest.raises(error):
                 await lanes.run(Lane.GENERAL, fail)
@@ -167,7 +162,7 @@ def test_what_a_call_raises_comes_through_and_frees_its_thread(error: type[Excep
 
 def test_a_caller_who_gives_up_waiting_frees_the_place() -> None:
     async def story(work: Work) -> None:
-        lanes = Lanes(general_threads=1, longest_wait_seconds=LONG)
+        lanes = Lanes({Lane.GENERAL: 1, Lane.PASSWORDS: PASSWORD_THREADS}, longest_wait_seconds=LONG)
         (task,) = await begin(lanes, Lane.GENERAL, work, 1)
         waiting = asyncio.create_task(lanes.run(Lane.GENERAL, lambda: "never"))
         await asyncio.sleep(0)
@@ -183,7 +178,9 @@ def test_a_caller_who_gives_up_waiting_frees_the_place() -> None:
 
 
 def test_calls_run_off_the_event_loop() -> None:
-    ran_in = asyncio.run(Lanes(general_threads=1).run(Lane.GENERAL, threading.current_thread))
+    ran_in = asyncio.run(
+        Lanes({Lane.GENERAL: 1, Lane.PASSWORDS: PASSWORD_THREADS}).run(Lane.GENERAL, threading.current_thread)
+    )
     assert ran_in is not threading.main_thread()
 
 

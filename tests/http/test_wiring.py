@@ -31,7 +31,7 @@ Handler = Callable[..., Reply]
 
 
 def operation(operation_id: str, tag: str = "Test Things", **more: Any) -> Operation:
-    base = Operation(operation_id, "GET", "/things/", "", (tag,), (), (), (), False, None, False)
+    base = Operation(operation_id, "GET", "/things/", (tag,), (), (), (), False, None, False)
     return replace(base, **more)
 
 
@@ -46,7 +46,7 @@ def handlers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def wired(handlers: ModuleType, handler: Handler, *, query: tuple[str, ...] = (), **services: object) -> Any:
     handlers.get_thing = handler  # type: ignore[attr-defined]
     listed = [operation("get_thing", query=tuple({"name": name} for name in query))]
-    return endpoints(listed, services, Lanes(general_threads=1))["get_thing"]
+    return endpoints(listed, services, Lanes({Lane.GENERAL: 1, Lane.PASSWORDS: 1}))["get_thing"]
 
 
 def ask(endpoint: Callable[[], Any], **state: Any) -> Response:
@@ -76,7 +76,7 @@ def test_every_operation_of_the_document_has_its_handler() -> None:
 )
 def test_a_missing_handler_stops_the_start(missing: Operation, module: str) -> None:
     with pytest.raises(WiringError, match=f"{missing.operation_id} has no handler in {module}"):
-        endpoints([missing], {}, Lanes(general_threads=1))
+        endpoints([missing], {}, Lanes({Lane.GENERAL: 1, Lane.PASSWORDS: 1}))
 
 
 def test_a_handler_that_asks_for_what_nobody_has_stops_the_start(handlers: ModuleType) -> None:

@@ -136,7 +136,7 @@ def test_development_opens_localhost_alone(url: str) -> None:
 USERINFO = "The webhook URL must not have a user name, a password or a fragment."
 SCHEME = "The webhook URL must begin with https://."
 PORT = "The webhook URL must use port 443 or 8443."
-CHARACTERS = f"The webhook URL must have at most {LONGEST} printable ASCII characters."
+CHARACTERS = f"The webhook URL must be printable ASCII, at most {LONGEST} characters."
 UNREADABLE = "The webhook URL cannot be parsed."
 
 

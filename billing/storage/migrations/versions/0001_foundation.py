@@ -183,9 +183,8 @@ CREATE POLICY lookup ON directory FOR SELECT TO billing_lookup USING (true);
 GRANTS = """
 GRANT USAGE ON SCHEMA app, public TO billing_app;
 GRANT SELECT ON alembic_version TO billing_app;
-GRANT SELECT, INSERT, UPDATE ON tenants, users, sessions, api_keys, webhook_endpoints, audit_heads TO billing_app;
-GRANT SELECT, INSERT, UPDATE, DELETE ON webhook_secrets TO billing_app;
-GRANT SELECT, INSERT, DELETE ON directory TO billing_app;
-GRANT SELECT, INSERT ON audit_log TO billing_app;
+GRANT SELECT, INSERT, UPDATE ON tenants, users, sessions, api_keys, audit_heads TO billing_app;
+GRANT SELECT, INSERT, UPDATE ON webhook_endpoints, webhook_secrets TO billing_app;
+GRANT SELECT, INSERT ON directory, audit_log TO billing_app;
 CREATE POLICY operator ON tenants FOR SELECT TO billing_owner USING (true);
 """

@@ -1,0 +1,69 @@
+"""The whole stack at once: what no layer shows alone."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from sqlalchemy import create_engine, text
+from starlette.testclient import TestClient
+
+from tests.conftest import API, Account, TestDatabase, log_in, register
+
+OURS = {"Origin": "https://app.acme.example"}
+
+
+@pytest.mark.parametrize("path", ["/openapi.json", "/openapi.yaml", f"{API}/me/", "/nowhere"])
+def test_a_configured_origin_is_allowed_once(client: TestClient, path: str) -> None:
+    answer = client.get(path, headers=OURS)
+    assert answer.headers.get_list("access-control-allow-origin") == [OURS["Origin"]]
+    assert answer.headers["access-control-allow-credentials"] == "true"
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", "https://app.acme.example.evil.example"])
+def test_a_strange_origin_is_not_allowed(client: TestClient, origin: str) -> None:
+    answer = client.get(f"{API}/me/", headers={"Origin": origin})
+    assert "access-control-allow-origin" not in answer.headers
+
+
+@pytest.fixture
+def read_only(test_database: TestDatabase) -> object:
+    """Makes the database refuse writes, as one that was demoted to a replica does, and lets it write again."""
+    engine = create_engine(test_database.superuser_url, isolation_level="AUTOCOMMIT")
+
+    def switch(value: str) -> None:
+        name = engine.url.database
+        with engine.connect() as connection:
+            connection.execute(text(f'ALTER DATABASE "{name}" SET default_transaction_read_only = {value}'))
+            others = "datname = current_database() AND pid <> pg_backend_pid()"
+            connection.execute(text(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}"))
+
+    yield switch
+    switch("off")
+    engine.dispose()
+
+
+def test_a_database_that_takes_no_writes_is_503_until_it_does(acme: Account, read_only: object) -> None:
+    read_only("on")  # type: ignore[operator]
+    # A key's use is noted in the background, which fails now and must not end the server.
+    acme.client.get(f"{API}/verify/", headers={"X-API-Key": acme.tenant["api_key_secret"]})
+    refused = log_in(acme.client, acme.email)
+    time.sleep(1.5)
+    assert (refused.status_code, refused.json()["code"]) == (503, "database-unavailable")
+    assert int(refused.headers["retry-after"]) > 0
+    read_only("off")  # type: ignore[operator]
+    assert register(acme.client, "Globex Ltd.").status_code == 201
+    assert (
+        acme.client.get(f"{API}/verify/", headers={"X-API-Key": acme.tenant["api_key_secret"]}).status_code
+        == 200
+    )
+
+
+def test_a_held_lock_is_503_and_not_a_wait_for_ever(acme: Account, test_database: TestDatabase) -> None:
+    engine = create_engine(test_database.superuser_url)
+    with engine.begin() as connection:
+        connection.execute(text("LOCK TABLE api_keys IN ACCESS EXCLUSIVE MODE"))
+        answer = acme.get("/api-keys/")
+    engine.dispose()
+    assert (answer.status_code, answer.json()["code"]) == (503, "database-unavailable")
+    assert acme.get("/api-keys/").status_code == 200
