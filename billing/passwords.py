@@ -49,12 +49,26 @@ class Passwords:
         )
 
     def check(self, password: str, stored: str | None) -> bool:
-        """Whether the password is the stored one. None (no such user) takes the same time and says no."""
-        scheme, kid, hashed = (stored or self._dummy).split("$", 2)
+        """Whether the password is the stored one.
+
+        None (no such user), and what was stored with a pepper that we lack, take the same time and say no.
+        """
+        known = self._parts(stored) if stored else None
+        pepper, hashed = known or self._parts(self._dummy) or (b"", "")
+        prehashed = _prehash(pepper, password)
+        self._make_up_for(hashed, prehashed)
+        return bcrypt.checkpw(prehashed, hashed.encode()) and known is not None
+
+    def _parts(self, stored: str) -> tuple[bytes, str] | None:
+        scheme, kid, hashed = stored.split("$", 2)
         pepper = self._peppers.get(kid)
-        if scheme != SCHEME or pepper is None:
-            raise LookupError(f"no way to check a password stored by {scheme} with the pepper {kid}")
-        return bcrypt.checkpw(_prehash(pepper, password), hashed.encode()) and stored is not None
+        return (pepper, hashed) if pepper is not None and scheme == SCHEME else None
+
+    def _make_up_for(self, hashed: str, prehashed: bytes) -> None:
+        # Or an account kept since a lower cost would answer sooner than one that there is not: the costs from the
+        # stored one up to the present one add up to the difference.
+        for cost in range(cost_of(hashed), self._cost):
+            bcrypt.hashpw(prehashed, bcrypt.gensalt(cost))
 
     def require(self, password: str, stored: str) -> None:
         """Raises `WrongPassword` unless the password is the stored one."""
@@ -65,7 +79,12 @@ class Passwords:
         """What to store instead, if another pepper or cost is the present one."""
         scheme, kid, hashed = stored.split("$", 2)
         present = (SCHEME, self._peppers.first[0], self._cost)
-        return None if (scheme, kid, int(hashed.split("$")[2])) == present else self.hash(password)
+        return None if (scheme, kid, cost_of(hashed)) == present else self.hash(password)
+
+
+def cost_of(hashed: str) -> int:
+    """The cost in bcrypt's text, `$2b$12$…`."""
+    return int(hashed.split("$")[2])
 
 
 def require_strength(password: str, own_words: Iterable[str]) -> None:

@@ -220,16 +220,25 @@ def _keyring(name: str, text: str) -> Keyring:
 def _kept_secrets(state_dir: Path) -> dict[str, str]:
     """The development secrets of this state directory, made once and readable by their owner only."""
     path = state_dir / "secrets.env"
+    state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _require_private(state_dir)
     if not path.exists():
         _write_once(path, "".join(f"{name}={value}\n" for name, value in new_secrets().items()))
+    _require_private(path)
     return cast("dict[str, str]", dotenv_values(path, interpolate=False))
 
 
 def _write_once(path: Path, text: str) -> None:
     # A hard link appears whole or not at all: of several processes that start at once, one wins.
-    path.parent.mkdir(parents=True, exist_ok=True)
     with NamedTemporaryFile("w", dir=path.parent) as draft:  # Readable by its owner only.
         draft.write(text)
         draft.flush()
         with suppress(FileExistsError):
             os.link(draft.name, path)
+
+
+def _require_private(path: Path) -> None:
+    # Whoever may write here could give us secrets of their own choosing.
+    found = path.lstat()
+    if found.st_uid != os.geteuid() or found.st_mode & 0o022 or path.is_symlink():
+        raise SettingsError(f"{path} must belong to the user who runs this, and nobody else may write to it.")

@@ -333,3 +333,22 @@ def test_the_environment_of_the_process_is_read(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("BILLING_STATE_DIR", str(tmp_path))
     monkeypatch.setenv("PORT", "4444")
     assert Settings.load(dotenv=None).port == 4444
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770])
+def test_a_state_directory_that_others_may_write_to_is_refused(tmp_path: Path, mode: int) -> None:
+    tmp_path.chmod(mode)
+    with pytest.raises(SettingsError, match="nobody else may write"):
+        Settings.load({"BILLING_STATE_DIR": str(tmp_path)}, dotenv=None)
+
+
+def test_secrets_behind_a_link_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").touch(mode=0o600)
+    (tmp_path / "secrets.env").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SettingsError, match=r"secrets\.env must belong"):
+        Settings.load({"BILLING_STATE_DIR": str(tmp_path)}, dotenv=None)
+
+
+def test_a_new_state_directory_is_the_owners_alone(tmp_path: Path) -> None:
+    Settings.load({"BILLING_STATE_DIR": str(tmp_path / "state")}, dotenv=None)
+    assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == 0o700

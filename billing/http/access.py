@@ -46,7 +46,8 @@ def security_map(doorkeeper: Doorkeeper, lanes: Lanes) -> dict[str, type]:
         given = request.headers.getlist("x-api-key")
         if not given or "authorization" in request.headers:
             return NO_VALUE
-        return await found(request, doorkeeper.by_key, ",".join(given))
+        # Blanks around a field value are no part of it (RFC 9110, section 5.5).
+        return await found(request, doorkeeper.by_key, ",".join(given).strip(" \t"))
 
     return {
         "bearer": _handler(BearerSecurityHandler, by_bearer),

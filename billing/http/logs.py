@@ -39,8 +39,8 @@ HIDDEN = "[redacted]"
 SECRETS = [
     (marker, re.compile(shape, re.ASCII | re.IGNORECASE), replacement)
     for marker, shape, replacement in [
-        ("_live_", r"\b([spr]k_live_)[0-9a-z]+", rf"\1{HIDDEN}"),
-        ("_test_", r"\b([spr]k_test_)[0-9a-z]+", rf"\1{HIDDEN}"),
+        ("_live_", r"([spr]k_live_)[0-9a-z]+", rf"\1{HIDDEN}"),
+        ("_test_", r"([spr]k_test_)[0-9a-z]+", rf"\1{HIDDEN}"),
         ("ac_", r"\b(ac_)[0-9a-z]{8,}", rf"\1{HIDDEN}"),  # Stripe's authorization code
         ("whsec_", r"(whsec_)[0-9a-z+/=_-]+", rf"\1{HIDDEN}"),
         ("eyj", r"eyJ[\w-]+\.[\w-]+(\.[\w-]*)?", HIDDEN),

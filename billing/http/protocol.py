@@ -50,17 +50,24 @@ class Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
+        unparsed: bytes | None = data
+        while unparsed is not None:
+            unparsed = self._feed(unparsed)
+
+    def _feed(self, data: bytes) -> bytes | None:
+        """Give the parser the data; returns what is to be parsed anew, None when all is done."""
         self.pending_bytes += len(data)
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            self._parse_without_upgrade(data[upgrade.args[0] :])
+            return self._head_without_upgrade() + data[upgrade.args[0] :]
         except httptools.HttpParserError as error:
             self._refuse(reason_of(error))
         else:
             # An endless header, or trailer, is kept and never reaches a callback: only the bytes tell.
             if self.pending_bytes > MAX_HEAD_BYTES:
                 self._refuse(errors.RequestHeadersTooLarge())
+        return None
 
     # The parser's callbacks, in their order --------------------------------------------------------
 
@@ -117,14 +124,14 @@ class Protocol(HttpToolsProtocol):
         if size > MAX_HEAD_BYTES or len(self.headers) > MAX_HEADERS:
             raise errors.RequestHeadersTooLarge
 
-    def _parse_without_upgrade(self, rest: bytes) -> None:
-        """Ignore the wish for another protocol: parse the request again as if it had none."""
+    def _head_without_upgrade(self) -> bytes:
+        """The head of the request without its wish for another protocol, for a fresh parser."""
         version = self.parser.get_http_version().encode()
         request_line = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)
         lines = [b"%b: %b" % header for header in without_upgrade(self.headers)]
         self.parser = httptools.HttpRequestParser(self)
         self._await_head()
-        self.data_received(b"\r\n".join([request_line, *lines, b"", rest]))
+        return b"\r\n".join([request_line, *lines, b"", b""])
 
     def _look(self) -> None:
         """Close a connection that keeps us waiting; uvicorn's own timer minds only idle ones."""

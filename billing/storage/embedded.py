@@ -183,7 +183,7 @@ class Place:
 
 def _take(lock: Path, operation: int) -> int | None:
     """A descriptor that holds the lock, or None while another's is in the way."""
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -336,7 +336,9 @@ def _spawn_watcher(place: Place, account: Account, lock: int, command: list[str]
     if place.log.exists() and place.log.stat().st_size > LOG_BYTES:
         place.log.replace(place.log.with_suffix(".log.1"))
     watcher = [sys.executable, "-S", "-m", __name__, str(lock), str(place.use)]
-    with open(os.open(place.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a") as log_file:
+    with open(
+        os.open(place.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600), "a"
+    ) as log_file:
         subprocess.run(
             [*watcher, str(account.uid), str(account.gid), *command],
             # A session of its own: Ctrl-C must not end postgres before the application has closed its pool.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import requests
 
 from billing import settings
 
@@ -34,6 +36,13 @@ def test_the_tour_of_the_readme(live_server_url: str) -> None:
     assert registered["tenant"]["slug"].startswith("acme-inc")
     assert len(listed["keys"]) == 4
     assert (verified["valid"], verified["key"]["type"]) == (True, "test_secret")
+
+
+def test_the_landing_page_has_the_same_tour(live_server_url: str) -> None:
+    tour = block_of("README.md", "Five steps", "sh").replace(LOCAL, live_server_url)
+    page = html.unescape(requests.get(live_server_url, timeout=10).text)
+    missing = [line for line in tour.splitlines() if line and not line.startswith("#") and line not in page]
+    assert missing == []
 
 
 def test_the_python_quickstart(live_server_url: str) -> None:

@@ -125,6 +125,12 @@ def test_no_upgrade_is_granted(connection: Connection, wanted: str) -> None:
     assert "upgrade" not in dict(seen["headers"])
 
 
+def test_as_many_upgrades_as_one_read_holds_are_no_recursion(connection: Connection) -> None:
+    one = request("GET", "/", "Connection: Upgrade", "Upgrade: h2c")
+    connection.send(one * 900)
+    assert [connection.receive().status for _ in range(900)] == [200] * 900
+
+
 def test_http_1_0_may_ask_for_an_upgrade_too(connection: Connection) -> None:
     coded = request("POST", "/", "Connection: Upgrade", "Upgrade: h2c", body=b"hello", version="1.0")
     assert seen_by(connection, coded)["body"] == "hello"

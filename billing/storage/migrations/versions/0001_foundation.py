@@ -186,5 +186,6 @@ GRANT SELECT ON alembic_version TO billing_app;
 GRANT SELECT, INSERT, UPDATE ON tenants, users, sessions, api_keys, audit_heads TO billing_app;
 GRANT SELECT, INSERT, UPDATE ON webhook_endpoints, webhook_secrets TO billing_app;
 GRANT SELECT, INSERT ON directory, audit_log TO billing_app;
+DO $$ BEGIN EXECUTE format('REVOKE TEMPORARY ON DATABASE %I FROM PUBLIC', current_database()); END $$;
 CREATE POLICY operator ON tenants FOR SELECT TO billing_owner USING (true);
 """
