@@ -52,7 +52,7 @@ FIND_USER = (
     "AND users.is_active AND sessions.id = %(session_id)s AND sessions.ended_at IS NULL "
     "AND sessions.expires_at > %(now)s"
 )
-FIND_TENANT = f"{AS_WHOEVER_HAS} SELECT {TENANT} {FROM_TENANT}"
+FIND_TENANT = f"{AS_WHOEVER_HAS} SELECT {TENANT} {FROM_TENANT} WHERE tenants.slug = ANY (%(names)s)"
 
 
 class Platform:
