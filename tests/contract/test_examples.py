@@ -161,8 +161,8 @@ PROBLEMS = {
     if "content" in response
 }
 CATALOGUE = {error.code(): error for error in catalogue()}
-# Their detail is found when they happen: the roles it takes, the variable that is not set.
-SAID_AT_RUN_TIME = {"insufficient-scope", "stripe-not-configured"}
+# Their detail is found when they happen: the number of faults, the roles it takes, the variable to set.
+SAID_AT_RUN_TIME = {"invalid-request", "insufficient-scope", "stripe-not-configured"}
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -173,6 +173,15 @@ def test_a_problem_is_what_the_server_makes_of_the_error(name: str) -> None:
     error = CATALOGUE[example["code"]](detail, faults=faults)
     made = orjson.loads(render(error, request_id=example["request_id"]).body)
     assert without_origin(made) == without_origin(example)
+
+
+def test_a_missing_member_is_answered_as_the_example_says(client: TestClient) -> None:
+    whole = sent("register_tenant", "minimal")
+    body = {name: value for name, value in whole.items() if name != "company_name"}
+    real = perform(client, "register_tenant", body).json()
+    assert [real[name] for name in ("detail", "errors")] == [
+        PROBLEMS["BadRequest"][name] for name in ("detail", "errors")
+    ]
 
 
 def without_origin(problem: dict[str, Any]) -> dict[str, Any]:
