@@ -141,9 +141,9 @@ class InvalidRequest(Invalid):
 
 
 class StateMissing(Invalid):
-    """The callback bears no state.
+    """The callback has no state.
 
-    Stripe's redirect always bears the `state` that `start_stripe_connect` made. Start again.
+    Stripe's redirect always has the `state` that `start_stripe_connect` made. Start again.
     """
 
 

@@ -222,7 +222,7 @@ def test_refresh_ends_after_seven_idle_days_and_thirty_in_all(acme: Account, clo
     assert code_of(refresh(acme.client, idle)) == (401, "token-expired")
 
 
-@pytest.mark.parametrize("token", ["x", "a.b.c", "eyJhbGciOiJub25lIn0.e30.", "\U0001f511", "." * 4096])
+@pytest.mark.parametrize("token", ["", "x", "a.b.c", "eyJhbGciOiJub25lIn0.e30.", "\U0001f511", "." * 16_000])
 def test_401_for_any_string_that_is_no_refresh_token(client: TestClient, token: str) -> None:
     assert code_of(refresh(client, token)) == (401, "token-invalid")
 
