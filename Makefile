@@ -15,7 +15,7 @@ LOCK := $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashe
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-serve: $(VENV)/.serve ## Start the API on an embedded PostgreSQL at http://127.0.0.1:8000
+serve: $(VENV)/.serve ## Start the API on an embedded PostgreSQL at http://127.0.0.1:8000; or PORT=…, ARGS="--workers 2"
 	@$(BIN)/billing serve $(ARGS)
 
 test: check browser unit ## Run everything that must pass
