@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
+from typing import Any
+from uuid import uuid4
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, sync_playwright
 
 pytestmark = pytest.mark.browser
 
@@ -104,6 +107,53 @@ def test_a_call_bears_the_key_and_goes_to_the_origin_of_the_page(page: Page, liv
         page.locator("#operations-Authentication-verify_api_key .execute").click()
     assert answer.value.url == f"{origin}/api/v1/auth/tenants/verify/"
     assert answer.value.request.headers["x-api-key"] == "no-such-key"
+
+
+def test_a_newcomer_registers_and_calls_with_both_credentials(
+    swagger_ui: Page, complaints: list[str]
+) -> None:
+    body = {"company_name": "Browser Inc.", "email": f"{uuid4()}@acme.example", "password": "SecurePass123!"}
+    opened(swagger_ui, "register_tenant").locator("textarea").fill(json.dumps(body))
+    status, registered = executed(swagger_ui, "register_tenant")
+    assert status == 201
+    authorize(swagger_ui, "bearerAuth", registered["tokens"]["access"])
+    opened(swagger_ui, "list_api_keys")
+    status, listed = executed(swagger_ui, "list_api_keys")
+    assert (status, len(listed["keys"])) == (200, 4)
+    authorize(swagger_ui, "bearerAuth", None)
+    authorize(swagger_ui, "apiKeyAuth", registered["tenant"]["api_key_secret"])
+    opened(swagger_ui, "verify_api_key")
+    status, verified = executed(swagger_ui, "verify_api_key")
+    assert (status, verified["key"]["type"]) == (200, "live_secret")
+    assert complaints == []
+
+
+def block(page: Page, operation_id: str) -> Locator:
+    return page.locator(f".opblock[id$='-{operation_id}']")
+
+
+def opened(page: Page, operation_id: str) -> Locator:
+    block(page, operation_id).locator(".opblock-summary-control").click()
+    return block(page, operation_id)
+
+
+def executed(page: Page, operation_id: str) -> tuple[int, Any]:
+    """Press Execute; what came back."""
+    with page.expect_response("**/api/v1/**") as answer:
+        block(page, operation_id).locator(".execute").click()
+    return answer.value.status, answer.value.json()
+
+
+def authorize(page: Page, scheme: str, credential: str | None) -> None:
+    """Give a credential in the dialog, or take it back."""
+    page.locator("button.authorize").first.click()
+    form = page.locator(".dialog-ux .auth-container", has=page.locator("h4", has_text=scheme))
+    if credential is None:
+        form.locator("button", has_text="Logout").click()
+    else:
+        form.get_by_role("textbox").fill(credential)
+        form.locator("button.authorize").click()
+    page.locator(".dialog-ux .close-modal").click()
 
 
 @pytest.mark.parametrize("path", ["/", "/docs/", "/problems/", "/problems/webhook-not-configured"])
