@@ -120,8 +120,11 @@ def _bootstrap(connection: Connection, cluster: embedded.Cluster) -> None:
 def _let_owner_create(cluster: embedded.Cluster, name: str) -> None:
     # PostgreSQL 15 gives the schema to the database's owner by membership, which NOINHERIT leaves out.
     engine = create_engine(cluster.url(name), isolation_level="AUTOCOMMIT", hide_parameters=True)
+    may = text("SELECT has_schema_privilege(:owner, 'public', 'CREATE')")
     with engine.connect() as connection:
-        connection.exec_driver_sql(f"GRANT CREATE ON SCHEMA public TO {OWNER}")
+        # Not a second time: a migration of somebody else's may be granting on the schema at this moment.
+        if not connection.scalar(may, {"owner": OWNER}):
+            connection.exec_driver_sql(f"GRANT CREATE ON SCHEMA public TO {OWNER}")
     engine.dispose()
 
 
