@@ -138,6 +138,9 @@ def run(config: uvicorn.Config, listener: socket.socket) -> None:
 
 
 def _run_here(server: uvicorn.Server, listener: socket.socket) -> None:
+    # From here on uvicorn answers signals: raised in its loop before it listens for them, an interrupt gets lost.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, server.handle_exit)
     try:
         server.run(sockets=[listener])
     except SystemExit as end:
