@@ -52,10 +52,6 @@ class Settings:
     webhook_allow_http: bool
     worker_threads: int
 
-    @property
-    def in_production(self) -> bool:
-        return self.environment == "production"
-
     @classmethod
     def load(
         cls, environ: Mapping[str, str] | None = None, *, dotenv: Path | None = Path(".env")

@@ -247,7 +247,8 @@ def test_generated_secrets_are_all_that_production_asks_for() -> None:
     rest = {"DATABASE_URL": "postgresql://db/billing", "PUBLIC_BASE_URL": "https://billing.example"}
 
     assert set(given) == set(KEYRINGS)
-    assert Settings.load({"ENVIRONMENT": "production", **rest, **given}, dotenv=None).in_production
+    loaded = Settings.load({"ENVIRONMENT": "production", **rest, **given}, dotenv=None)
+    assert loaded.environment == "production"
     assert "secrets" in made.stderr and made.stderr.count("\n") == 1
 
 

@@ -65,7 +65,7 @@ def test_defaults(tmp_path: Path) -> None:
     loaded = development(tmp_path)
     assert {name: getattr(loaded, name) for name in DEFAULTS} == DEFAULTS
     assert loaded.state_dir == tmp_path
-    assert not loaded.in_production
+    assert loaded.environment == "development"
 
 
 def test_every_setting_has_a_default_here_or_is_a_secret_or_the_state_directory() -> None:
@@ -196,7 +196,7 @@ def test_the_representation_shows_no_secret() -> None:
 
 
 def test_production_with_everything_it_needs() -> None:
-    assert production().in_production
+    assert production().environment == "production"
 
 
 @pytest.mark.parametrize("empty", [True, False])
