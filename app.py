@@ -11,12 +11,13 @@ import structlog
 from anyio import to_thread
 from starlette.types import ASGIApp
 
+from billing import connections
 from billing.cli import main
 from billing.clock import Clock, utc_now
 from billing.encryption import Vault
 from billing.errors import DatabaseUnavailable
 from billing.http import application, document, logs, problems
-from billing.http.lanes import PASSWORD_THREADS, Lane, Lanes
+from billing.http.lanes import PASSWORD_THREADS, STRIPE_THREADS, Lane, Lanes
 from billing.http.pages import pages
 from billing.keys import KeyDigests
 from billing.passwords import Passwords
@@ -48,6 +49,7 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> ASGIApp:
             "clock": clock,
             "tokens": tokens,
             "digests": digests,
+            "connections": connections.connections_of(settings, store, clock),
             "passwords": Passwords(settings.password_peppers, settings.password_cost),
             "url_policy": UrlPolicy(
                 allow_http=settings.webhook_allow_http, allow_localhost=bool(settings.webhook_allow_cidrs)
@@ -65,7 +67,12 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> ASGIApp:
 def threads_of(settings: Settings) -> dict[Lane, int]:
     """How many threads each kind of work has."""
     shared = settings.worker_threads
-    return {Lane.GENERAL: shared, Lane.SECURITY: shared, Lane.PASSWORDS: PASSWORD_THREADS}
+    return {
+        Lane.GENERAL: shared,
+        Lane.SECURITY: shared,
+        Lane.PASSWORDS: PASSWORD_THREADS,
+        Lane.STRIPE: STRIPE_THREADS,
+    }
 
 
 def connections_of(settings: Settings) -> int:

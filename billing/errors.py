@@ -37,6 +37,7 @@ BillingError
 ├── Refused                      422  matches the document, but a rule says no
 │   ├── PasswordTooWeak
 │   ├── WebhookUrlRefused
+│   ├── ReturnUrlRefused
 │   └── CodeRejected
 ├── RateLimited                  429
 ├── RequestHeadersTooLarge       431
@@ -157,7 +158,8 @@ class StateUnknown(Invalid):
 class StateExpired(Invalid):
     """The state has expired.
 
-    A connection must be finished within ten minutes, and starting anew ends an older one. Start again.
+    A connection must be finished within ten minutes, by someone who is an owner still, and starting anew ends
+    an older one. Start again.
     """
 
 
@@ -271,7 +273,7 @@ class WrongPassword(Forbidden):
 class AccessDenied(Forbidden):
     """The connection was refused at Stripe.
 
-    The person at Stripe declined. Nothing was changed.
+    The person at Stripe declined, or shared too little, or Stripe itself refused. Nothing was changed.
     """
 
 
@@ -366,6 +368,13 @@ class WebhookUrlRefused(Refused):
     """The webhook URL is not one we call.
 
     It must be https on port 443 or 8443 of a public host name, without user name, password or fragment.
+    """
+
+
+class ReturnUrlRefused(Refused):
+    """The return URL is not a page of this platform.
+
+    It must be on one of the origins that the platform's operator allows to call this API.
     """
 
 

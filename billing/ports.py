@@ -29,3 +29,16 @@ class Audit(Protocol):
         details: Mapping[str, object] | None = None,
     ) -> None:
         """Add a row to the tenant's audit log, by whoever opened the transaction."""
+
+
+class Events(Protocol):
+    def record(self, type: str, data: Mapping[str, object], *, livemode: bool = True, now: datetime) -> None:
+        """Tell the tenant's webhook of something, once the transaction is kept."""
+
+
+class Tasks(Protocol):
+    def add(self, kind: str, id: UUID, *, subject: str, due_at: datetime, now: datetime) -> None:
+        """Have the worker do something; one that was added already is due at the new time."""
+
+    def drop(self, kind: str, *, subject: str) -> None:
+        """Have the worker leave it. One that is doing it at this moment will not do it again."""

@@ -22,6 +22,9 @@ T = TypeVar("T")
 
 KEYRINGS = ("JWT_KEYS", "ENCRYPTION_KEYS", "KEY_PEPPERS", "PASSWORD_PEPPERS")
 LOWEST_PRODUCTION_COST = 10
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+SECRET_KEY = re.compile(r"[sr]k_(test|live)_[!-~]+")
+CLIENT_ID = re.compile(r"ca_[!-~]+")
 HOST = re.compile(r"[a-z0-9._-]+|\[[0-9a-f:.]+\]")
 
 
@@ -48,6 +51,10 @@ class Settings:
     public_base_url: str
     cors_allowed_origins: tuple[str, ...]
     trusted_proxies: tuple[Network, ...]
+    stripe_secret_key: str | None = field(repr=False)
+    stripe_connect_client_id: str | None
+    stripe_api_base: str
+    stripe_connect_base: str
     webhook_allow_cidrs: tuple[Network, ...]
     webhook_allow_http: bool
     worker_threads: int
@@ -124,6 +131,10 @@ class _Reader:
             public_base_url=self.public_base_url(port),
             cors_allowed_origins=self.origins(),
             trusted_proxies=self.networks("TRUSTED_PROXIES"),
+            stripe_secret_key=self.shaped("STRIPE_SECRET_KEY", SECRET_KEY, "begin with sk_ or rk_"),
+            stripe_connect_client_id=self.shaped("STRIPE_CONNECT_CLIENT_ID", CLIENT_ID, "begin with ca_"),
+            stripe_api_base=self.stripe_base("STRIPE_API_BASE", "https://api.stripe.com"),
+            stripe_connect_base=self.stripe_base("STRIPE_CONNECT_BASE", "https://connect.stripe.com"),
             webhook_allow_cidrs=self.development_only("WEBHOOK_ALLOW_CIDRS", self.networks),
             webhook_allow_http=self.development_only("WEBHOOK_ALLOW_HTTP", self.switch),
             worker_threads=self.whole("WORKER_THREADS", 8, lowest=1, highest=64),
@@ -179,6 +190,22 @@ class _Reader:
         if not _is_origin(url):
             raise SettingsError("PUBLIC_BASE_URL must be an origin such as https://billing.example.")
         return url
+
+    def shaped(self, name: str, form: re.Pattern[str], rule: str) -> str | None:
+        text = self.given.get(name)
+        if text is not None and not form.fullmatch(text):
+            raise SettingsError(f"{name} must {rule}.")
+        return text
+
+    def stripe_base(self, name: str, default: str) -> str:
+        url = self.given.get(name, default).rstrip("/")
+        parts = urlsplit(url) if _is_origin(url) else None
+        # Our secret key goes there: in clear only within this machine, and there only to try things out.
+        if parts and (parts.scheme == "https" or (parts.hostname in LOOPBACK and not self.production)):
+            return url
+        raise SettingsError(
+            f"{name} must be an origin such as {default}; http is for loopback in development."
+        )
 
     def database_url(self) -> str | None:
         url = self.given.get("DATABASE_URL")

@@ -58,6 +58,10 @@ DEFAULTS: dict[str, Any] = {
     "webhook_allow_cidrs": (),
     "webhook_allow_http": False,
     "worker_threads": 8,
+    "stripe_secret_key": None,
+    "stripe_connect_client_id": None,
+    "stripe_api_base": "https://api.stripe.com",
+    "stripe_connect_base": "https://connect.stripe.com",
 }
 
 
@@ -96,6 +100,11 @@ def test_every_setting_has_a_default_here_or_is_a_secret_or_the_state_directory(
         *(("WEBHOOK_ALLOW_HTTP", text, True) for text in ("on", "ON", "true", "1")),
         *(("WEBHOOK_ALLOW_HTTP", text, False) for text in ("off", "false", "0", "")),
         ("WORKER_THREADS", "64", 64),
+        ("STRIPE_SECRET_KEY", "sk_test_hunter2", "sk_test_hunter2"),
+        ("STRIPE_SECRET_KEY", "rk_live_hunter2", "rk_live_hunter2"),
+        ("STRIPE_CONNECT_CLIENT_ID", "ca_acme", "ca_acme"),
+        ("STRIPE_API_BASE", "http://127.0.0.1:9000/", "http://127.0.0.1:9000"),
+        ("STRIPE_CONNECT_BASE", "https://stripe.example", "https://stripe.example"),
         ("PORT", "", 8000),
     ],
 )
@@ -137,6 +146,17 @@ BAD = {
     "TRUSTED_PROXIES": ["proxy", "10.0.0.1/8", "10.0.0.0/33", "*"],
     "WEBHOOK_ALLOW_CIDRS": ["localhost", "127.0.0.1/8"],
     "WEBHOOK_ALLOW_HTTP": ["yes", "maybe", "2"],
+    "STRIPE_SECRET_KEY": ["hunter2", "pk_live_hunter2", "sk_live_", "sk_live_hunter2 ", "sk_prod_hunter2"],
+    "STRIPE_CONNECT_CLIENT_ID": ["acme", "ca_", "ca_ac me"],
+    **{
+        name: [
+            "http://stripe.example",
+            "stripe.example",
+            "https://stripe.example/v1",
+            "http://127.0.0.1.example",
+        ]
+        for name in ("STRIPE_API_BASE", "STRIPE_CONNECT_BASE")
+    },
     **{name: ["hunter2", "k1:hunter2", "k1:hünter2"] for name in KEYRINGS},
 }
 
@@ -184,7 +204,8 @@ def test_settings_are_frozen(tmp_path: Path) -> None:
 
 
 def test_the_representation_shows_no_secret() -> None:
-    shown = repr(production(MIGRATION_DATABASE_URL="postgresql://billing_owner:hunter3@db.example/billing"))
+    more = {"MIGRATION_DATABASE_URL": "postgresql://billing_owner:hunter3@db.example/billing"}
+    shown = repr(production(**more, STRIPE_SECRET_KEY="sk_live_hunter2"))
     assert "hunter" not in shown
     for ring in SECRETS.values():
         encoded = ring.partition(":")[2]
@@ -212,6 +233,12 @@ def test_production_names_every_missing_secret_and_makes_none(tmp_path: Path) ->
     with pytest.raises(SettingsError, match=", ".join(KEYRINGS)):
         Settings.load({**given, "BILLING_STATE_DIR": str(tmp_path)}, dotenv=None)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["STRIPE_API_BASE", "STRIPE_CONNECT_BASE"])
+def test_production_speaks_to_stripe_over_tls_alone(name: str) -> None:
+    with pytest.raises(SettingsError, match=f"^{name} must"):
+        production(**{name: "http://127.0.0.1:9000"})
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from billing.cli.installation import migrate, secrets
 from billing.cli.serve import serve
 from billing.cli.tenants import tenants
 from billing.cli.users import users
+from billing.cli.worker import worker
 
 
 @click.group("billing", cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -24,5 +25,5 @@ def main() -> None:
     """
 
 
-for command in (serve, migrate, tenants, users, secrets):
+for command in (serve, worker, migrate, tenants, users, secrets):
     main.add_command(command)

@@ -60,10 +60,13 @@ def opened_database(settings: Settings) -> Iterator[Database]:
 
 
 @contextmanager
-def opened_store() -> Iterator[tuple[Settings, Store]]:
+def opened_store(*, connections: int = 1) -> Iterator[tuple[Settings, Store]]:
     """The settings and a store on their database; all of it is closed at the end."""
     settings = Settings.load()
-    with closing(open_database(settings)) as database, _store_on(database, settings) as store:
+    with (
+        closing(open_database(settings)) as database,
+        _store_on(database, settings, connections=connections) as store,
+    ):
         yield settings, store
 
 
@@ -78,17 +81,17 @@ def opened_as_owner() -> Iterator[Store]:
 
 
 @contextmanager
-def _store_on(database: Database, settings: Settings) -> Iterator[Store]:
-    with closing(new_store(settings)) as store:
+def _store_on(database: Database, settings: Settings, *, connections: int = 1) -> Iterator[Store]:
+    with closing(new_store(settings, connections=connections)) as store:
         store.open(database.app_url)
         store.require_ready()
         store.require_safe()
         yield store
 
 
-def new_store(settings: Settings) -> Store:
-    """A store that is yet to be opened, for one question at a time."""
-    return Store(Vault(settings.encryption_keys), connections=1)
+def new_store(settings: Settings, *, connections: int = 1) -> Store:
+    """A store that is yet to be opened, for that many questions at a time."""
+    return Store(Vault(settings.encryption_keys), connections=connections)
 
 
 # What is printed -----------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import sys
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -18,6 +18,7 @@ from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import ChangeReload, Multiprocess
 
 from billing.cli.console import opened_database
+from billing.cli.worker import Companion
 from billing.http import logs
 from billing.settings import Settings
 from billing.storage.database import Database
@@ -43,10 +44,12 @@ WORKER_PATIENCE_SECONDS = 30
     "--workers", type=click.IntRange(1), default=1, show_default=True, help="How many processes serve."
 )
 @click.option("--reload", is_flag=True, help="Start anew when the code changes, for development.")
-def serve(host: str | None, port: int | None, workers: int, reload: bool) -> None:
+@click.option("--worker/--no-worker", default=True, help="Whether a `billing worker` runs beside the API.")
+def serve(host: str | None, port: int | None, workers: int, reload: bool, worker: bool) -> None:
     """Serve the API until Ctrl-C or SIGTERM, which let requests in flight finish.
 
-    Without DATABASE_URL a private PostgreSQL is started in the state directory.
+    Without DATABASE_URL a private PostgreSQL is started in the state directory. A worker runs beside the API,
+    for what is done beside requests.
 
     \b
     Example:
@@ -55,7 +58,8 @@ def serve(host: str | None, port: int | None, workers: int, reload: bool) -> Non
     if reload and workers > 1:
         raise click.UsageError("--reload serves with one process: leave --workers out.")
     with suppress(KeyboardInterrupt):
-        _serve(_settings(HOST=host, PORT=port), configuration(workers=workers, reload=reload))
+        config = configuration(workers=workers, reload=reload)
+        _serve(_settings(HOST=host, PORT=port), config, Companion() if worker else nullcontext())
 
 
 def _settings(**options: object) -> Settings:
@@ -64,14 +68,15 @@ def _settings(**options: object) -> Settings:
     return Settings.load()
 
 
-def _serve(settings: Settings, config: uvicorn.Config) -> None:
+def _serve(settings: Settings, config: uvicorn.Config, companion: AbstractContextManager[object]) -> None:
     logs.configure(tty=sys.stderr.isatty())
     signal.signal(signal.SIGTERM, interrupt)
     with listen(settings.host, settings.port) as listener:
         settings = _settings(PORT=listener.getsockname()[1])
         with opened_database(settings) as database:
             click.echo(banner(settings, database))
-            run(config, listener)
+            with companion:
+                run(config, listener)
 
 
 def interrupt(_number: int, _frame: FrameType | None) -> None:

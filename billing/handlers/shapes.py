@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
+from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import Any
 
+from billing.connections import Departure, Seen
 from billing.keys import ApiKey, NewKey
 from billing.security import Caller
+from billing.stripe_connect import MESSAGES, Connected, Requirements
 from billing.tenants import Registered, Tenant
 from billing.tokens import TokenPair
 from billing.users import User
@@ -114,3 +117,62 @@ def new_keys(minted: Sequence[NewKey]) -> Shape:
 
 def previous_key(key: ApiKey) -> Shape:
     return {"type": key.type, "mode": key.mode, "last4": key.last4, "expires_at": key.expires_at}
+
+
+# Stripe Connect ----------------------------------------------------------------------------------
+
+
+def departure(departure: Departure) -> Shape:
+    """Where to send the browser, and the state that it brings back."""
+    return {
+        "url": departure.url,
+        "state": departure.started.text,
+        "redirect_uri": departure.redirect_uri,
+        "flow": departure.started.state.flow,
+        "expires_at": departure.started.state.expires_at,
+    }
+
+
+def connected(connected: Connected) -> Shape:
+    """An account just connected, told to whoever brought the state."""
+    return {
+        "message": "The Stripe account is connected.",
+        "account_id": connected.connection.account.id,
+        "status": connected.connection.status,
+        "tenant": public_tenant(connected.tenant),
+    }
+
+
+def stripe_status(seen: Seen) -> Shape:
+    """What is known of an account. Without one the same members, empty."""
+    connection = seen.connection
+    living = connection if connection is not None and connection.is_living else None
+    status = connection.status if connection else "not_connected"
+    account = living.account if living else None
+    return {
+        "connected": living is not None,
+        "account_id": account and account.id,
+        "livemode": living and living.livemode,
+        "status": status,
+        "charges_enabled": account and account.charges_enabled,
+        "payouts_enabled": account and account.payouts_enabled,
+        "details_submitted": account and account.details_submitted,
+        "requirements": _requirements(account.requirements if account else Requirements()),
+        "capabilities": account.capabilities if account else {},
+        "account_details": {
+            "email": account and account.email,
+            "business_type": account and account.business_type,
+            "country": account and account.country,
+            "default_currency": account and account.default_currency,
+            "details_submitted": account and account.details_submitted,
+        },
+        "message": MESSAGES[status],
+        "checked_at": connection and connection.checked_at,
+        "source": "live" if seen.is_live else "cache",
+    }
+
+
+def _requirements(asked: Requirements) -> Shape:
+    deadline = asked.current_deadline
+    at = None if deadline is None else datetime.fromtimestamp(deadline, UTC)
+    return asdict(asked) | {"current_deadline": at}

@@ -1,23 +1,72 @@
-"""Stripe Connect: not built yet; the document has it whole."""
+"""Stripe Connect: connect an account, look at it, disconnect it."""
 
 from __future__ import annotations
 
-from typing import NoReturn
+from billing import stripe_connect
+from billing.actors import Actor
+from billing.connections import Connections
+from billing.errors import BillingError, settled
+from billing.handlers import shapes
+from billing.http import browsers, replies
+from billing.http.browsers import Browser
+from billing.http.lanes import Lane, runs_in
+from billing.http.problems import status_of
+from billing.http.replies import Reply, ok
+from billing.security import Caller
+from billing.stripe_connect import Connected
 
-from billing.errors import NotBuilt
+BOUND_SECONDS = 600
 
 
-def start_stripe_connect() -> NoReturn:
-    raise NotBuilt
+@runs_in(Lane.STRIPE)
+def start_stripe_connect(
+    body: dict[str, str] | None, *, caller: Caller, actor: Actor, browser: Browser, connections: Connections
+) -> Reply:
+    asked = body or {}
+    binding = browser.bind_at(connections.base_url)
+    departure = connections.start(
+        caller,
+        actor,
+        flow="account_link" if asked.get("flow") == "account_link" else "oauth",
+        return_url=asked.get("return_url"),
+        browser=binding,
+    )
+    reply = ok(shapes.departure(departure))
+    if binding is None:
+        return reply
+    return reply.with_header("set-cookie", browsers.cookie(binding, max_age_seconds=BOUND_SECONDS))
 
 
-def complete_stripe_connect() -> NoReturn:
-    raise NotBuilt
+@runs_in(Lane.STRIPE)
+def complete_stripe_connect(
+    *,
+    state: str | None,
+    code: str | None,
+    error: str | None,
+    actor: Actor,
+    browser: Browser,
+    connections: Connections,
+) -> Reply:
+    ending = connections.complete(state=state, code=code, error=error, browser=browser.binding, actor=actor)
+    if ending.return_url is not None:
+        return replies.see_other(stripe_connect.returning(ending.return_url, ending.outcome))
+    if browser.prefers_html:
+        return _page(ending.outcome)
+    return ok(shapes.connected(settled(ending.outcome)))
 
 
-def get_stripe_status() -> NoReturn:
-    raise NotBuilt
+def _page(outcome: Connected | BillingError) -> Reply:
+    if isinstance(outcome, BillingError):
+        return replies.page(outcome.title(), outcome.detail, status=status_of(type(outcome)))
+    message = stripe_connect.MESSAGES[outcome.connection.status]
+    return replies.page("The Stripe account is connected.", message)
 
 
-def disconnect_stripe() -> NoReturn:
-    raise NotBuilt
+@runs_in(Lane.STRIPE)
+def get_stripe_status(*, caller: Caller, connections: Connections) -> Reply:
+    return ok(shapes.stripe_status(connections.status(caller.tenant_id)))
+
+
+def disconnect_stripe(*, caller: Caller, actor: Actor, connections: Connections) -> Reply:
+    tenant = connections.disconnect(caller.tenant_id, actor)
+    return ok({"message": "The Stripe account is disconnected.", "tenant": shapes.tenant(tenant)})

@@ -1,7 +1,8 @@
-"""Where blocking work runs: a few threads for handlers, a few for finding callers, and two for passwords.
+"""Where blocking work runs: a few threads for handlers, a few for finding callers, for passwords, for Stripe.
 
 bcrypt takes a quarter of a second of a core. In the threads that everything else needs, a login storm
-would stop everything else; here it queues for two seconds and is then told to come back.
+would stop everything else; here it queues for two seconds and is then told to come back. Stripe may take
+eight seconds to say nothing, which likewise must be nobody else's wait.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ Handler = TypeVar("Handler", bound=Callable[..., object])
 T = TypeVar("T")
 
 PASSWORD_THREADS = 2
+STRIPE_THREADS = 6
 LONGEST_WAIT_SECONDS = 2
 
 
@@ -28,6 +30,7 @@ class Lane(enum.Enum):
     GENERAL = "general"
     SECURITY = "security"
     PASSWORDS = "passwords"
+    STRIPE = "stripe"
 
 
 def runs_in(lane: Lane) -> Callable[[Handler], Handler]:

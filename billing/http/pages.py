@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
@@ -21,19 +20,10 @@ from billing import errors
 from billing.errors import BillingError
 from billing.http import problems
 from billing.http.document import Representation, Served
+from billing.http.templates import HTML_HEADERS, new_environment
 
 PRODUCT = "Billing control plane"
 
-# `data:` is for the icons in Swagger UI's style sheet; it needs nothing else that a strict policy refuses.
-CONTENT_SECURITY_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-    "font-src 'self'; base-uri 'none'; frame-ancestors 'none'; form-action 'self'"
-)
-HTML_HEADERS = {
-    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
-}
 # The document is public, and tools that run in a browser fetch it from other origins.
 DOCUMENT_HEADERS = {"Access-Control-Allow-Origin": "*"}
 
@@ -188,13 +178,7 @@ def _fingerprint(file: Representation) -> str:
 
 
 def _renderer(served: Served, files: dict[str, Representation]) -> Callable[..., Representation]:
-    environment = Environment(
-        loader=FileSystemLoader(_HERE / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = new_environment()
     environment.filters["ticked"] = _ticked
     environment.globals.update(
         product=PRODUCT,

@@ -9,15 +9,18 @@ from typing import Any
 import orjson
 from starlette.responses import Response
 
+from billing.http.templates import HTML_HEADERS, new_environment
+
 JSON = orjson.OPT_UTC_Z
+PAGE = new_environment().get_template("callback.html")
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A status, a JSON body and more headers."""
+    """A status, the members of a JSON body or the text of a page, and more headers."""
 
     status: int
-    body: Mapping[str, Any]
+    body: Mapping[str, Any] | str
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def with_header(self, name: str, value: str) -> Reply:
@@ -26,12 +29,10 @@ class Reply:
 
     def response(self) -> Response:
         """The bytes. Nothing that this API answers is for a cache to keep."""
-        return Response(
-            orjson.dumps(self.body, option=JSON),
-            status_code=self.status,
-            headers={"cache-control": "no-store", **self.headers},
-            media_type="application/json",
-        )
+        headers = {"cache-control": "no-store", **self.headers}
+        if not isinstance(self.body, str):
+            return Response(orjson.dumps(self.body, option=JSON), self.status, headers, "application/json")
+        return Response(self.body, self.status, headers, "text/html" if self.body else None)
 
 
 def ok(body: Mapping[str, Any]) -> Reply:
@@ -42,3 +43,13 @@ def ok(body: Mapping[str, Any]) -> Reply:
 def created(body: Mapping[str, Any]) -> Reply:
     """201."""
     return Reply(201, body)
+
+
+def see_other(url: str) -> Reply:
+    """303: a browser goes there next."""
+    return Reply(303, "", {"location": url})
+
+
+def page(title: str, text: str, *, status: int = 200) -> Reply:
+    """A small page for the person at the browser."""
+    return Reply(status, PAGE.render(title=title, text=text), HTML_HEADERS)

@@ -9,10 +9,12 @@ from typing import Any
 
 import connexion
 from connexion.resolver import Resolution, Resolver
+from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Scope
 
 from billing.actors import Actor
+from billing.http.browsers import browser_of
 from billing.http.document import Operation
 from billing.http.lanes import Lanes, lane_of
 from billing.http.replies import Reply
@@ -20,7 +22,7 @@ from billing.security import Caller
 
 HANDLERS = "billing.handlers"
 # What a handler may ask for by name beside the services: all of it belongs to one request.
-OF_THE_REQUEST = frozenset({"body", "caller", "actor"})
+OF_THE_REQUEST = frozenset({"body", "caller", "actor", "browser"})
 
 Endpoint = Callable[[], Any]
 
@@ -72,7 +74,7 @@ def _endpoint(
 
 
 def of_the_request(scope: Scope, name: str) -> object:
-    """The body, the caller, the actor, or a query parameter of the request."""
+    """The body, the caller, the actor, the browser, or a query parameter of the request."""
     match name:
         case "body":
             return scope["state"].get("body")
@@ -80,6 +82,8 @@ def of_the_request(scope: Scope, name: str) -> object:
             return caller_of(scope)
         case "actor":
             return actor_of(scope)
+        case "browser":
+            return browser_of(Headers(scope=scope))
     return scope["state"]["query"].get(name)
 
 

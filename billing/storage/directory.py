@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from uuid import UUID
 
+from sqlalchemy import select
 from sqlalchemy.dialects.postgresql import insert
 
 from billing.storage.shelf import Shelf
@@ -22,3 +23,18 @@ class Directory(Shelf):
             .returning(directory.c.id)
         ).one_or_none()
         return row is not None
+
+    def owns(self, kind: str, name: str) -> bool:
+        """Whether the name is this tenant's."""
+        named = select(directory.c.id).where(
+            self.mine(directory), directory.c.kind == kind, directory.c.name == name
+        )
+        return self._connection.scalar(named) is not None
+
+    def release(self, kind: str, *names: str) -> None:
+        """Give up names of this tenant's, for whoever claims them next."""
+        self._connection.execute(
+            directory.delete().where(
+                self.mine(directory), directory.c.kind == kind, directory.c.name.in_(names)
+            )
+        )

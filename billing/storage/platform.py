@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
+from uuid import UUID
 
 from sqlalchemy import Connection, Row
 
@@ -52,6 +53,7 @@ FIND_USER = (
     "AND users.is_active AND sessions.id = %(session_id)s AND sessions.ended_at IS NULL "
     "AND sessions.expires_at > %(now)s"
 )
+FIND_STATE = "SELECT tenant_id, id FROM app.find('connect_state', %(names)s)"
 FIND_TENANT = f"{AS_WHOEVER_HAS} SELECT {TENANT} {FROM_TENANT} WHERE tenants.slug = ANY (%(names)s)"
 
 
@@ -84,6 +86,11 @@ class Platform:
             now=now,
         )
         return (tenants.tenant_of(row[:TENANT_ENDS]), users.user_of(row[TENANT_ENDS:])) if row else None
+
+    def find_connect_state(self, digest: str) -> tuple[UUID, UUID] | None:
+        """The tenant and the id of the connect state with this digest."""
+        row = self._one(FIND_STATE, names=[digest])
+        return (row.tenant_id, row.id) if row else None
 
     def find_tenant(self, slug: str) -> Tenant | None:
         """The tenant with this slug."""

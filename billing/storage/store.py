@@ -1,9 +1,10 @@
-"""The store: a door into a single tenant, one for what is asked before a tenant is known, one for the operator."""
+"""The store: doors into one tenant, for what is asked before it is known, for the worker, for the operator."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from uuid import UUID
 
 from sqlalchemy import Connection, Engine, create_engine, exc
@@ -15,12 +16,16 @@ from billing.storage import schema
 from billing.storage.api_keys import ApiKeys
 from billing.storage.audit import AuditLog
 from billing.storage.directory import Directory
+from billing.storage.events import Events
 from billing.storage.operator import Operator
 from billing.storage.platform import Platform
 from billing.storage.sessions import Sessions
+from billing.storage.stripe_connect import StripeConnect
+from billing.storage.tasks import Tasks, take_due
 from billing.storage.tenants import Tenants
 from billing.storage.users import Users
 from billing.storage.webhooks import Webhooks
+from billing.tasks import Task
 
 POOL_WAIT_SECONDS = 3
 # Either kind of timeout alone hangs in a real partition: see docs/decisions.md.
@@ -60,7 +65,10 @@ class TenantTx:
         self.users = Users(connection, tenant_id)
         self.sessions = Sessions(connection, tenant_id)
         self.api_keys = ApiKeys(connection, tenant_id)
+        self.stripe = StripeConnect(connection, tenant_id)
         self.webhooks = Webhooks(connection, tenant_id, vault)
+        self.events = Events(connection, tenant_id)
+        self.tasks = Tasks(connection, tenant_id)
         self.directory = Directory(connection, tenant_id)
         self.audit = AuditLog(connection, tenant_id, actor)
 
@@ -113,6 +121,11 @@ class Store:
             # Each question is one message, and so one transaction: no BEGIN and no COMMIT to wait for.
             connection.execution_options(isolation_level="AUTOCOMMIT")
             yield Platform(connection)
+
+    def take_due(self, now: datetime, *, most: int) -> list[Task]:
+        """Tasks that are due, of any tenant, held until their lease ends; the first due come first."""
+        with _in_our_words(), self._engine.begin() as connection:
+            return take_due(connection, now, most=most)
 
     @contextmanager
     def operator(self) -> Iterator[Operator]:

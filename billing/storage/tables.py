@@ -157,7 +157,9 @@ directory = Table(
     Column("tenant_id", Uuid, nullable=False),
     Column("id", Uuid, nullable=False),
     PrimaryKeyConstraint("kind", "name"),
-    CheckConstraint("kind IN ('email', 'slug', 'api_key')", name="directory_kind"),
+    CheckConstraint(
+        "kind IN ('email', 'slug', 'api_key', 'connect_state', 'stripe_account')", name="directory_kind"
+    ),
 )
 
 audit_heads = Table(
@@ -187,4 +189,80 @@ audit_log = Table(
     Column("hash", LargeBinary, nullable=False),
     PrimaryKeyConstraint("tenant_id", "sequence"),
     ForeignKeyConstraint(["tenant_id"], ["tenants.id"]),
+)
+
+connect_states = Table(
+    "connect_states",
+    metadata,
+    Column("tenant_id", Uuid, nullable=False),
+    Column("id", Uuid, nullable=False),
+    Column("user_id", Uuid, nullable=False),
+    # The name by which the directory knows it: the hexadecimal SHA-256 of the state.
+    Column("digest", Text, nullable=False),
+    Column("flow", Text, nullable=False),
+    Column("return_url", Text),
+    Column("browser_digest", LargeBinary),
+    _time("created_at"),
+    _time("expires_at"),
+    _time("consumed_at", nullable=True),
+    PrimaryKeyConstraint("tenant_id", "id"),
+    ForeignKeyConstraint(["tenant_id", "user_id"], ["users.tenant_id", "users.id"]),
+    CheckConstraint("flow IN ('oauth', 'account_link')", name="connect_states_flow"),
+)
+
+# One a tenant: the connection that there is, or the last that there was.
+stripe_connections = Table(
+    "stripe_connections",
+    metadata,
+    Column("tenant_id", Uuid, nullable=False),
+    Column("id", Uuid, nullable=False),
+    Column("flow", Text, nullable=False),
+    Column("livemode", Boolean, nullable=False),
+    Column("account", JSONB, nullable=False),
+    _time("connected_at"),
+    _time("checked_at", nullable=True),
+    _time("ended_at", nullable=True),
+    PrimaryKeyConstraint("tenant_id"),
+    ForeignKeyConstraint(["tenant_id"], ["tenants.id"]),
+    CheckConstraint("flow IN ('oauth', 'account_link')", name="stripe_connections_flow"),
+)
+
+event_heads = Table(
+    "event_heads",
+    metadata,
+    Column("tenant_id", Uuid, nullable=False),
+    Column("sequence", BigInteger, nullable=False),
+    PrimaryKeyConstraint("tenant_id"),
+    ForeignKeyConstraint(["tenant_id"], ["tenants.id"]),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("tenant_id", Uuid, nullable=False),
+    Column("id", Uuid, nullable=False),
+    Column("sequence", BigInteger, nullable=False),
+    Column("type", Text, nullable=False),
+    _time("created_at"),
+    # The bytes that are signed, and sent on every attempt.
+    Column("body", LargeBinary, nullable=False),
+    PrimaryKeyConstraint("tenant_id", "id"),
+    ForeignKeyConstraint(["tenant_id"], ["tenants.id"]),
+    Index("events_in_order", "tenant_id", "sequence", unique=True),
+)
+
+tasks = Table(
+    "tasks",
+    metadata,
+    Column("tenant_id", Uuid, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("id", Uuid, nullable=False),
+    Column("subject", Text, nullable=False),
+    _time("created_at"),
+    # While a worker holds the task, the end of its lease.
+    _time("due_at"),
+    Column("attempts", Integer, nullable=False),
+    PrimaryKeyConstraint("tenant_id", "kind", "id"),
+    ForeignKeyConstraint(["tenant_id"], ["tenants.id"]),
+    Index("tasks_due", "due_at"),
 )

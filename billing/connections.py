@@ -1,0 +1,228 @@
+"""Connections: what needs both the database and Stripe, with no transaction open while Stripe is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from uuid import UUID
+
+from billing import stripe_connect as chapter
+from billing.actors import Actor
+from billing.clock import Clock
+from billing.errors import (
+    AccessDenied,
+    BillingError,
+    CodeRejected,
+    StateMissing,
+    StateUnknown,
+    StripeNotConfigured,
+    StripeUnavailable,
+)
+from billing.gateway import Gateway
+from billing.security import Caller
+from billing.settings import Settings
+from billing.storage.store import Store
+from billing.stripe_connect import Account, Connected, Connection, Flow, Started, State
+from billing.tasks import Task
+from billing.tenants import Tenant
+
+CALLBACK = "/api/v1/auth/tenants/stripe/callback/"
+
+
+@dataclass(frozen=True)
+class Departure:
+    """Where an owner's browser goes to connect an account, and what it brings back."""
+
+    url: str
+    redirect_uri: str
+    started: Started
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a callback ended, and where the browser is to be sent, if the state said so."""
+
+    outcome: Connected | BillingError
+    return_url: str | None = None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A connection, or none, and whether Stripe was asked just now."""
+
+    connection: Connection | None
+    is_live: bool
+
+
+class Connections:
+    """Connects, watches and disconnects the Stripe accounts of tenants."""
+
+    def __init__(
+        self, store: Store, gateway: Gateway, clock: Clock, *, base_url: str, return_origins: Collection[str]
+    ) -> None:
+        self._store = store
+        self._gateway = gateway
+        self._clock = clock
+        self.base_url = base_url
+        self._redirect_uri = base_url + CALLBACK
+        self._return_origins = frozenset([*return_origins, base_url])
+
+    # Starting ------------------------------------------------------------------------------------
+
+    def start(
+        self, caller: Caller, actor: Actor, *, flow: Flow, return_url: str | None, browser: str | None
+    ) -> Departure:
+        """Send an owner on their way; raises `ReturnUrlRefused` and `StripeAlreadyConnected`."""
+        self._gateway.require_configured(flow)
+        chapter.require_return_url(return_url, self._return_origins)
+        account = self._account_of_our_own(caller.tenant, actor) if flow == "account_link" else None
+        user = caller.signed_in_user()
+        with self._store.tenant(caller.tenant_id, actor, exclusive=True) as tx:
+            started = chapter.start(
+                tx, user, flow=flow, return_url=return_url, browser=browser, now=self._clock()
+            )
+        if account is not None:
+            url = self._gateway.account_link(
+                account.id, return_url=f"{self._redirect_uri}?state={started.text}"
+            )
+        else:
+            url = self._gateway.authorize_url(
+                state=started.text, redirect_uri=self._redirect_uri, tenant=caller.tenant, user=user
+            )
+        return Departure(url, self._redirect_uri, started)
+
+    def _account_of_our_own(self, tenant: Tenant, actor: Actor) -> Account:
+        """The unfinished account that we made for the tenant, made now if there is none."""
+        with self._store.tenant(tenant.id, actor) as tx:
+            last = tx.stripe.find()
+        chapter.require_startable(last, "account_link")
+        if last is not None and last.is_living:
+            return last.account
+        # Named after what was there before: two calls at once, or a repeat, get the same account.
+        key = f"account-{tenant.id}-{last.id if last else 'first'}"
+        made = self._gateway.create_account(tenant, idempotency_key=key)
+        with self._store.tenant(tenant.id, actor, exclusive=True) as tx:
+            now = self._clock()
+            return chapter.adopt(tx, made, livemode=self._gateway.livemode, now=now).account
+
+    # Finishing -----------------------------------------------------------------------------------
+
+    def complete(
+        self, *, state: str | None, code: str | None, error: str | None, browser: str | None, actor: Actor
+    ) -> Ending:
+        """Finish what a state began. Whatever was wrong is the ending's outcome, so that a browser can be told."""
+        if not state:
+            return Ending(AccessDenied() if error else StateMissing())
+        with self._store.platform() as platform:
+            found = platform.find_connect_state(chapter.hashed(state).hex())
+        if found is None:
+            return Ending(StateUnknown())
+        tenant_id, state_id = found
+        with self._store.tenant(tenant_id, actor) as tx:
+            used, refusal = chapter.consume(tx, state_id, browser=browser, now=self._clock())
+        outcome = refusal or self._finish(tenant_id, used, code, error, actor)
+        return Ending(outcome, used.return_url)
+
+    def _finish(
+        self, tenant_id: UUID, state: State, code: str | None, error: str | None, actor: Actor
+    ) -> Connected | BillingError:
+        if state.flow == "account_link":
+            return self._look_again(tenant_id)
+        try:
+            if error:
+                raise AccessDenied
+            if not code:
+                raise CodeRejected("Stripe's redirect brought no authorization code.")
+            grant = self._gateway.complete(code)
+        except BillingError as refusal:
+            with self._store.tenant(tenant_id, actor) as tx:
+                return chapter.refuse(tx, refusal, self._clock())
+        account = self._ask(grant.account_id)
+        with self._store.tenant(tenant_id, actor, exclusive=True) as tx:
+            return chapter.connect(tx, grant, account, livemode=self._gateway.livemode, now=self._clock())
+
+    def _ask(self, account_id: str) -> Account | None:
+        """The account, None if Stripe does not say: the worker asks again."""
+        try:
+            return self._gateway.account(account_id)
+        except StripeUnavailable:
+            return None
+
+    def _look_again(self, tenant_id: UUID) -> Connected | BillingError:
+        """How far the owner got in Stripe's form."""
+        connection = self.status(tenant_id).connection
+        if connection is None or not connection.is_living:
+            return AccessDenied("The account was disconnected in the meantime.")
+        with self._store.tenant(tenant_id) as tx:
+            return Connected(connection, tx.tenants.get())
+
+    # Watching ------------------------------------------------------------------------------------
+
+    def status(self, tenant_id: UUID) -> Seen:
+        """The connection as Stripe has it, or as it was last known if Stripe does not answer."""
+        with self._store.tenant(tenant_id) as tx:
+            known = tx.stripe.find()
+        if known is None or not known.is_living:
+            return Seen(known, is_live=False)
+        try:
+            return Seen(self._check(tenant_id, known), is_live=True)
+        except (StripeUnavailable, StripeNotConfigured):
+            return Seen(known, is_live=False)
+
+    def _check(self, tenant_id: UUID, known: Connection) -> Connection | None:
+        asked_at = self._clock()
+        account = self._gateway.account(known.account.id)
+        with self._store.tenant(tenant_id, exclusive=True) as tx:
+            return chapter.note(tx, known, account, asked_at=asked_at, now=self._clock())
+
+    # Ending --------------------------------------------------------------------------------------
+
+    def disconnect(self, tenant_id: UUID, actor: Actor) -> Tenant:
+        """End the connection. Nobody waits for Stripe: the worker tells it."""
+        with self._store.tenant(tenant_id, actor, exclusive=True) as tx:
+            chapter.disconnect(tx, now=self._clock())
+            return tx.tenants.get()
+
+    # What the worker does ------------------------------------------------------------------------
+
+    def deauthorize(self, task: Task) -> None:
+        """Tell Stripe of a disconnection; later again if it does not listen."""
+        try:
+            self._gateway.revoke(task.subject)
+        except (StripeUnavailable, StripeNotConfigured):
+            with self._store.tenant(task.tenant_id) as tx:
+                tx.tasks.postpone(task, task.retry_at(self._clock()))
+            return
+        with self._store.tenant(task.tenant_id, exclusive=True) as tx:
+            chapter.note_told(tx, task.subject, now=self._clock())
+
+    def check(self, task: Task) -> None:
+        """Look whether an account is what it was, for nobody in particular."""
+        with self._store.tenant(task.tenant_id) as tx:
+            known = tx.stripe.find()
+            if known is None or not known.is_living or known.id != task.id:
+                tx.tasks.finish(task)
+                return
+        # If Stripe does not answer the next look is soon enough.
+        with suppress(StripeUnavailable, StripeNotConfigured):
+            self._check(task.tenant_id, known)
+        with self._store.tenant(task.tenant_id) as tx:
+            tx.tasks.postpone(task, chapter.next_check(self._clock()))
+
+
+def connections_of(settings: Settings, store: Store, clock: Clock) -> Connections:
+    """The connections of this installation, by its own keys at Stripe."""
+    gateway = Gateway(
+        secret_key=settings.stripe_secret_key,
+        client_id=settings.stripe_connect_client_id,
+        api_base=settings.stripe_api_base,
+        connect_base=settings.stripe_connect_base,
+    )
+    return Connections(
+        store,
+        gateway,
+        clock,
+        base_url=settings.public_base_url,
+        return_origins=settings.cors_allowed_origins,
+    )

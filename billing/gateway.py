@@ -1,0 +1,318 @@
+"""The only place that speaks to Stripe: every answer becomes a value of ours, every failure an error of ours."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import stripe
+import structlog
+
+from billing.errors import CodeRejected, StripeNotConfigured, StripeUnavailable
+from billing.outbound import Session
+from billing.stripe_connect import Account, Flow, Grant, RequirementError, Requirements
+from billing.tenants import Tenant
+from billing.users import User
+
+CONNECT_SECONDS = 3.05
+TOTAL_SECONDS = 8
+LARGEST_ANSWER = 1024 * 1024
+
+ACCOUNT_ID = re.compile(r"acct_[A-Za-z0-9]{8,64}")
+COUNTRY = re.compile(r"[A-Z]{2}")
+CURRENCY = re.compile(r"[a-z]{3}")
+LONGEST_NAME = 255
+LONGEST_WORD = 64
+LONGEST_REASON = 2048
+LONGEST_EMAIL = 254
+MOST_ITEMS = 500
+MOST_CAPABILITIES = 200
+LATEST_TIME = 253402300799  # The end of the year 9999.
+
+# How the library fails: its own errors, and what slips out of it when an answer is of no known form.
+FAILURES = (stripe.StripeError, AttributeError, KeyError, TypeError, ValueError)
+
+log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.stripe")
+
+
+class Gateway:
+    """One client for the process, for any number of threads. No retries: whoever calls knows what a repeat does.
+
+    Every method that calls Stripe takes at most `TOTAL_SECONDS`, and raises `StripeNotConfigured` and
+    `StripeUnavailable`.
+    """
+
+    def __init__(
+        self, *, secret_key: str | None, client_id: str | None, api_base: str, connect_base: str
+    ) -> None:
+        self._secret_key = secret_key
+        self._client_id = client_id
+        self._fuse = Fuse()
+        self._client = _client(secret_key, client_id, api_base, connect_base) if secret_key else None
+
+    @property
+    def livemode(self) -> bool:
+        """Whether our key is one for real money."""
+        return (self._secret_key or "").startswith(("sk_live_", "rk_live_"))
+
+    def require_configured(self, flow: Flow = "oauth") -> None:
+        """Raises `StripeNotConfigured` naming what the flow lacks."""
+        wanted = {"STRIPE_SECRET_KEY": self._secret_key}
+        if flow == "oauth":
+            wanted = {"STRIPE_CONNECT_CLIENT_ID": self._client_id, **wanted}
+        if missing := [name for name, value in wanted.items() if not value]:
+            raise StripeNotConfigured(f"This server has no {' and no '.join(missing)}.")
+
+    # OAuth ---------------------------------------------------------------------------------------
+
+    def authorize_url(self, *, state: str, redirect_uri: str, tenant: Tenant, user: User) -> str:
+        """Where an owner's browser goes to agree, with what we know of them filled in. Calls nobody."""
+        self.require_configured()
+        prefill = {
+            "email": user.email,
+            "business_name": tenant.company_name,
+            "url": tenant.domain,
+            "first_name": user.first_name,
+            "last_name": user.last_name,
+        }
+        # Always with the scope: Stripe's own default is read_only.
+        return self._stripe.oauth.authorize_url(
+            {
+                "response_type": "code",
+                "scope": "read_write",
+                "state": state,
+                "redirect_uri": redirect_uri,
+                "stripe_user": cast("Any", {name: value for name, value in prefill.items() if value}),
+            }
+        )
+
+    def complete(self, code: str) -> Grant:
+        """Exchange an authorization code, which works once; raises `CodeRejected`."""
+        self.require_configured()
+        try:
+            with _in_our_words("oauth.token"):
+                token = self._stripe.oauth.token({"grant_type": "authorization_code", "code": code}).to_dict()
+        except StripeUnavailable as error:
+            if isinstance(error.__cause__, stripe.oauth_error.InvalidGrantError):
+                raise CodeRejected from error
+            raise
+        return _grant(token)
+
+    def revoke(self, account_id: str) -> None:
+        """Tell Stripe that the account is no longer connected, also if it knows already."""
+        self.require_configured()
+        try:
+            with _in_our_words("oauth.deauthorize"):
+                self._stripe.oauth.deauthorize({"stripe_user_id": account_id})
+        except StripeUnavailable as error:
+            if not isinstance(error.__cause__, stripe.oauth_error.InvalidClientError):
+                raise
+            # Either the account is not connected, or our own client id is wrong: only the account tells.
+            if self._retrieve(account_id) is not None:
+                raise
+
+    # Accounts ------------------------------------------------------------------------------------
+
+    def account(self, account_id: str) -> Account | None:
+        """The account as Stripe has it now, None if it is not connected to this platform any more."""
+        self.require_configured("account_link")
+        with self._fuse:
+            return self._retrieve(account_id)
+
+    def create_account(self, tenant: Tenant, *, idempotency_key: str) -> Account:
+        """Make an account for a tenant; the same key gives the same account."""
+        self.require_configured("account_link")
+        with _in_our_words("accounts.create"):
+            made = self._stripe.v1.accounts.create(
+                {
+                    "type": "standard",
+                    "email": tenant.email,
+                    "business_profile": {"name": tenant.company_name},
+                    "metadata": {"tenant_id": str(tenant.id)},
+                },
+                {"idempotency_key": idempotency_key},
+            )
+            return _account(made.to_dict())
+
+    def account_link(self, account_id: str, *, return_url: str) -> str:
+        """Where an owner's browser goes to fill in Stripe's form; good for some minutes."""
+        self.require_configured("account_link")
+        with _in_our_words("account_links.create"):
+            made = self._stripe.v1.account_links.create(
+                {
+                    "type": "account_onboarding",
+                    "account": account_id,
+                    "return_url": return_url,
+                    # A link that has expired leads back as well: the form is not finished, and that shows.
+                    "refresh_url": return_url,
+                }
+            )
+            return str(made.to_dict()["url"])
+
+    def _retrieve(self, account_id: str) -> Account | None:
+        try:
+            with _in_our_words("accounts.retrieve"):
+                return _account(self._stripe.v1.accounts.retrieve(account_id).to_dict())
+        except StripeUnavailable as error:
+            cause = error.__cause__
+            if isinstance(cause, stripe.PermissionError) and _code_of(cause) == "account_invalid":
+                return None
+            raise
+
+    @property
+    def _stripe(self) -> stripe.StripeClient:
+        if self._client is None:
+            raise StripeNotConfigured
+        return self._client
+
+
+def _client(secret_key: str, client_id: str | None, api_base: str, connect_base: str) -> stripe.StripeClient:
+    session = Session(connect_seconds=CONNECT_SECONDS, total_seconds=TOTAL_SECONDS, max_bytes=LARGEST_ANSWER)
+    return stripe.StripeClient(
+        secret_key,
+        client_id=client_id,
+        max_network_retries=0,
+        http_client=stripe.RequestsClient(timeout=(CONNECT_SECONDS, TOTAL_SECONDS), session=session),
+        # All four: an address that is left out stays the real one.
+        base_addresses={
+            "api": api_base,
+            "connect": connect_base,
+            "files": api_base,
+            "meter_events": api_base,
+        },
+    )
+
+
+@contextmanager
+def _in_our_words(operation: str) -> Iterator[None]:
+    try:
+        yield
+    except FAILURES as error:
+        # Not its message: that of `invalid_grant` repeats the code.
+        log.warning(
+            "stripe refused or failed",
+            operation=operation,
+            error=type(error).__name__,
+            code=_code_of(error),
+            http_status=getattr(error, "http_status", None),
+            stripe_request_id=getattr(error, "request_id", None),
+        )
+        raise StripeUnavailable from error
+
+
+def _code_of(error: BaseException) -> str | None:
+    # For 401, 403 and 429 the library leaves `code` empty.
+    found = getattr(error, "code", None) or getattr(getattr(error, "error", None), "code", None)
+    return _text(found, LONGEST_WORD)
+
+
+class Fuse:
+    """Stops asking a Stripe that does not answer: after three failures in a row, for a quarter of a minute.
+
+    Raises `StripeUnavailable` at once while it is open, so that nobody waits for what will not come.
+    """
+
+    BLOWS_AFTER = 3
+    OPEN_SECONDS = 15
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._failures = 0
+        self._open_until = 0.0
+
+    def __enter__(self) -> None:
+        if self._clock() < self._open_until:
+            raise StripeUnavailable
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._lock:
+            self._failures = self._failures + 1 if kind is not None else 0
+            if self._failures >= self.BLOWS_AFTER:
+                self._open_until = self._clock() + self.OPEN_SECONDS
+
+
+# Answers -----------------------------------------------------------------------------------------
+
+
+def _grant(token: Mapping[str, Any]) -> Grant:
+    account_id, livemode = token.get("stripe_user_id"), token.get("livemode")
+    if not (_is_account_id(account_id) and isinstance(livemode, bool)):
+        raise StripeUnavailable("Stripe answered with an account that is none.")
+    return Grant(str(account_id), str(token.get("scope")), livemode)
+
+
+def _account(said: Mapping[str, Any]) -> Account:
+    """The account in Stripe's answer, as far as it has the form that it should; raises `StripeUnavailable`."""
+    if not _is_account_id(said.get("id")):
+        raise StripeUnavailable("Stripe answered with an account that is none.")
+    return Account(
+        id=said["id"],
+        charges_enabled=_truth(said.get("charges_enabled")),
+        payouts_enabled=_truth(said.get("payouts_enabled")),
+        details_submitted=_truth(said.get("details_submitted")),
+        requirements=_requirements(_mapping(said.get("requirements"))),
+        capabilities=_capabilities(_mapping(said.get("capabilities"))),
+        email=_text(said.get("email"), LONGEST_EMAIL),
+        business_type=_text(said.get("business_type"), LONGEST_WORD),
+        country=_text(said.get("country"), LONGEST_WORD, COUNTRY),
+        default_currency=_text(said.get("default_currency"), LONGEST_WORD, CURRENCY),
+    )
+
+
+def _requirements(said: Mapping[str, Any]) -> Requirements:
+    deadline = said.get("current_deadline")
+    return Requirements(
+        currently_due=_names(said.get("currently_due")),
+        eventually_due=_names(said.get("eventually_due")),
+        past_due=_names(said.get("past_due")),
+        pending_verification=_names(said.get("pending_verification")),
+        disabled_reason=_text(said.get("disabled_reason"), LONGEST_NAME),
+        current_deadline=deadline if isinstance(deadline, int) and 0 <= deadline <= LATEST_TIME else None,
+        errors=tuple(_error(_mapping(error)) for error in _items(said.get("errors"))),
+    )
+
+
+def _error(said: Mapping[str, Any]) -> RequirementError:
+    return RequirementError(
+        code=_text(said.get("code"), LONGEST_NAME) or "",
+        reason=_text(said.get("reason"), LONGEST_REASON) or "",
+        requirement=_text(said.get("requirement"), LONGEST_NAME) or "",
+    )
+
+
+def _capabilities(said: Mapping[str, Any]) -> dict[str, str]:
+    states = {name: _text(state, LONGEST_WORD) for name, state in list(said.items())[:MOST_CAPABILITIES]}
+    return {name: state for name, state in states.items() if state and _text(name, LONGEST_WORD)}
+
+
+def _is_account_id(value: object) -> bool:
+    return isinstance(value, str) and ACCOUNT_ID.fullmatch(value) is not None
+
+
+def _truth(value: object) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _items(value: object) -> list[object]:
+    return value[:MOST_ITEMS] if isinstance(value, list) else []
+
+
+def _names(value: object) -> tuple[str, ...]:
+    found = (_text(item, LONGEST_NAME) for item in _items(value))
+    return tuple(name for name in found if name)
+
+
+def _text(value: object, longest: int, form: re.Pattern[str] | None = None) -> str | None:
+    """The value if it is a text that fits and that can be shown and stored, else None."""
+    if not isinstance(value, str) or len(value) > longest or not value.isprintable():
+        return None
+    return value if form is None or form.fullmatch(value) else None

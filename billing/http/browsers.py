@@ -1,0 +1,57 @@
+"""The browser behind a request: whether a person is waiting, and what ties the end of a journey to its start."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.requests import cookie_parser
+from werkzeug.datastructures import MIMEAccept
+from werkzeug.http import parse_accept_header
+
+# The prefix keeps a neighbouring subdomain from setting it (RFC 6265bis, section 4.1.3.2). Lax, because it
+# has to come along when Stripe sends the browser back.
+COOKIE = "__Host-connect"
+ATTRIBUTES = "; Secure; HttpOnly; SameSite=Lax; Path=/; Max-Age="
+BINDING_BYTES = 32
+BINDING = re.compile(r"[A-Za-z0-9_-]{43}")
+
+
+@dataclass(frozen=True)
+class Browser:
+    """What a browser says of itself. `host` is that of the page which asks, if it is a page of our own origin."""
+
+    prefers_html: bool = False
+    host: str | None = None
+    binding: str | None = None
+
+    def bind_at(self, base_url: str) -> str | None:
+        """What to bind a journey to that comes back to `base_url`; None where the cookie would not come along.
+
+        A fetch from another origin loses the cookie, and so would an honest owner the way back.
+        """
+        if self.host != urlsplit(base_url).netloc:
+            return None
+        return self.binding or secrets.token_urlsafe(BINDING_BYTES)
+
+
+def browser_of(headers: Headers) -> Browser:
+    """The browser that sent these headers, or whatever else did."""
+    accepted = parse_accept_header(headers.get("accept"), MIMEAccept)
+    preferred = accepted.best_match(["application/json", "text/html"])
+    is_our_page = headers.get("sec-fetch-site") == "same-origin"
+    origin = headers.get("origin")
+    binding = cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
+    return Browser(
+        prefers_html=preferred == "text/html",
+        host=(urlsplit(origin).netloc if origin else headers.get("host")) if is_our_page else None,
+        binding=binding if BINDING.fullmatch(binding) else None,
+    )
+
+
+def cookie(binding: str, *, max_age_seconds: int) -> str:
+    """The value of Set-Cookie that gives a browser its binding; 0 seconds take it away."""
+    return f"{COOKIE}={binding}{ATTRIBUTES}{max_age_seconds}"

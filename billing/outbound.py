@@ -1,0 +1,464 @@
+"""Calls that leave this machine: bounded in time and size, however the other side behaves.
+
+A read timeout begins anew with every byte, so a sender who drips holds us for minutes. Here each request has one
+deadline over all of it, and a watchdog shuts down the very socket that the request is on.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import socket
+import ssl
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from http.cookiejar import DefaultCookiePolicy
+from io import BufferedReader, BytesIO, RawIOBase
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from itertools import count
+from threading import BoundedSemaphore, Condition, Lock, Thread
+from typing import Any
+
+import requests
+from requests.adapters import HTTPAdapter
+from requests.structures import CaseInsensitiveDict
+from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.exceptions import HTTPError, ReadTimeoutError
+
+Address = IPv4Address | IPv6Address
+# What getaddrinfo says: family, kind, protocol, canonical name, and what to give to connect.
+Found = tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]
+
+HEAD_BYTES = 64 * 1024
+PIECE_BYTES = 16 * 1024
+
+
+class OutboundError(requests.RequestException):
+    """The call failed."""
+
+    def __init__(self) -> None:
+        # Those of requests and urllib3 have the URL in their text, and the request with its headers in them.
+        super().__init__(self.__doc__)
+
+
+class AddressRefused(OutboundError):
+    """The name has an address that may not be called."""
+
+
+class NameUnknown(OutboundError, requests.ConnectionError):
+    """The name has no address, or none was found in time."""
+
+
+class ConnectFailed(OutboundError, requests.ConnectionError):
+    """No address of the name took the connection."""
+
+
+class TlsFailed(OutboundError, requests.exceptions.SSLError):
+    """TLS could not be agreed on, or the certificate is not good for the name."""
+
+
+class DeadlineExceeded(OutboundError, requests.Timeout):
+    """The call took longer than it may."""
+
+
+class ConnectionBroken(OutboundError, requests.ConnectionError):
+    """The connection ended before the response did, or what came is not HTTP."""
+
+
+class ResponseTooLarge(OutboundError):
+    """The response is longer than it may be."""
+
+
+class Resolver:
+    """Looks names up within a time, which getaddrinfo itself does not promise.
+
+    A lookup that hangs keeps one of `threads` until it ends. When all of them hang, every other name fails to resolve:
+    those whose calls must not suffer together have a resolver each. Make it after a fork.
+    """
+
+    def __init__(self, threads: int = 16) -> None:
+        self._free = BoundedSemaphore(threads)
+
+    def look_up(self, host: str, port: int, seconds: float) -> Sequence[Found]:
+        """All addresses of the host, in the order to try them; raises `NameUnknown`, within the seconds."""
+        ends_at = time.monotonic() + seconds
+        if not self._free.acquire(timeout=seconds):
+            raise NameUnknown
+        found: Future[Sequence[Found]] = Future()
+        self._start(found, host, port)
+        try:
+            return found.result(ends_at - time.monotonic())
+        except (OSError, UnicodeError):
+            raise NameUnknown from None
+
+    def _start(self, found: Future[Sequence[Found]], host: str, port: int) -> None:
+        # A ThreadPoolExecutor would have the process wait for what hangs when it ends.
+        try:
+            Thread(target=self._run, args=(found, host, port), name="resolver", daemon=True).start()
+        except RuntimeError:  # The machine has no more threads.
+            self._free.release()
+            raise NameUnknown from None
+
+    def _run(self, found: Future[Sequence[Found]], host: str, port: int) -> None:
+        try:
+            found.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except (OSError, UnicodeError) as error:
+            found.set_exception(error)
+        finally:
+            self._free.release()
+
+
+class Session(requests.Session):
+    """A session for any number of threads, each of whose calls keeps within its limits or raises an `OutboundError`.
+
+    It follows no redirect, keeps no cookie, decodes no body, and takes nothing from the environment. The body has been
+    read when a call returns. What a call says of `timeout`, `stream`, `proxies` and `allow_redirects` is not looked at.
+    Make it after a fork.
+
+    Args:
+        connect_seconds: for the lookup of the name, and for the connection to each of its addresses.
+        total_seconds: for all of a call, from the lookup to the last byte of the body.
+        max_bytes: of a body. Its head has 64 KiB more, and the chunked coding as much again as the body.
+        cut: whether a longer body is cut there and its rest never read; else it raises `ResponseTooLarge`.
+        permitted: whether an address may be called. All that a name resolves to must be, or none is.
+        resolver: what looks names up; the session's own by default.
+        trust: the certificates to trust, where requests would read its own anew for each connection.
+        connections: how many a host are kept open.
+    """
+
+    def __init__(
+        self,
+        *,
+        connect_seconds: float,
+        total_seconds: float,
+        max_bytes: int,
+        cut: bool = False,
+        permitted: Callable[[Address], bool] | None = None,
+        resolver: Resolver | None = None,
+        trust: ssl.SSLContext | None = None,
+        connections: int = 64,
+    ) -> None:
+        super().__init__()
+        self._limits = _Limits(connect_seconds, total_seconds, max_bytes, cut, permitted)
+        self._resolver = resolver or Resolver()
+        self.trust_env = False
+        self.max_redirects = 0
+        self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=()))
+        self.headers = CaseInsensitiveDict({"Accept-Encoding": "identity"})
+        for scheme in ("http://", "https://"):
+            self.mount(scheme, _Adapter(trust, connections))
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        """None: requests would read all of a redirect's body before it looks at how many it may follow."""
+
+    def send(self, request: requests.PreparedRequest, **kwargs: Any) -> requests.Response:
+        """The response with its body read; raises an `OutboundError`."""
+        with _watched(_Call(self._limits, self._resolver)) as call:
+            outcome = self._outcome(call, request, kwargs)
+        # Raised here, it has no context: that could have the URL in it.
+        if isinstance(outcome, OutboundError):
+            raise outcome
+        return outcome
+
+    def _outcome(
+        self, call: _Call, request: requests.PreparedRequest, kwargs: dict[str, Any]
+    ) -> requests.Response | OutboundError:
+        error: OutboundError
+        try:
+            response = self._exchange(request, kwargs)
+        except _Stopped as stopped:
+            error = stopped.error
+        except requests.exceptions.SSLError:
+            error = TlsFailed()
+        except (requests.Timeout, ReadTimeoutError):
+            error = DeadlineExceeded()
+        except (requests.ConnectionError, HTTPError):
+            error = ConnectionBroken()
+        else:
+            # A body that ends with the connection looks whole when it is cut.
+            return DeadlineExceeded() if call.is_cut else response
+        return DeadlineExceeded() if call.is_over() else error
+
+    def _exchange(self, request: requests.PreparedRequest, kwargs: dict[str, Any]) -> requests.Response:
+        # The timeout, which is for each read and write, would end what the watchdog missed.
+        timeout = self._limits.total_seconds
+        own = {"stream": True, "timeout": timeout, "proxies": {}, "allow_redirects": False}
+        response = super().send(request, **{**kwargs, **own})
+        with response:
+            body = self._body(response.raw)
+        response.raw = BytesIO(body)
+        return response
+
+    def _body(self, raw: Any) -> bytes:
+        limits = self._limits
+        body = bytearray()
+        most = limits.max_bytes if limits.cut else limits.max_bytes + 1
+        while piece := raw.read(min(PIECE_BYTES, most - len(body)), decode_content=False):
+            body += piece
+        if len(body) > limits.max_bytes:
+            raise _Stopped(ResponseTooLarge())
+        return bytes(body)
+
+
+class SharedTrust(ssl.SSLContext):
+    """The certificates that requests trusts (certifi), read once for many connections at a time.
+
+    To read them takes 27 ms, which requests spends on every connection.
+    """
+
+    def __new__(cls) -> SharedTrust:
+        return super().__new__(cls, ssl.PROTOCOL_TLS_CLIENT)
+
+    def __init__(self) -> None:
+        self.load_verify_locations(requests.utils.DEFAULT_CA_BUNDLE_PATH)
+        self.hostname_checks_common_name = False
+        super().set_alpn_protocols(["http/1.1"])
+
+    def set_alpn_protocols(self, alpn_protocols: object) -> None:
+        """Nothing: urllib3 says them anew for every connection, and OpenSSL frees what another thread is copying."""
+
+
+# One request's time ------------------------------------------------------------------------------
+
+
+class _Stopped(Exception):
+    """Carries an error through urllib3, to which every OSError is a broken connection."""
+
+    def __init__(self, error: OutboundError) -> None:
+        self.error = error
+
+
+@dataclass(frozen=True)
+class _Limits:
+    connect_seconds: float
+    total_seconds: float
+    max_bytes: int
+    cut: bool
+    permitted: Callable[[Address], bool] | None
+
+
+class _Call:
+    """One request: what it may take, and the socket that it is on."""
+
+    def __init__(self, limits: _Limits, resolver: Resolver) -> None:
+        self.limits = limits
+        self.ends_at = time.monotonic() + limits.total_seconds
+        self.is_cut = False
+        self._resolver = resolver
+        self._lock = Lock()
+        self._socket: socket.socket | None = None
+
+    def is_over(self) -> bool:
+        return time.monotonic() >= self.ends_at
+
+    def seconds(self) -> float:
+        """What is left for the next step of connecting; raises `DeadlineExceeded`."""
+        if (left := self.ends_at - time.monotonic()) <= 0:
+            raise DeadlineExceeded
+        return min(left, self.limits.connect_seconds)
+
+    def dial(self, host: str, port: int, options: Any) -> socket.socket:
+        """A connection to the first address that takes it, of those looked up once and all permitted."""
+        found = self._resolver.look_up(host, port, self.seconds())
+        permitted = self.limits.permitted
+        if permitted and not all(permitted(ip_address(entry[4][0])) for entry in found):
+            raise AddressRefused
+        for entry in found:
+            with suppress(OSError):
+                return self._connect(entry, options)
+        raise ConnectFailed
+
+    def _connect(self, entry: Found, options: Any) -> socket.socket:
+        family, kind, protocol, _, address = entry
+        connection = socket.socket(family, kind, protocol)
+        try:
+            for option in options or ():
+                connection.setsockopt(*option)
+            connection.settimeout(self.seconds())
+            connection.connect(address)
+            connection.settimeout(self.limits.total_seconds)
+            self.watch(connection)
+        except OSError:
+            connection.close()
+            raise
+        return connection
+
+    def watch(self, connection: socket.socket) -> None:
+        """Have this socket cut at the deadline; raises `DeadlineExceeded` when that has passed."""
+        self.release()
+        # A descriptor of our own for the same socket: TLS takes the other from its object, and once closed it is the
+        # number of somebody else's.
+        own = socket.socket(fileno=os.dup(connection.fileno()))
+        with self._lock:
+            self._socket = own
+            # The watchdog comes once. It may have come.
+            if self.is_over():
+                raise DeadlineExceeded
+
+    def release(self) -> None:
+        """Let the socket be: from here on it may be another request's."""
+        with self._lock:
+            if self._socket is not None:
+                self._socket.close()
+            self._socket = None
+
+    def cut(self) -> None:
+        """End the connection under whoever reads or writes it, if the request still has one."""
+        with self._lock:
+            if self._socket is not None:
+                self.is_cut = True
+                with suppress(OSError):  # The other side may have ended it.
+                    self._socket.shutdown(socket.SHUT_RDWR)
+
+
+class _Watchdog:
+    """Cuts every call off at its deadline: one thread for all, started with the first."""
+
+    def __init__(self) -> None:
+        self._forget()
+        # A child has none of its parent's threads, and may have its locks held.
+        os.register_at_fork(after_in_child=self._forget)
+
+    def _forget(self) -> None:
+        self._changed = Condition()
+        self._calls: list[tuple[float, int, _Call]] = []
+        self._numbers = count()
+        self._thread: Thread | None = None
+
+    def watch(self, call: _Call) -> None:
+        entry = (call.ends_at, next(self._numbers), call)
+        with self._changed:
+            self._start()
+            heappush(self._calls, entry)
+            if self._calls[0] is entry:
+                self._changed.notify()
+
+    def _start(self) -> None:
+        if self._thread is None:
+            thread = Thread(target=self._run, name="watchdog", daemon=True)
+            thread.start()
+            self._thread = thread
+
+    def _run(self) -> None:
+        while True:
+            self._next().cut()
+
+    def _next(self) -> _Call:
+        with self._changed:
+            while (seconds := self._seconds()) is None or seconds > 0:
+                self._changed.wait(seconds)
+            return heappop(self._calls)[2]
+
+    def _seconds(self) -> float | None:
+        return self._calls[0][0] - time.monotonic() if self._calls else None
+
+
+_WATCHDOG = _Watchdog()
+# urllib3 has no argument that comes from a request to its connection.
+_CALL: ContextVar[_Call] = ContextVar("call")
+
+
+@contextmanager
+def _watched(call: _Call) -> Iterator[_Call]:
+    _WATCHDOG.watch(call)
+    token = _CALL.set(call)
+    try:
+        yield call
+    finally:
+        _CALL.reset(token)
+        call.release()
+
+
+# What urllib3 is made of -------------------------------------------------------------------------
+
+
+class _Metered(RawIOBase):
+    """What comes from a socket, up to a limit.
+
+    http.client reads a chunk of size -1 to its end, and any number of trailers.
+    """
+
+    def __init__(self, raw: RawIOBase, limit: int) -> None:
+        self._raw = raw
+        self._left = limit
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        size: int | None = self._raw.readinto(buffer)
+        self._left -= size or 0
+        if self._left < 0:
+            raise _Stopped(ResponseTooLarge())
+        return size
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        limit = HEAD_BYTES + 2 * _CALL.get().limits.max_bytes
+        self.fp = BufferedReader(_Metered(self.fp.detach(), limit))
+
+
+class _Connection(HTTPConnection):
+    response_class = _Response
+
+    def _new_conn(self) -> socket.socket:
+        # The only place that cannot be rebound: what is checked here is what is dialled here.
+        try:
+            return _CALL.get().dial(self._dns_host, self.port, self.socket_options)
+        except OutboundError as error:
+            raise _Stopped(error) from None
+
+    def request(self, *args: Any, **kwargs: Any) -> None:
+        if self.sock is not None:
+            _CALL.get().watch(self.sock)
+        super().request(*args, **kwargs)
+
+
+class _TlsConnection(_Connection, HTTPSConnection):
+    pass
+
+
+class _Pool(HTTPConnectionPool):
+    ConnectionCls = _Connection
+
+    def _put_conn(self, conn: Any) -> None:
+        # Before the next request can have it.
+        _CALL.get().release()
+        super()._put_conn(conn)
+
+
+class _TlsPool(_Pool, HTTPSConnectionPool):
+    ConnectionCls = _TlsConnection
+
+
+class _Adapter(HTTPAdapter):
+    def __init__(self, trust: ssl.SSLContext | None, connections: int) -> None:
+        self._trust = trust
+        super().__init__(pool_maxsize=connections)
+        self.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _TlsPool}
+
+    def build_connection_pool_key_attributes(
+        self, request: requests.PreparedRequest, verify: Any, cert: Any = None
+    ) -> tuple[Any, Any]:
+        host, tls = super().build_connection_pool_key_attributes(request, verify, cert)
+        return host, {**tls, "ssl_context": self._trust} if self._is_trusted(verify) else tls
+
+    def cert_verify(self, conn: Any, url: Any, verify: Any, cert: Any) -> None:
+        super().cert_verify(conn, url, verify, cert)  # type: ignore[no-untyped-call]
+        if self._is_trusted(verify):
+            conn.ca_certs = None
+
+    def _is_trusted(self, verify: object) -> bool:
+        return verify is True and self._trust is not None

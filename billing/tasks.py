@@ -1,0 +1,29 @@
+"""Tasks: what the worker has to do for a tenant, and when it tries again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from uuid import UUID
+
+# Longer than any task may take: one that is still running must not be begun by another worker.
+LEASE = timedelta(minutes=2)
+FIRST_RETRY = timedelta(minutes=1)
+LONGEST_RETRY = timedelta(hours=6)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing to do, as a worker holds it. `attempts` counts this one, and fences it."""
+
+    tenant_id: UUID
+    kind: str
+    id: UUID
+    subject: str
+    created_at: datetime
+    attempts: int
+
+    def retry_at(self, now: datetime) -> datetime:
+        """When to try again after a failure: a minute later, then twice as long each time, up to six hours."""
+        doublings = min(self.attempts - 1, 16)
+        return now + min(FIRST_RETRY * (1 << doublings), LONGEST_RETRY)

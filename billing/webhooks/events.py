@@ -1,0 +1,64 @@
+"""Events: which there are, and the envelope that each is stored, signed and sent in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import orjson
+
+# Of the envelope and of every `data`. What an older receiver could not read is another version.
+API_VERSION = "2026-01-15"
+
+
+@dataclass(frozen=True)
+class EventType:
+    """A kind of event that can be asked for; the summary is the document's."""
+
+    name: str
+    summary: str
+
+
+CATALOGUE = (
+    EventType("tenant.registered", "A tenant was registered"),
+    EventType("user.password_changed", "A user changed the password"),
+    EventType("api_key.regenerated", "API keys were replaced"),
+    EventType("api_key.revoked", "API keys were revoked"),
+    EventType("api_key.expiring", "An API key is about to expire"),
+    EventType("stripe.account.connected", "A Stripe account was connected"),
+    EventType("stripe.account.updated", "The Stripe account changed"),
+    EventType("stripe.account.disconnected", "The Stripe account was disconnected"),
+    EventType("webhook.disabled", "The webhook was disabled"),
+    EventType("webhook.test", "A test"),
+)
+
+
+def envelope(
+    *,
+    id: UUID,
+    type: str,
+    created_at: datetime,
+    tenant_id: UUID,
+    livemode: bool,
+    sequence: int,
+    data: Mapping[str, Any],
+) -> bytes:
+    """The event as JSON, made once: every attempt signs and sends these very bytes.
+
+    `id` is also the header `webhook-id`; `created_at` is aware; `sequence` counts the tenant's events from 1;
+    `data` is what the document's schema of that type says, its times aware.
+    """
+    members = {
+        "id": id,
+        "type": type,
+        "api_version": API_VERSION,
+        "created_at": created_at,
+        "tenant_id": tenant_id,
+        "livemode": livemode,
+        "sequence": sequence,
+        "data": dict(data),
+    }
+    return orjson.dumps(members, option=orjson.OPT_UTC_Z)

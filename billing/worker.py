@@ -1,0 +1,80 @@
+"""The worker: takes what is due, of any tenant, and does it in a few threads; any number of workers may run."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+import structlog
+
+from billing.clock import Clock
+from billing.errors import DatabaseUnavailable
+from billing.storage.store import Store
+from billing.tasks import Task
+
+POLLED_EVERY_SECONDS = 0.5
+# While the database is away it is asked less often.
+PATIENCE_SECONDS = 2.0
+
+log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.worker")
+
+Job = Callable[[Task], None]
+
+
+class Worker:
+    """Does tasks, each by the job of its kind.
+
+    A task that fails, or whose worker is killed, comes again when its lease ends: every job can be repeated.
+    """
+
+    def __init__(self, store: Store, jobs: Mapping[str, Job], clock: Clock, *, threads: int) -> None:
+        self._store = store
+        self._jobs = jobs
+        self._clock = clock
+        self._threads = threads
+        self._stopping = threading.Event()
+
+    def stop(self) -> None:
+        """Take nothing more; `run` returns when what was begun is done."""
+        self._stopping.set()
+
+    def run(self) -> None:
+        """Work until `stop`."""
+        busy: set[Future[None]] = set()
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="task") as pool:
+            while not self._stopping.is_set():
+                taken = self.take(self._threads - len(busy))
+                busy |= {pool.submit(self.do, task) for task in taken}
+                done, busy = wait(busy, timeout=0)
+                report(done)
+                if not taken:
+                    self._stopping.wait(POLLED_EVERY_SECONDS)
+        report(busy)
+
+    def take(self, most: int) -> list[Task]:
+        """What is due, as many as can be begun; nothing while the database is away."""
+        if most == 0:
+            return []
+        try:
+            return self._store.take_due(self._clock(), most=most)
+        except DatabaseUnavailable as error:
+            log.warning(error.code(), cause=type(error.__cause__).__name__)
+            self._stopping.wait(PATIENCE_SECONDS)
+            return []
+
+    def do(self, task: Task) -> None:
+        """Do one task, by the job of its kind."""
+        with structlog.contextvars.bound_contextvars(task=task.kind, tenant_id=str(task.tenant_id)):
+            log.debug("task", attempts=task.attempts)
+            self._jobs[task.kind](task)
+
+
+def report(done: Iterable[Future[None]]) -> None:
+    """Say what went wrong. The task comes again, and the others go on."""
+    for future in done:
+        match future.exception():
+            case DatabaseUnavailable() as error:
+                log.warning("a task waits for the database", cause=type(error.__cause__).__name__)
+            case Exception() as error:
+                log.error("a task failed", exc_info=error)
