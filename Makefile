@@ -5,20 +5,21 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 WORKERS ?= 2
+JS     := tests/webhooks/js
 
 LOCK := $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes \
         --no-emit-index-url --no-emit-find-links --no-header -q pyproject.toml --extra build
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format types unit browser fuzz lock clean
+.PHONY: help serve test check format types unit browser node openssl fuzz lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-serve: $(VENV)/.serve ## Start the API on an embedded PostgreSQL at http://127.0.0.1:8000; or PORT=…, ARGS="--workers 2"
-	@$(BIN)/billing serve $(ARGS)
+serve: $(VENV)/.serve ## Start the API on an embedded PostgreSQL at http://127.0.0.1:8000; or PORT=…, ARGS="--workers 2", STRIPE=sandbox
+	@$(if $(filter sandbox,$(STRIPE)),$(BIN)/python -m sandbox,$(BIN)/billing) serve $(ARGS)
 
-test: check browser unit ## Run everything that must pass
+test: check browser node openssl unit ## Run everything that must pass
 
 check: $(VENV)/.test ## Lint, formatting, types
 	$(BIN)/ruff check .
@@ -41,12 +42,21 @@ browser: ## Install chromium where that can be done (Debian, as root)
 	  || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } \
 	  || { echo "Install chromium, or set BILLING_TESTS_WITHOUT_BROWSER=1 to leave the browser tests out."; exit 1; }
 
+node: ## Install Node.js where that can be done (Debian, as root), and the packages of the tests' JavaScript
+	@[ "$$BILLING_TESTS_WITHOUT_NODE" = 1 ] || $(MAKE) -s $(JS)/node_modules/.installed
+
+openssl: ## Install openssl where that can be done (Debian, as root)
+	@command -v openssl >/dev/null \
+	  || [ "$$BILLING_TESTS_WITHOUT_OPENSSL" = 1 ] \
+	  || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq openssl >/dev/null; } \
+	  || { echo "Install openssl, or set BILLING_TESTS_WITHOUT_OPENSSL=1 to leave its tests out."; exit 1; }
+
 lock: $(VENV)/.test ## Renew both locks from pyproject.toml
 	$(LOCK) -o requirements.lock
 	$(LOCK) --extra test -c requirements.lock -o requirements-dev.lock
 
 clean: ## Remove the environment and what tools left behind
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .schemathesis
+	rm -rf $(VENV) $(JS)/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .schemathesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed.")'
@@ -63,3 +73,11 @@ $(VENV)/.test: requirements-dev.lock pyproject.toml | $(BIN)/python
 	@$(PIP) install --require-hashes -r requirements-dev.lock
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@ $(VENV)/.serve
+
+$(JS)/node_modules/.installed: $(JS)/package.json $(JS)/package-lock.json
+	@{ command -v node && command -v npm; } >/dev/null \
+	  || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq nodejs npm >/dev/null; } \
+	  || { echo "Install Node.js and npm, or set BILLING_TESTS_WITHOUT_NODE=1 to leave the JavaScript tests out."; exit 1; }
+	@echo "Installing what the tests' JavaScript needs …"
+	@cd $(JS) && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error >/dev/null
+	@touch $@

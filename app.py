@@ -11,13 +11,14 @@ import structlog
 from anyio import to_thread
 from starlette.types import ASGIApp
 
-from billing import connections
 from billing.cli import main
 from billing.clock import Clock, utc_now
+from billing.connections import connections_for
+from billing.deliveries import deliveries_for, policy_for
 from billing.encryption import Vault
 from billing.errors import DatabaseUnavailable
 from billing.http import application, document, logs, problems
-from billing.http.lanes import PASSWORD_THREADS, STRIPE_THREADS, Lane, Lanes
+from billing.http.lanes import PASSWORD_THREADS, STRIPE_THREADS, WEBHOOK_THREADS, Lane, Lanes
 from billing.http.pages import pages
 from billing.keys import KeyDigests
 from billing.passwords import Passwords
@@ -27,7 +28,6 @@ from billing.storage.database import open_database
 from billing.storage.schema import SchemaError
 from billing.storage.store import StorageError, Store
 from billing.tokens import Tokens
-from billing.webhooks.endpoints import UrlPolicy
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing")
 
@@ -49,11 +49,11 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> ASGIApp:
             "clock": clock,
             "tokens": tokens,
             "digests": digests,
-            "connections": connections.connections_of(settings, store, clock),
+            "connections": connections_for(settings, store, clock),
             "passwords": Passwords(settings.password_peppers, settings.password_cost),
-            "url_policy": UrlPolicy(
-                allow_http=settings.webhook_allow_http, allow_localhost=bool(settings.webhook_allow_cidrs)
-            ),
+            "url_policy": policy_for(settings),
+            "deliveries": deliveries_for(settings, store, clock, threads=WEBHOOK_THREADS),
+            "base_url": settings.public_base_url,
         },
         doorkeeper=Doorkeeper(store, tokens, digests, uses, clock),
         routes=pages(served=document.served(contract, settings.public_base_url), ready=readiness(store)),
@@ -72,6 +72,7 @@ def threads_of(settings: Settings) -> dict[Lane, int]:
         Lane.SECURITY: shared,
         Lane.PASSWORDS: PASSWORD_THREADS,
         Lane.STRIPE: STRIPE_THREADS,
+        Lane.WEBHOOKS: WEBHOOK_THREADS,
     }
 
 

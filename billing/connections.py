@@ -211,7 +211,7 @@ class Connections:
             tx.tasks.postpone(task, chapter.next_check(self._clock()))
 
 
-def connections_of(settings: Settings, store: Store, clock: Clock) -> Connections:
+def connections_for(settings: Settings, store: Store, clock: Clock) -> Connections:
     """The connections of this installation, by its own keys at Stripe."""
     gateway = Gateway(
         secret_key=settings.stripe_secret_key,

@@ -28,6 +28,10 @@ class Vault:
         nonce = secrets.token_bytes(NONCE_BYTES)
         return f"{kid}:{(nonce + AESGCM(key[:32]).encrypt(nonce, secret.encode(), place.encode())).hex()}"
 
+    def is_current(self, sealed: str) -> bool:
+        """Whether it was sealed with the key that seals now."""
+        return sealed.partition(":")[0] == self._keys.first[0]
+
     def open(self, sealed: str, *, place: str) -> str:
         """The secret again; raises `Unreadable`."""
         kid, _, text = sealed.partition(":")

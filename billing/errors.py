@@ -42,7 +42,6 @@ BillingError
 ├── RateLimited                  429
 ├── RequestHeadersTooLarge       431
 ├── InternalError                500
-├── NotBuilt                     501
 ├── StripeUnavailable            502
 └── Unavailable                  503
     ├── Overloaded
@@ -412,10 +411,6 @@ class InternalError(BillingError):
 
     Whether anything was changed is unknown. Quote `request_id` when you report it.
     """
-
-
-class NotBuilt(BillingError):
-    """This operation is not built yet."""
 
 
 class StripeUnavailable(BillingError):

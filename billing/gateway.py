@@ -25,16 +25,18 @@ LARGEST_ANSWER = 1024 * 1024
 ACCOUNT_ID = re.compile(r"acct_[A-Za-z0-9]{8,64}")
 COUNTRY = re.compile(r"[A-Z]{2}")
 CURRENCY = re.compile(r"[a-z]{3}")
+URL = re.compile(r"https?://\S+")
 LONGEST_NAME = 255
 LONGEST_WORD = 64
 LONGEST_REASON = 2048
 LONGEST_EMAIL = 254
+LONGEST_URL = 4096
 MOST_ITEMS = 500
 MOST_CAPABILITIES = 200
 LATEST_TIME = 253402300799  # The end of the year 9999.
 
 # How the library fails: its own errors, and what slips out of it when an answer is of no known form.
-FAILURES = (stripe.StripeError, AttributeError, KeyError, TypeError, ValueError)
+FAILURES = (stripe.StripeError, AttributeError, KeyError, RecursionError, TypeError, ValueError)
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.stripe")
 
@@ -151,7 +153,10 @@ class Gateway:
                     "refresh_url": return_url,
                 }
             )
-            return str(made.to_dict()["url"])
+            url = _text(made.to_dict().get("url"), LONGEST_URL, URL)
+        if url is None:
+            raise StripeUnavailable("Stripe answered with a link that leads nowhere.")
+        return url
 
     def _retrieve(self, account_id: str) -> Account | None:
         try:
@@ -272,7 +277,7 @@ def _requirements(said: Mapping[str, Any]) -> Requirements:
         past_due=_names(said.get("past_due")),
         pending_verification=_names(said.get("pending_verification")),
         disabled_reason=_text(said.get("disabled_reason"), LONGEST_NAME),
-        current_deadline=deadline if isinstance(deadline, int) and 0 <= deadline <= LATEST_TIME else None,
+        current_deadline=deadline if type(deadline) is int and 0 <= deadline <= LATEST_TIME else None,
         errors=tuple(_error(_mapping(error)) for error in _items(said.get("errors"))),
     )
 

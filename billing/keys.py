@@ -16,7 +16,7 @@ from uuid import UUID
 from billing.errors import KeyExpired, KeyMalformed, KeyRevoked
 from billing.ids import new_id
 from billing.keyrings import Keyring
-from billing.ports import Audit, Directory, TenantLock
+from billing.ports import Audit, Directory, Events, Tasks, TenantLock
 
 KeyType = Literal["live_public", "live_secret", "test_public", "test_secret"]
 Mode = Literal["live", "test"]
@@ -27,6 +27,9 @@ TYPES: tuple[KeyType, ...] = ("live_public", "live_secret", "test_public", "test
 ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 RANDOM_CHARACTERS, CHECKSUM_CHARACTERS = 32, 6
 FORM = re.compile(r"(?P<kind>sk|pk)_(?P<mode>live|test)_[0-9A-Za-z]{38}", re.ASCII)
+# The task of telling that a key is about to end, and how long before: half of its grace at most.
+EXPIRING = "api_key.expiring"
+TOLD_BEFORE = timedelta(hours=24)
 PREFIXES = {"public": "pk", "secret": "sk"}
 KINDS = {prefix: kind for kind, prefix in PREFIXES.items()}
 
@@ -187,7 +190,29 @@ def regenerate(
             "previous": [{"type": key.type, "last4": key.last4} for key in replaced],
         },
     )
+    data = {"key_type": selection, "previous": [ending_members(key) for key in replaced]}
+    tx.events.record("api_key.regenerated", data, livemode=selection != "test", now=now)
+    for key in replaced:
+        _announce_end(tx, key, now)
     return Renewal(minted, replaced)
+
+
+def ending_members(key: ApiKey) -> dict[str, object]:
+    """What may be told of a key that was replaced: nothing that opens anything."""
+    return {"type": key.type, "mode": key.mode, "last4": key.last4, "expires_at": key.expires_at}
+
+
+def _announce_end(tx: Storage, key: ApiKey, now: datetime) -> None:
+    if key.expires_at is not None and key.expires_at > now:
+        due_at = key.expires_at - min(TOLD_BEFORE, (key.expires_at - now) / 2)
+        tx.tasks.add(EXPIRING, key.id, subject=str(key.id), due_at=due_at, now=now)
+
+
+def tell_of_end(tx: Storage, id: UUID, *, now: datetime) -> None:
+    """Tell the tenant's webhook that a key in its grace period will end soon, if it has not ended since."""
+    for key in tx.api_keys.living(now, TYPES):
+        if key.id == id:
+            tx.events.record("api_key.expiring", ending_members(key), livemode=key.mode == "live", now=now)
 
 
 def revoke(tx: Storage, selection: Selection, *, reason: str | None, now: datetime) -> list[KeyType]:
@@ -203,7 +228,11 @@ def revoke(tx: Storage, selection: Selection, *, reason: str | None, now: dateti
         now=now,
         details={"revoked": [{"type": key.type, "last4": key.last4} for key in revoked]},
     )
-    return [t for t in TYPES if t in {key.type for key in revoked}]
+    ended = [t for t in TYPES if t in {key.type for key in revoked}]
+    if ended:
+        data = {"key_type": selection, "revoked_keys": ended, "reason": reason}
+        tx.events.record("api_key.revoked", data, livemode=selection != "test", now=now)
+    return ended
 
 
 def to_show(keys: Sequence[ApiKey], now: datetime) -> list[ApiKey]:
@@ -237,5 +266,9 @@ class Storage(Protocol):
     def api_keys(self) -> KeyShelf: ...
     @property
     def directory(self) -> Directory: ...
+    @property
+    def events(self) -> Events: ...
+    @property
+    def tasks(self) -> Tasks: ...
     @property
     def audit(self) -> Audit: ...

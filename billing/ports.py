@@ -7,6 +7,8 @@ from datetime import datetime
 from typing import Protocol
 from uuid import UUID
 
+from billing.tasks import Queue
+
 
 class TenantLock(Protocol):
     def lock(self) -> None:
@@ -37,8 +39,17 @@ class Events(Protocol):
 
 
 class Tasks(Protocol):
-    def add(self, kind: str, id: UUID, *, subject: str, due_at: datetime, now: datetime) -> None:
-        """Have the worker do something; one that was added already is due at the new time."""
+    def add(
+        self,
+        kind: str,
+        id: UUID,
+        *,
+        subject: str,
+        due_at: datetime,
+        now: datetime,
+        queue: Queue = "general",
+    ) -> None:
+        """Have the worker do something. One that was added already is done at the earlier of the two times."""
 
     def drop(self, kind: str, *, subject: str) -> None:
         """Have the worker leave it. One that is doing it at this moment will not do it again."""

@@ -17,7 +17,7 @@ from billing.errors import (
 )
 from billing.ids import new_id
 from billing.passwords import Passwords
-from billing.ports import Audit
+from billing.ports import Audit, Events
 from billing.tenants import Account, Tenant
 from billing.tokens import Claims, Holder, TokenPair, Tokens
 from billing.users import User
@@ -92,6 +92,7 @@ def change_password(
         raise SessionEnded
     tx.sessions.end_all(user.id, now)
     tx.audit.record("user.password_changed", subject=user.email, now=now)
+    tx.events.record("user.password_changed", {"user_id": user.id, "email": user.email}, now=now)
     return start(tx, changed, tokens=tokens, now=now)
 
 
@@ -165,5 +166,7 @@ class Storage(Protocol):
     def users(self) -> UserShelf: ...
     @property
     def sessions(self) -> SessionShelf: ...
+    @property
+    def events(self) -> Events: ...
     @property
     def audit(self) -> Audit: ...

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Literal
 from uuid import UUID
 
+Queue = Literal["general", "webhooks", "failing_webhooks"]
+
 # Longer than any task may take: one that is still running must not be begun by another worker.
-LEASE = timedelta(minutes=2)
+LEASE = timedelta(seconds=60)
 FIRST_RETRY = timedelta(minutes=1)
 LONGEST_RETRY = timedelta(hours=6)
 
 
 @dataclass(frozen=True)
 class Task:
-    """One thing to do, as a worker holds it. `attempts` counts this one, and fences it."""
+    """One thing to do, as a worker holds it.
+
+    `attempts` counts this one, and fences it. `revision` tells whether it was asked for again meanwhile.
+    """
 
     tenant_id: UUID
     kind: str
     id: UUID
     subject: str
+    queue: Queue
     created_at: datetime
     attempts: int
+    revision: int
 
     def retry_at(self, now: datetime) -> datetime:
         """When to try again after a failure: a minute later, then twice as long each time, up to six hours."""

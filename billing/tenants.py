@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Literal, Protocol
 from uuid import UUID
 
@@ -13,12 +13,17 @@ from slugify import slugify
 
 from billing import keys, users
 from billing.keys import KeyDigests, NewKey
+from billing.ports import Events, Tasks
 from billing.users import User, normalise_email
 from billing.webhooks.signing import new_secret
 
 Tier = Literal["free", "pro", "enterprise"]
 
 LONGEST_SLUG = 60
+
+# The task of forgetting what need not be kept.
+HOUSEKEEPING = "housekeeping"
+TIDIED_EVERY = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,17 @@ class Tenant:
     is_active: bool
     created_at: datetime
     updated_at: datetime
+
+
+def public_members(tenant: Tenant) -> dict[str, object]:
+    """What anyone may know: who holds a publishable key, or a listener to webhooks."""
+    return {
+        "id": tenant.id,
+        "company_name": tenant.company_name,
+        "slug": tenant.slug,
+        "is_active": tenant.is_active,
+        "created_at": tenant.created_at,
+    }
 
 
 @dataclass(frozen=True)
@@ -109,6 +125,8 @@ def register(
     minted = keys.mint_each(tx, digests=digests, now=now)
     secret = new_secret()
     tx.webhooks.open(details.get("webhook_url"), secret, now=now)
+    tx.events.record("tenant.registered", {"tenant": public_members(tenant)}, now=now)
+    tx.tasks.add(HOUSEKEEPING, tenant.id, subject=str(tenant.id), due_at=now + TIDIED_EVERY, now=now)
     return Registered(tenant, owner, minted, secret)
 
 
@@ -173,3 +191,7 @@ class Storage(keys.Storage, users.Storage, Protocol):
     def tenants(self) -> TenantShelf: ...
     @property
     def webhooks(self) -> WebhookShelf: ...
+    @property
+    def events(self) -> Events: ...
+    @property
+    def tasks(self) -> Tasks: ...

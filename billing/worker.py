@@ -1,4 +1,4 @@
-"""The worker: takes what is due, of any tenant, and does it in a few threads; any number of workers may run."""
+"""The worker: takes what is due in its queue, of any tenant, and does it in a few threads; any number may run."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import structlog
 from billing.clock import Clock
 from billing.errors import DatabaseUnavailable
 from billing.storage.store import Store
-from billing.tasks import Task
+from billing.tasks import Queue, Task
 
-POLLED_EVERY_SECONDS = 0.5
 # While the database is away it is asked less often.
 PATIENCE_SECONDS = 2.0
 
@@ -23,16 +22,27 @@ Job = Callable[[Task], None]
 
 
 class Worker:
-    """Does tasks, each by the job of its kind.
+    """Does the tasks of one queue, each by the job of its kind.
 
     A task that fails, or whose worker is killed, comes again when its lease ends: every job can be repeated.
     """
 
-    def __init__(self, store: Store, jobs: Mapping[str, Job], clock: Clock, *, threads: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        jobs: Mapping[str, Job],
+        clock: Clock,
+        *,
+        threads: int,
+        queue: Queue = "general",
+        polled_every_seconds: float = 0.5,
+    ) -> None:
         self._store = store
         self._jobs = jobs
         self._clock = clock
         self._threads = threads
+        self._queue = queue
+        self._polled_every_seconds = polled_every_seconds
         self._stopping = threading.Event()
 
     def stop(self) -> None:
@@ -49,7 +59,7 @@ class Worker:
                 done, busy = wait(busy, timeout=0)
                 report(done)
                 if not taken:
-                    self._stopping.wait(POLLED_EVERY_SECONDS)
+                    self._stopping.wait(self._polled_every_seconds)
         report(busy)
 
     def take(self, most: int) -> list[Task]:
@@ -57,7 +67,7 @@ class Worker:
         if most == 0:
             return []
         try:
-            return self._store.take_due(self._clock(), most=most)
+            return self._store.take_due(self._queue, self._clock(), most=most)
         except DatabaseUnavailable as error:
             log.warning(error.code(), cause=type(error.__cause__).__name__)
             self._stopping.wait(PATIENCE_SECONDS)

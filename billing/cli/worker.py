@@ -7,22 +7,32 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Self
 
 import click
 import structlog
 
-from billing import stripe_connect
+from billing import keys, stripe_connect, tenants
 from billing.cli.console import done, opened_store
 from billing.clock import utc_now
-from billing.connections import connections_of
+from billing.connections import connections_for
+from billing.deliveries import deliveries_for
+from billing.housekeeping import Housekeeping
 from billing.http import logs
 from billing.settings import Settings
 from billing.storage.store import Store
+from billing.webhooks.delivery import DELIVER
 from billing.worker import Job, Worker
 
-THREADS = 8
+GENERAL_THREADS = 8
+# One thread an endpoint, and more for what is in flight to it. Nearly all of them wait.
+ENDPOINT_THREADS = 128
+SENDING_THREADS = 256
+FAILING_THREADS = 32
+# Threads share them: they are in a transaction for a few milliseconds at a time.
+CONNECTIONS = 16
 # A task may ask Stripe twice, eight seconds each.
 END_SECONDS = 20
 FIRST_PAUSE_SECONDS = 1.0
@@ -36,8 +46,8 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.worke
 def worker(*, follow: bool) -> None:
     """Do what is done beside requests, until Ctrl-C or SIGTERM.
 
-    It tells Stripe of disconnections and looks after connected accounts. `billing serve` runs one beside the
-    API; any number may run, on any number of machines.
+    It delivers webhooks, tells Stripe of disconnections, looks after connected accounts, and forgets what is
+    old. `billing serve` runs one beside the API; any number may run, on any number of machines.
 
     \b
     Example:
@@ -45,31 +55,71 @@ def worker(*, follow: bool) -> None:
       billing worker
     """
     logs.configure(tty=sys.stderr.isatty())
-    with opened_store(connections=THREADS + 1) as (settings, store):
-        work = Worker(store, jobs(settings, store), utc_now, threads=THREADS)
+    with opened_store(connections=CONNECTIONS) as (settings, store):
+        crew = Crew(settings, store)
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: work.stop())
+            signal.signal(number, lambda *_: crew.stop())
         if follow:
-            threading.Thread(target=stop_at_end_of_input, args=(work,), daemon=True).start()
+            threading.Thread(target=stop_at_end_of_input, args=(crew,), daemon=True).start()
         else:
             done("The worker is running. Ctrl-C stops.")
-        work.run()
+        crew.run()
 
 
-def jobs(settings: Settings, store: Store) -> dict[str, Job]:
-    """What is done for each kind of task."""
-    connections = connections_of(settings, store, utc_now)
-    return {
-        stripe_connect.CHECK: connections.check,
-        stripe_connect.DEAUTHORIZE: connections.deauthorize,
-    }
+class Crew:
+    """A worker for each queue. Endpoints that fail have one of their own, so that the others need not wait."""
+
+    def __init__(self, settings: Settings, store: Store) -> None:
+        self._healthy = deliveries_for(settings, store, utc_now, threads=SENDING_THREADS)
+        self._failing = deliveries_for(settings, store, utc_now, threads=FAILING_THREADS)
+        connections, house = connections_for(settings, store, utc_now), Housekeeping(store, utc_now)
+        general: dict[str, Job] = {
+            stripe_connect.CHECK: connections.check,
+            stripe_connect.DEAUTHORIZE: connections.deauthorize,
+            keys.EXPIRING: house.tell_of_end,
+            tenants.HOUSEKEEPING: house.tidy,
+        }
+        self._workers = [
+            Worker(store, general, utc_now, threads=GENERAL_THREADS),
+            Worker(
+                store,
+                {DELIVER: self._healthy.deliver},
+                utc_now,
+                queue="webhooks",
+                threads=ENDPOINT_THREADS,
+                polled_every_seconds=0.2,
+            ),
+            Worker(
+                store,
+                {DELIVER: self._failing.deliver},
+                utc_now,
+                queue="failing_webhooks",
+                threads=FAILING_THREADS,
+            ),
+        ]
+
+    def run(self) -> None:
+        """Work until `stop`. If one worker fails all end, and whoever started us starts us again."""
+        with ThreadPoolExecutor(len(self._workers), thread_name_prefix="worker") as pool:
+            running = [pool.submit(worker.run) for worker in self._workers]
+            wait(running, return_when=FIRST_EXCEPTION)
+            self.stop()
+        for worker in running:
+            worker.result()
+
+    def stop(self) -> None:
+        """Take nothing more; what is in flight is finished."""
+        for deliveries in (self._healthy, self._failing):
+            deliveries.stop()
+        for worker in self._workers:
+            worker.stop()
 
 
-def stop_at_end_of_input(work: Worker) -> None:
+def stop_at_end_of_input(crew: Crew) -> None:
     """Stop when whoever started us closes our stdin, which the kernel does for one who was killed."""
     while os.read(sys.stdin.fileno(), 1):
         pass
-    work.stop()
+    crew.stop()
 
 
 class Companion:

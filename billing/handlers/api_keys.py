@@ -37,7 +37,7 @@ def regenerate_api_keys(
                 "message": "New keys are made.",
                 "keys": shapes.new_keys(renewal.new),
                 "warning": SHOWN_ONCE,
-                "previous": [shapes.previous_key(key) for key in renewal.previous],
+                "previous": [keys.ending_members(key) for key in renewal.previous],
             }
         )
 

@@ -8,29 +8,21 @@ from datetime import UTC, datetime
 from typing import Any
 
 from billing.connections import Departure, Seen
+from billing.deliveries import Report, error_of
 from billing.keys import ApiKey, NewKey
 from billing.security import Caller
 from billing.stripe_connect import MESSAGES, Connected, Requirements
-from billing.tenants import Registered, Tenant
+from billing.tenants import Registered, Tenant, public_members
 from billing.tokens import TokenPair
 from billing.users import User
+from billing.webhooks.delivery import Delivery, Stats
+from billing.webhooks.endpoints import Configured, Endpoint, Secret, previous_expiry
 
 Shape = dict[str, Any]
 
 
-def public_tenant(tenant: Tenant) -> Shape:
-    """What anyone may know who holds a publishable key."""
-    return {
-        "id": tenant.id,
-        "company_name": tenant.company_name,
-        "slug": tenant.slug,
-        "is_active": tenant.is_active,
-        "created_at": tenant.created_at,
-    }
-
-
 def tenant(tenant: Tenant) -> Shape:
-    return public_tenant(tenant) | {
+    return public_members(tenant) | {
         "email": tenant.email,
         "domain": tenant.domain,
         "webhook_url": tenant.webhook_url,
@@ -43,7 +35,7 @@ def tenant(tenant: Tenant) -> Shape:
 
 def tenant_for(caller: Caller) -> Shape:
     """The caller's tenant, as much of it as the credentials may see."""
-    return tenant(caller.tenant) if caller.sees_private_members else public_tenant(caller.tenant)
+    return tenant(caller.tenant) if caller.sees_private_members else public_members(caller.tenant)
 
 
 def registered_tenant(made: Registered) -> Shape:
@@ -115,10 +107,6 @@ def new_keys(minted: Sequence[NewKey]) -> Shape:
     }
 
 
-def previous_key(key: ApiKey) -> Shape:
-    return {"type": key.type, "mode": key.mode, "last4": key.last4, "expires_at": key.expires_at}
-
-
 # Stripe Connect ----------------------------------------------------------------------------------
 
 
@@ -139,7 +127,7 @@ def connected(connected: Connected) -> Shape:
         "message": "The Stripe account is connected.",
         "account_id": connected.connection.account.id,
         "status": connected.connection.status,
-        "tenant": public_tenant(connected.tenant),
+        "tenant": public_members(connected.tenant),
     }
 
 
@@ -176,3 +164,82 @@ def _requirements(asked: Requirements) -> Shape:
     deadline = asked.current_deadline
     at = None if deadline is None else datetime.fromtimestamp(deadline, UTC)
     return asdict(asked) | {"current_deadline": at}
+
+
+# Webhooks ----------------------------------------------------------------------------------------
+
+
+def webhook_config(
+    endpoint: Endpoint, secrets: Sequence[Secret], recent: Sequence[Delivery], stats: Stats, base_url: str
+) -> Shape:
+    """Where events go, and how it has been going."""
+    return {
+        "webhook_url": endpoint.url,
+        "webhook_secret": f"whsec_****...{secrets[0].last4}" if secrets else None,
+        "configured": endpoint.url is not None,
+        "event_types": endpoint.event_types,
+        "status": _webhook_status(endpoint),
+        "disabled_reason": endpoint.disabled_reason,
+        "failing_since": endpoint.failing_since,
+        "previous_secret_expires_at": previous_expiry(secrets),
+        "stats": asdict(stats),
+        "recent_deliveries": [delivery(one) for one in recent],
+        "instructions": {
+            "message": "Verify the signature of each event before you trust it.",
+            "signature_header": "webhook-signature",
+            "documentation": f"{base_url}/docs/",
+        },
+    }
+
+
+def webhook_configured(configured: Configured, base_url: str) -> Shape:
+    """The endpoint as it is now, with the secret if it was just made."""
+    endpoint = configured.endpoint
+    answer = {
+        "message": "The webhook is configured.",
+        "webhook_url": endpoint.url,
+        "event_types": endpoint.event_types,
+        "status": _webhook_status(endpoint),
+        "previous_secret_expires_at": configured.previous_secret_expires_at,
+        "test_url": f"{base_url}/api/v1/auth/tenants/webhooks/test/",
+    }
+    if configured.new_secret is None:
+        return answer
+    warning = "Store the secret now. It is not shown again."
+    return answer | {"webhook_secret": configured.new_secret, "warning": warning}
+
+
+def _webhook_status(endpoint: Endpoint) -> str:
+    return "active" if endpoint.is_active else "disabled"
+
+
+def delivery(delivery: Delivery) -> Shape:
+    return {
+        "id": delivery.id,
+        "event_type": delivery.event_type,
+        "status": delivery.status,
+        "attempts": delivery.attempts,
+        "http_status": delivery.http_status,
+        "error": delivery.error,
+        "duration_ms": delivery.duration_ms,
+        "next_attempt_at": delivery.next_attempt_at,
+        "created_at": delivery.created_at,
+    }
+
+
+def test_report(report: Report) -> Shape:
+    """What came of a test, for whoever builds the receiver."""
+    attempt = report.attempt
+    said = f"answered {attempt.http_status}" if attempt.http_status else "could not be reached"
+    return {
+        "message": f"The receiver {said}.",
+        "success": attempt.is_success,
+        "webhook_url": report.url,
+        "status_code": attempt.http_status,
+        "response_time_ms": attempt.duration_ms,
+        "response_body": attempt.body.decode(errors="replace").replace("\0", "\N{REPLACEMENT CHARACTER}")[
+            :500
+        ],
+        "error": error_of(attempt),
+        "event_sent": report.event_type,
+    }

@@ -1,23 +1,72 @@
-"""Webhooks: not built yet; the document has them whole."""
+"""Webhooks: where events go, how deliveries went, and a test of the receiver."""
 
 from __future__ import annotations
 
-from typing import NoReturn
+from datetime import timedelta
+from typing import Any
 
-from billing.errors import NotBuilt
+from billing.actors import Actor
+from billing.clock import Clock
+from billing.deliveries import Deliveries
+from billing.handlers import shapes
+from billing.http.lanes import Lane, runs_in
+from billing.http.replies import Reply, ok
+from billing.security import Caller
+from billing.storage.store import Store
+from billing.webhooks import endpoints
+from billing.webhooks.endpoints import UrlPolicy
+
+RECENT = 20
+DEFAULT_GRACE_SECONDS = 86400
+TEST_EVENT = "webhook.test"
 
 
-def get_webhook_config() -> NoReturn:
-    raise NotBuilt
+def get_webhook_config(*, caller: Caller, actor: Actor, store: Store, clock: Clock, base_url: str) -> Reply:
+    now = clock()
+    with store.tenant(caller.tenant_id, actor) as tx:
+        endpoint, secrets = tx.webhooks.find(), tx.webhooks.secrets(now)
+        recent, stats = tx.deliveries.recent(RECENT), tx.deliveries.stats(now)
+    return ok(shapes.webhook_config(endpoint, secrets, recent, stats, base_url))
 
 
-def configure_webhook() -> NoReturn:
-    raise NotBuilt
+def configure_webhook(
+    body: dict[str, Any],
+    *,
+    caller: Caller,
+    actor: Actor,
+    store: Store,
+    clock: Clock,
+    url_policy: UrlPolicy,
+    base_url: str,
+) -> Reply:
+    url = url_policy.check(body["webhook_url"])
+    with store.tenant(caller.tenant_id, actor, exclusive=True) as tx:
+        configured = endpoints.configure(
+            tx,
+            url=url,
+            event_types=body.get("event_types"),
+            regenerate_secret=body.get("regenerate_secret", False),
+            grace=timedelta(seconds=body.get("secret_grace_seconds", DEFAULT_GRACE_SECONDS)),
+            now=clock(),
+        )
+        return ok(shapes.webhook_configured(configured, base_url))
 
 
-def remove_webhook() -> NoReturn:
-    raise NotBuilt
+def remove_webhook(*, caller: Caller, actor: Actor, store: Store, clock: Clock) -> Reply:
+    with store.tenant(caller.tenant_id, actor, exclusive=True) as tx:
+        endpoints.remove(tx, now=clock())
+        return ok(
+            {
+                "message": "The webhook is removed.",
+                "note": "Nothing is sent any more. The secret is kept for when a URL is configured again.",
+            }
+        )
 
 
-def send_test_webhook() -> NoReturn:
-    raise NotBuilt
+@runs_in(Lane.WEBHOOKS)
+def send_test_webhook(body: dict[str, Any] | None, *, caller: Caller, deliveries: Deliveries) -> Reply:
+    asked = body or {}
+    report = deliveries.send_test(
+        caller.tenant_id, asked.get("event_type", TEST_EVENT), asked.get("test_data", {})
+    )
+    return ok(shapes.test_report(report))

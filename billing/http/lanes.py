@@ -1,8 +1,8 @@
-"""Where blocking work runs: a few threads for handlers, a few for finding callers, for passwords, for Stripe.
+"""Where blocking work runs: threads for handlers, for finding callers, for passwords, for Stripe, for receivers.
 
 bcrypt takes a quarter of a second of a core. In the threads that everything else needs, a login storm
 would stop everything else; here it queues for two seconds and is then told to come back. Stripe may take
-eight seconds to say nothing, which likewise must be nobody else's wait.
+eight seconds to say nothing, a tenant's receiver fifteen: likewise nobody else's wait.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 PASSWORD_THREADS = 2
 STRIPE_THREADS = 6
+WEBHOOK_THREADS = 4
 LONGEST_WAIT_SECONDS = 2
 
 
@@ -31,6 +32,7 @@ class Lane(enum.Enum):
     SECURITY = "security"
     PASSWORDS = "passwords"
     STRIPE = "stripe"
+    WEBHOOKS = "webhooks"
 
 
 def runs_in(lane: Lane) -> Callable[[Handler], Handler]:

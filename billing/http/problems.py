@@ -30,7 +30,6 @@ STATUSES: dict[type[BillingError], int] = {
     errors.RateLimited: 429,
     errors.RequestHeadersTooLarge: 431,
     errors.InternalError: 500,
-    errors.NotBuilt: 501,
     errors.StripeUnavailable: 502,
     errors.Unavailable: 503,
 }

@@ -5,19 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import datetime
 
+from sqlalchemy import literal, select
 from sqlalchemy.dialects.postgresql import insert
 
 from billing.ids import new_id
-from billing.storage.shelf import Shelf
-from billing.storage.tables import event_heads, events
-from billing.webhooks.events import envelope
+from billing.storage.shelf import Shelf, values_of
+from billing.storage.tables import deliveries, event_heads, events, webhook_endpoints
+from billing.storage.tasks import Tasks
+from billing.webhooks.delivery import DELIVER
+from billing.webhooks.events import Event, envelope
 
 
 class Events(Shelf):
     """What happened at one tenant, numbered without gaps."""
 
     def record(self, type: str, data: Mapping[str, object], *, livemode: bool = True, now: datetime) -> None:
-        """Keep an event; its bytes are made here, once, and are what is signed and sent."""
+        """Keep an event, and a delivery of it if there is an endpoint; whether that wants it is seen when sending."""
+        event = self.keep(type, data, livemode=livemode, now=now)
+        if self._add_delivery(event):
+            key = str(self._tenant_id)
+            Tasks(self._connection, self._tenant_id).add(
+                DELIVER, self._tenant_id, subject=key, due_at=now, now=now, queue="webhooks"
+            )
+
+    def keep(self, type: str, data: Mapping[str, object], *, livemode: bool, now: datetime) -> Event:
+        """Keep an event that nobody delivers; its bytes are made here, once, and are what is signed and sent."""
         event_id, sequence = new_id(), self._next_sequence()
         body = envelope(
             id=event_id,
@@ -28,8 +40,32 @@ class Events(Shelf):
             sequence=sequence,
             data=data,
         )
-        values = {"id": event_id, "sequence": sequence, "type": type, "created_at": now, "body": body}
-        self.insert(events, values)
+        event = Event(event_id, sequence, type, now, body)
+        self.insert(events, values_of(event, events))
+        return event
+
+    def _add_delivery(self, event: Event) -> bool:
+        listening = select(
+            webhook_endpoints.c.tenant_id,
+            *(literal(value) for value in (new_id(), event.id, event.type, "pending", 0)),
+            literal(event.created_at),
+            literal(event.created_at),
+        ).where(
+            self.mine(webhook_endpoints),
+            webhook_endpoints.c.url.is_not(None),
+            webhook_endpoints.c.disabled_reason.is_(None),
+        )
+        columns = [
+            "tenant_id",
+            "id",
+            "event_id",
+            "event_type",
+            "status",
+            "attempts",
+            "next_attempt_at",
+            "created_at",
+        ]
+        return self._connection.execute(insert(deliveries).from_select(columns, listening)).rowcount > 0
 
     def _next_sequence(self) -> int:
         # Inserting or updating, this locks the head until the end: a number is seen once, and none is skipped.

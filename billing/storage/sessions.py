@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from uuid import UUID
 
-from sqlalchemy import select
+from sqlalchemy import or_, select
 
 from billing.sessions import Session
 from billing.storage.shelf import Shelf, values_of
@@ -53,3 +53,8 @@ class Sessions(Shelf):
             .where(self.mine(sessions), sessions.c.user_id == user_id, sessions.c.ended_at.is_(None))
             .values(ended_at=now)
         )
+
+    def prune(self, before: datetime) -> None:
+        """Forget those that ended before."""
+        over = or_(sessions.c.ended_at < before, sessions.c.expires_at < before)
+        self._connection.execute(sessions.delete().where(self.mine(sessions), over))

@@ -15,6 +15,7 @@ from billing.errors import DatabaseUnavailable
 from billing.storage import schema
 from billing.storage.api_keys import ApiKeys
 from billing.storage.audit import AuditLog
+from billing.storage.deliveries import Deliveries
 from billing.storage.directory import Directory
 from billing.storage.events import Events
 from billing.storage.operator import Operator
@@ -25,7 +26,7 @@ from billing.storage.tasks import Tasks, take_due
 from billing.storage.tenants import Tenants
 from billing.storage.users import Users
 from billing.storage.webhooks import Webhooks
-from billing.tasks import Task
+from billing.tasks import Queue, Task
 
 POOL_WAIT_SECONDS = 3
 # Either kind of timeout alone hangs in a real partition: see docs/decisions.md.
@@ -68,6 +69,7 @@ class TenantTx:
         self.stripe = StripeConnect(connection, tenant_id)
         self.webhooks = Webhooks(connection, tenant_id, vault)
         self.events = Events(connection, tenant_id)
+        self.deliveries = Deliveries(connection, tenant_id)
         self.tasks = Tasks(connection, tenant_id)
         self.directory = Directory(connection, tenant_id)
         self.audit = AuditLog(connection, tenant_id, actor)
@@ -122,10 +124,10 @@ class Store:
             connection.execution_options(isolation_level="AUTOCOMMIT")
             yield Platform(connection)
 
-    def take_due(self, now: datetime, *, most: int) -> list[Task]:
+    def take_due(self, queue: Queue, now: datetime, *, most: int) -> list[Task]:
         """Tasks that are due, of any tenant, held until their lease ends; the first due come first."""
         with _in_our_words(), self._engine.begin() as connection:
-            return take_due(connection, now, most=most)
+            return take_due(connection, queue, now, most=most)
 
     @contextmanager
     def operator(self) -> Iterator[Operator]:

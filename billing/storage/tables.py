@@ -23,7 +23,7 @@ from sqlalchemy import (
     Uuid,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
 metadata = MetaData()
 
@@ -124,6 +124,11 @@ webhook_endpoints = Table(
     metadata,
     Column("tenant_id", Uuid, nullable=False),
     Column("url", Text),
+    # Those that are sent; none means all.
+    Column("event_types", ARRAY(Text), nullable=False),
+    Column("disabled_reason", Text),
+    _time("failing_since", nullable=True),
+    Column("failed_events", Integer, nullable=False),
     _time("updated_at"),
     PrimaryKeyConstraint("tenant_id"),
     ForeignKeyConstraint(["tenant_id"], ["tenants.id"]),
@@ -251,6 +256,32 @@ events = Table(
     Index("events_in_order", "tenant_id", "sequence", unique=True),
 )
 
+deliveries = Table(
+    "deliveries",
+    metadata,
+    Column("tenant_id", Uuid, nullable=False),
+    Column("id", Uuid, nullable=False),
+    Column("event_id", Uuid, nullable=False),
+    Column("event_type", Text, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    _time("next_attempt_at", nullable=True),
+    Column("http_status", Integer),
+    Column("error", Text),
+    Column("duration_ms", Integer),
+    _time("created_at"),
+    _time("settled_at", nullable=True),
+    PrimaryKeyConstraint("tenant_id", "id"),
+    ForeignKeyConstraint(["tenant_id", "event_id"], ["events.tenant_id", "events.id"]),
+    CheckConstraint("status IN ('pending', 'delivered', 'failed')", name="deliveries_status"),
+    CheckConstraint(
+        "(status = 'pending') = (next_attempt_at IS NOT NULL)", name="deliveries_due_while_pending"
+    ),
+    Index("deliveries_due", "tenant_id", "next_attempt_at", postgresql_where=text("status = 'pending'")),
+    Index("deliveries_settled", "tenant_id", "settled_at", postgresql_where=text("status <> 'pending'")),
+    Index("deliveries_of_event", "tenant_id", "event_id"),
+)
+
 tasks = Table(
     "tasks",
     metadata,
@@ -258,11 +289,16 @@ tasks = Table(
     Column("kind", Text, nullable=False),
     Column("id", Uuid, nullable=False),
     Column("subject", Text, nullable=False),
+    # Which of the workers' threads do it.
+    Column("queue", Text, nullable=False),
     _time("created_at"),
-    # While a worker holds the task, the end of its lease.
     _time("due_at"),
+    _time("leased_until", nullable=True),
+    # Raised by whoever takes the task: who lost its lease changes nothing.
     Column("attempts", Integer, nullable=False),
+    # Raised by whoever asks for it again: who does it meanwhile must not think that it is done.
+    Column("revision", Integer, nullable=False),
     PrimaryKeyConstraint("tenant_id", "kind", "id"),
     ForeignKeyConstraint(["tenant_id"], ["tenants.id"]),
-    Index("tasks_due", "due_at"),
+    Index("tasks_due", "queue", "due_at"),
 )

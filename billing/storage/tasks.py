@@ -5,31 +5,45 @@ from __future__ import annotations
 from datetime import datetime
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Connection, and_
+from sqlalchemy import ColumnElement, Connection, and_, case, func
 from sqlalchemy.dialects.postgresql import insert
 
-from billing.storage.shelf import Shelf
+from billing.storage.shelf import Shelf, columns_of
 from billing.storage.tables import tasks
-from billing.tasks import LEASE, Task
+from billing.tasks import LEASE, Queue, Task
 
-TAKE = (
-    "SELECT tenant_id, kind, id, subject, created_at, attempts "
-    "FROM app.take_tasks(%(now)s, %(leased_until)s, %(most)s)"
-)
+FIELDS = ", ".join(column.name for column in columns_of(Task, tasks))
+TAKE = f"SELECT {FIELDS} FROM app.take_tasks(%(queue)s, %(now)s, %(until)s, %(most)s)"
 
 
 class Tasks(Shelf):
     """What is to be done for one tenant."""
 
-    def add(self, kind: str, id: UUID, *, subject: str, due_at: datetime, now: datetime) -> None:
-        """Have the worker do something; one that was added already is due at the new time."""
-        values = {"kind": kind, "id": id, "subject": subject, "created_at": now, "due_at": due_at}
-        new = insert(tasks).values(tenant_id=self._tenant_id, attempts=0, **values)
-        self._connection.execute(
-            new.on_conflict_do_update(
-                index_elements=[tasks.c.tenant_id, tasks.c.kind, tasks.c.id], set_={"due_at": due_at}
-            )
+    def add(
+        self,
+        kind: str,
+        id: UUID,
+        *,
+        subject: str,
+        due_at: datetime,
+        now: datetime,
+        queue: Queue = "general",
+    ) -> None:
+        """Have the worker do something. One that was added already is done at the earlier of the two times."""
+        new = insert(tasks).values(
+            tenant_id=self._tenant_id,
+            kind=kind,
+            id=id,
+            subject=subject,
+            queue=queue,
+            created_at=now,
+            due_at=due_at,
+            attempts=0,
+            revision=0,
         )
+        again = {"due_at": func.least(tasks.c.due_at, due_at), "revision": tasks.c.revision + 1}
+        key = [tasks.c.tenant_id, tasks.c.kind, tasks.c.id]
+        self._connection.execute(new.on_conflict_do_update(index_elements=key, set_=again))
 
     def drop(self, kind: str, *, subject: str) -> None:
         """Have the worker leave it. One that is doing it at this moment will not do it again."""
@@ -37,22 +51,33 @@ class Tasks(Shelf):
             tasks.delete().where(self.mine(tasks), tasks.c.kind == kind, tasks.c.subject == subject)
         )
 
-    def finish(self, task: Task) -> bool:
-        """Done, for good; False if the lease was lost, or the task dropped."""
-        return self._connection.execute(tasks.delete().where(self._held(task))).rowcount > 0
+    def finish(self, task: Task) -> None:
+        """Done for good, unless it was asked for again meanwhile."""
+        self._connection.execute(tasks.delete().where(self._held(task), tasks.c.revision == task.revision))
+        self._release(task, task.created_at)
 
-    def postpone(self, task: Task, due_at: datetime) -> bool:
-        """Let go of it until then; False as with `finish`."""
-        again = tasks.update().where(self._held(task)).values(due_at=due_at)
-        return self._connection.execute(again).rowcount > 0
+    def postpone(self, task: Task, due_at: datetime, *, queue: Queue | None = None) -> None:
+        """Let go of it until then, or sooner if it was asked for again meanwhile; perhaps for another queue."""
+        self._release(task, due_at, queue=queue or task.queue)
+
+    def _release(self, task: Task, due_at: datetime, *, queue: Queue | None = None) -> None:
+        is_as_taken = tasks.c.revision == task.revision
+        self._connection.execute(
+            tasks.update()
+            .where(self._held(task))
+            .values(
+                leased_until=None,
+                due_at=case((is_as_taken, due_at), else_=func.least(tasks.c.due_at, due_at)),
+                queue=queue or task.queue,
+            )
+        )
 
     def _held(self, task: Task) -> ColumnElement[bool]:
-        # Whoever takes a task raises `attempts`: a worker that lost its lease changes nothing.
         same = and_(tasks.c.kind == task.kind, tasks.c.id == task.id, tasks.c.attempts == task.attempts)
         return and_(self.mine(tasks), same)
 
 
-def take_due(connection: Connection, now: datetime, *, most: int) -> list[Task]:
+def take_due(connection: Connection, queue: Queue, now: datetime, *, most: int) -> list[Task]:
     """Take what is due, of any tenant, for as long as the lease; what others hold is passed over."""
-    parameters = {"now": now, "leased_until": now + LEASE, "most": most}
+    parameters = {"queue": queue, "now": now, "until": now + LEASE, "most": most}
     return [Task(*row) for row in connection.exec_driver_sql(TAKE, parameters)]

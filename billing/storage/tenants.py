@@ -49,6 +49,10 @@ class Tenants(Shelf):
     def set_active(self, is_active: bool, now: datetime) -> None:
         self._update(is_active=is_active, updated_at=now)
 
+    def touch(self, now: datetime) -> None:
+        """Something changed that is shown with the tenant, but kept elsewhere."""
+        self._update(updated_at=now)
+
     def set_stripe(self, account_id: str | None, status: str, now: datetime) -> None:
         self._update(stripe_account_id=account_id, stripe_status=status, updated_at=now)
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Row, delete, or_, select, update
 
 from billing.encryption import Vault
 from billing.ids import new_id
-from billing.storage.shelf import Shelf
+from billing.storage.shelf import Shelf, columns_of, values_of
 from billing.storage.tables import webhook_endpoints, webhook_secrets
+from billing.webhooks.endpoints import Endpoint, Secret
+
+COLUMNS = columns_of(Endpoint, webhook_endpoints)
+SECRET_COLUMNS = columns_of(Secret, webhook_secrets)
 
 
 class Webhooks(Shelf):
-    """One endpoint, and a current secret sealed to its row."""
+    """One endpoint, a current secret sealed to its row, and the one before while it counts."""
 
     def __init__(self, connection: Connection, tenant_id: UUID, vault: Vault) -> None:
         super().__init__(connection, tenant_id)
@@ -22,8 +28,70 @@ class Webhooks(Shelf):
 
     def open(self, url: str | None, secret: str, *, now: datetime) -> None:
         """Make the tenant's endpoint, with its first secret."""
-        self.insert(webhook_endpoints, {"url": url, "updated_at": now})
-        secret_id = new_id()
-        sealed = self._vault.seal(secret, place=f"webhook_secrets/{self._tenant_id}/{secret_id}")
-        values = {"id": secret_id, "sealed": sealed, "last4": secret[-4:], "created_at": now}
+        endpoint = Endpoint(url)
+        self.insert(webhook_endpoints, values_of(endpoint, webhook_endpoints) | {"updated_at": now})
+        self.add_secret(secret, now)
+
+    def find(self, *, lock: bool = False) -> Endpoint:
+        """The endpoint; every tenant has one, with or without a URL. Locked, nobody else changes it."""
+        query = select(*COLUMNS).where(self.mine(webhook_endpoints))
+        row = self._connection.execute(query.with_for_update() if lock else query).one()
+        endpoint = Endpoint(*row)
+        return replace(endpoint, event_types=tuple(endpoint.event_types))
+
+    def keep(self, endpoint: Endpoint, now: datetime) -> None:
+        values = values_of(endpoint, webhook_endpoints) | {"event_types": list(endpoint.event_types)}
+        self._connection.execute(
+            update(webhook_endpoints).where(self.mine(webhook_endpoints)).values(**values, updated_at=now)
+        )
+
+    def add_secret(self, text: str, now: datetime) -> None:
+        """Keep a secret, which is the current one from now on."""
+        secret = Secret(new_id(), text[-4:], None)
+        values = values_of(secret, webhook_secrets)
+        values |= {"sealed": self._seal(secret.id, text), "created_at": now}
         self.insert(webhook_secrets, values)
+
+    def retire_secrets(self, now: datetime, *, expires_at: datetime) -> None:
+        """Let the current secret end then, and those before it now."""
+        mine = update(webhook_secrets).where(self.mine(webhook_secrets))
+        self._connection.execute(mine.where(webhook_secrets.c.expires_at > now).values(expires_at=now))
+        current = mine.where(webhook_secrets.c.expires_at.is_(None))
+        self._connection.execute(current.values(expires_at=expires_at))
+
+    def secrets(self, now: datetime) -> list[Secret]:
+        """Those that count now, without their text: the current one first."""
+        return [Secret(row.id, row.last4, row.expires_at) for row in self._living(now)]
+
+    def signing_secrets(self, now: datetime) -> list[str]:
+        """The texts of those that count now: the current one first."""
+        return [self._open(row) for row in self._living(now)]
+
+    def tidy_secrets(self, now: datetime) -> None:
+        """Forget those that ended, and seal the others with the first encryption key where they are not."""
+        ended = webhook_secrets.c.expires_at <= now
+        self._connection.execute(delete(webhook_secrets).where(self.mine(webhook_secrets), ended))
+        for row in self._living(now):
+            if not self._vault.is_current(row.sealed):
+                same = update(webhook_secrets).where(
+                    self.mine(webhook_secrets), webhook_secrets.c.id == row.id
+                )
+                self._connection.execute(same.values(sealed=self._seal(row.id, self._open(row))))
+
+    def _living(self, now: datetime) -> list[Row[Any]]:
+        counts = or_(webhook_secrets.c.expires_at.is_(None), webhook_secrets.c.expires_at > now)
+        rows = self._connection.execute(
+            select(webhook_secrets.c.sealed, *SECRET_COLUMNS)
+            .where(self.mine(webhook_secrets), counts)
+            .order_by(webhook_secrets.c.expires_at.desc().nulls_first())
+        )
+        return list(rows)
+
+    def _seal(self, id: UUID, text: str) -> str:
+        return self._vault.seal(text, place=self._place(id))
+
+    def _open(self, row: Row[Any]) -> str:
+        return self._vault.open(row.sealed, place=self._place(row.id))
+
+    def _place(self, id: UUID) -> str:
+        return f"webhook_secrets/{self._tenant_id}/{id}"

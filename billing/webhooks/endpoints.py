@@ -1,4 +1,4 @@
-"""Which URLs may be a webhook endpoint: public host names over https.
+"""A tenant's webhook endpoint: which URLs may be one, how it is configured, and when it is given up.
 
 What a name resolves to is looked at when it is called, not here: only there it cannot change in between.
 """
@@ -6,11 +6,18 @@ What a name resolves to is looked at when it is called, not here: only there it 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
 from ipaddress import ip_address
+from typing import Literal, Protocol
 from urllib.parse import SplitResult, urlsplit
+from uuid import UUID
 
-from billing.errors import WebhookUrlRefused
+from billing.errors import WebhookNotConfigured, WebhookUrlRefused
+from billing.ports import Audit, Events, Tasks
+from billing.webhooks.delivery import DELIVER, failing_too_long
+from billing.webhooks.signing import new_secret
 
 LONGEST = 2048
 LONGEST_NAME = 253
@@ -18,6 +25,9 @@ LONGEST_NAME = 253
 LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 PORTS = {None, 443, 8443}
 LOCAL_NAMES = ("localhost", "local", "internal")
+
+
+# URLs --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -75,3 +85,175 @@ def _is_address(host: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+# Endpoints ---------------------------------------------------------------------------------------
+
+DISABLED = "webhook.disabled"
+DisabledReason = Literal["failing", "gone"]
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a tenant's events go, which (none named means all), and how it has been going."""
+
+    url: str | None
+    event_types: tuple[str, ...] = ()
+    disabled_reason: DisabledReason | None = None
+    failing_since: datetime | None = None
+    failed_events: int = 0
+
+    @property
+    def is_active(self) -> bool:
+        return self.url is not None and self.disabled_reason is None
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The types of events that are sent, none for all. That it is disabled an endpoint is always told."""
+        return (*self.event_types, DISABLED) if self.event_types else ()
+
+    def after(self, *, delivered: int, failed: int, first_failures: int, now: datetime) -> Endpoint:
+        """The endpoint after some attempts: one that succeeds forgives all before it."""
+        if delivered:
+            return replace(self, failing_since=None, failed_events=0)
+        if not failed:
+            return self
+        if self.failing_since is None:
+            return replace(self, failing_since=now, failed_events=failed)
+        return replace(self, failed_events=self.failed_events + first_failures)
+
+
+@dataclass(frozen=True)
+class Secret:
+    """One that signs what is sent, without its text; `expires_at` is None for the current one."""
+
+    id: UUID
+    last4: str
+    expires_at: datetime | None
+
+
+@dataclass(frozen=True)
+class Configured:
+    """The endpoint as it is now. A secret just made is shown now and never again."""
+
+    endpoint: Endpoint
+    new_secret: str | None = field(repr=False)
+    previous_secret_expires_at: datetime | None
+
+
+def configure(
+    tx: Storage,
+    *,
+    url: str,
+    event_types: Sequence[str] | None,
+    regenerate_secret: bool,
+    grace: timedelta,
+    now: datetime,
+) -> Configured:
+    """Send the tenant's events to this URL from now on; what was pending goes there too.
+
+    An endpoint that was disabled is tried again. The secret is a new one if that is asked for; until the grace is
+    over the one before it signs too.
+    """
+    before = tx.webhooks.find(lock=True)
+    types = before.event_types if event_types is None else tuple(event_types)
+    endpoint = Endpoint(url, types)
+    is_as_it_was = before == replace(
+        endpoint, failing_since=before.failing_since, failed_events=before.failed_events
+    )
+    text = _renew_secret(tx, now, grace=grace) if regenerate_secret or not tx.webhooks.secrets(now) else None
+    if not is_as_it_was:
+        tx.webhooks.keep(endpoint, now)
+        tx.tenants.touch(now)
+        tx.tasks.add(DELIVER, tx.tenant_id, subject=str(tx.tenant_id), due_at=now, now=now, queue="webhooks")
+    if text is not None or not is_as_it_was:
+        tx.audit.record("webhook.configured", now=now, details={"new_secret": text is not None})
+    return Configured(tx.webhooks.find(), text, previous_expiry(tx.webhooks.secrets(now)))
+
+
+def _renew_secret(tx: Storage, now: datetime, *, grace: timedelta) -> str:
+    tx.webhooks.retire_secrets(now, expires_at=now + grace)
+    text = new_secret()
+    tx.webhooks.add_secret(text, now)
+    return text
+
+
+def previous_expiry(secrets: Sequence[Secret]) -> datetime | None:
+    """Until when the secret before the current one signs too, if it does."""
+    return next((secret.expires_at for secret in secrets if secret.expires_at is not None), None)
+
+
+def remove(tx: Storage, *, now: datetime) -> bool:
+    """Send nothing any more, and give up what is pending; False if there was no URL. The secret is kept."""
+    before = tx.webhooks.find(lock=True)
+    if before.url is None:
+        return False
+    tx.webhooks.keep(Endpoint(None, before.event_types), now)
+    tx.deliveries.cancel("cancelled", now)
+    tx.tenants.touch(now)
+    tx.audit.record("webhook.removed", now=now)
+    return True
+
+
+def require_url(endpoint: Endpoint) -> str:
+    """Where events go; raises `WebhookNotConfigured`."""
+    if endpoint.url is None:
+        raise WebhookNotConfigured
+    return endpoint.url
+
+
+def disable(tx: Storage, endpoint: Endpoint, reason: DisabledReason, *, now: datetime) -> None:
+    """Send nothing more to an endpoint that does not take it, but for the news of that. What is pending is kept.
+
+    The caller holds the endpoint's lock.
+    """
+    since = None if reason == "gone" else endpoint.failing_since
+    data = {"webhook_url": endpoint.url, "disabled_reason": reason, "failing_since": since}
+    tx.events.record(DISABLED, data, now=now)
+    tx.webhooks.keep(replace(endpoint, disabled_reason=reason), now)
+    tx.audit.record("webhook.disabled", reason=reason, now=now)
+
+
+def reason_to_disable(endpoint: Endpoint, *, gone: bool, now: datetime) -> DisabledReason | None:
+    """Why to give the endpoint up, if there is a reason."""
+    if gone:
+        return "gone"
+    too_long = failing_too_long(
+        failing_since=endpoint.failing_since, failed_events=endpoint.failed_events, now=now
+    )
+    return "failing" if too_long else None
+
+
+class WebhookShelf(Protocol):
+    def find(self, *, lock: bool = False) -> Endpoint: ...
+    def keep(self, endpoint: Endpoint, now: datetime) -> None: ...
+    def secrets(self, now: datetime) -> list[Secret]: ...
+    def add_secret(self, text: str, now: datetime) -> None: ...
+    def retire_secrets(self, now: datetime, *, expires_at: datetime) -> None: ...
+
+
+class DeliveryShelf(Protocol):
+    def cancel(self, error: str, now: datetime) -> None: ...
+
+
+class TenantShelf(Protocol):
+    def touch(self, now: datetime) -> None: ...
+
+
+class Storage(Protocol):
+    """What this chapter asks of storage, inside one transaction of one tenant."""
+
+    @property
+    def tenant_id(self) -> UUID: ...
+    @property
+    def tenants(self) -> TenantShelf: ...
+    @property
+    def webhooks(self) -> WebhookShelf: ...
+    @property
+    def deliveries(self) -> DeliveryShelf: ...
+    @property
+    def events(self) -> Events: ...
+    @property
+    def tasks(self) -> Tasks: ...
+    @property
+    def audit(self) -> Audit: ...

@@ -22,6 +22,17 @@ class EventType:
     summary: str
 
 
+@dataclass(frozen=True)
+class Event:
+    """Something that happened; `body` is its envelope, the bytes that are signed and sent."""
+
+    id: UUID
+    sequence: int
+    type: str
+    created_at: datetime
+    body: bytes
+
+
 CATALOGUE = (
     EventType("tenant.registered", "A tenant was registered"),
     EventType("user.password_changed", "A user changed the password"),

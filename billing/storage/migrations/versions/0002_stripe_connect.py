@@ -81,27 +81,34 @@ CREATE TABLE tasks (
     kind text NOT NULL,
     id uuid NOT NULL,
     subject text NOT NULL,
+    queue text NOT NULL,
     created_at timestamptz NOT NULL,
     due_at timestamptz NOT NULL,
+    leased_until timestamptz,
     attempts integer NOT NULL DEFAULT 0,
+    revision integer NOT NULL DEFAULT 0,
     PRIMARY KEY (tenant_id, kind, id)
 );
-CREATE INDEX tasks_due ON tasks (due_at);
+CREATE INDEX tasks_due ON tasks (queue, due_at);
 """
 
 # The one thing that may be asked across tenants: what is due. It tells whose, and nothing of theirs.
 TAKE_TASKS = """
-CREATE FUNCTION app.take_tasks(at timestamptz, leased_until timestamptz, most integer)
-    RETURNS TABLE (tenant_id uuid, kind text, id uuid, subject text, created_at timestamptz, attempts integer)
+CREATE FUNCTION app.take_tasks(wanted text, at timestamptz, until timestamptz, most integer)
+    RETURNS TABLE (
+        tenant_id uuid, kind text, id uuid, subject text, queue text, created_at timestamptz,
+        attempts integer, revision integer
+    )
     LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
     AS $$
         WITH due AS MATERIALIZED (
             SELECT d.tenant_id, d.kind, d.id FROM public.tasks d
-            WHERE d.due_at <= at ORDER BY d.due_at LIMIT most FOR UPDATE SKIP LOCKED
+            WHERE d.queue = wanted AND d.due_at <= at AND (d.leased_until IS NULL OR d.leased_until <= at)
+            ORDER BY d.due_at LIMIT most FOR UPDATE SKIP LOCKED
         )
-        UPDATE public.tasks t SET due_at = leased_until, attempts = t.attempts + 1 FROM due
+        UPDATE public.tasks t SET leased_until = until, attempts = t.attempts + 1 FROM due
         WHERE t.tenant_id = due.tenant_id AND t.kind = due.kind AND t.id = due.id
-        RETURNING t.tenant_id, t.kind, t.id, t.subject, t.created_at, t.attempts
+        RETURNING t.tenant_id, t.kind, t.id, t.subject, t.queue, t.created_at, t.attempts, t.revision
     $$;
 
 REVOKE ALL ON FUNCTION app.take_tasks FROM PUBLIC;
@@ -109,7 +116,7 @@ GRANT EXECUTE ON FUNCTION app.take_tasks TO billing_app;
 GRANT CREATE ON SCHEMA app TO billing_lookup;
 ALTER FUNCTION app.take_tasks OWNER TO billing_lookup;
 REVOKE CREATE ON SCHEMA app FROM billing_lookup;
-GRANT SELECT, UPDATE (due_at, attempts) ON tasks TO billing_lookup;
+GRANT SELECT, UPDATE (leased_until, attempts) ON tasks TO billing_lookup;
 CREATE POLICY worker ON tasks TO billing_lookup USING (true) WITH CHECK (true);
 """
 

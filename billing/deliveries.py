@@ -1,0 +1,239 @@
+"""Deliveries: an endpoint's due events, sent a few at a time with no transaction open, and what came of them."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import UUID
+
+from billing.clock import Clock
+from billing.ids import new_id
+from billing.settings import Settings
+from billing.storage.store import Store, TenantTx
+from billing.tasks import Task
+from billing.webhooks import endpoints
+from billing.webhooks.delivery import Begun, Delivery, Outcome, Settled, Verdict, judge
+from billing.webhooks.egress import Attempt, Egress
+from billing.webhooks.endpoints import DISABLED, Endpoint, UrlPolicy
+from billing.webhooks.events import Event
+from billing.webhooks.signing import signed_headers
+
+# What a worker takes of an endpoint at once. The last is begun so early that the lease outlasts it.
+BATCH = 64
+BEGUN_WITHIN_SECONDS = 30
+# How much of it is in flight: one at first, then twice as much each time it went well. However many endpoints
+# die, each holds one thread and not many.
+IN_FLIGHT = 16
+# What ends about together is kept in one transaction.
+GATHERED_SECONDS = 0.02
+MOST_PROVEN = 10_000
+
+JITTER = random.SystemRandom()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is to be sent to an endpoint now, and what signs it."""
+
+    tenant_id: UUID
+    endpoint: Endpoint
+    url: str
+    secrets: Sequence[str]
+    begun: Sequence[Begun]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came of a test."""
+
+    url: str
+    event_type: str
+    attempt: Attempt
+
+
+class Deliveries:
+    """Sends events to tenants' endpoints, each endpoint by one worker at a time, which the task's lease sees to."""
+
+    def __init__(self, store: Store, egress: Egress, clock: Clock, *, threads: int) -> None:
+        self._store = store
+        self._egress = egress
+        self._clock = clock
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="delivery")
+        self._stopping = threading.Event()
+        # Endpoints whose last batch went well.
+        self._proven: set[UUID] = set()
+
+    def stop(self) -> None:
+        """Begin nothing more; what is in flight is settled, and the rest goes back."""
+        self._stopping.set()
+
+    def deliver(self, task: Task) -> None:
+        """Send what is due to one tenant's endpoint, and say when there will be more."""
+        batch = self._begin(task.tenant_id)
+        rest = self._send(batch)
+        with self._store.tenant(task.tenant_id) as tx:
+            if rest:
+                tx.deliveries.give_back(rest)
+            _schedule(tx, task)
+
+    def _begin(self, tenant_id: UUID) -> Batch:
+        now = self._clock()
+        with self._store.tenant(tenant_id) as tx:
+            endpoint = tx.webhooks.find()
+            if endpoint.url is None:
+                return Batch(tenant_id, endpoint, "", (), ())
+            if endpoint.wanted:
+                tx.deliveries.drop_unwanted(endpoint.wanted)
+            begun = tx.deliveries.begin(now, only=_only(endpoint), most=BATCH)
+            secrets = tx.webhooks.signing_secrets(now) if begun else ()
+            return Batch(tenant_id, endpoint, endpoint.url, secrets, begun)
+
+    def _send(self, batch: Batch) -> list[Begun]:
+        """Send a batch and settle it; returns what was not begun, because it is no use or we are to stop."""
+        waiting, flying = deque(batch.begun), dict[Future[Attempt], Begun]()
+        window, until = self._first_window(batch.tenant_id), time.monotonic() + BEGUN_WITHIN_SECONDS
+        while flying or (waiting and window and not self._stopping.is_set()):
+            while waiting and len(flying) < window and not self._stopping.is_set():
+                begun = waiting.popleft()
+                flying[self._pool.submit(self._attempt, batch.url, batch.secrets, begun)] = begun
+            ended = [(flying.pop(future), future.result()) for future in _gathered(flying)]
+            went_well = self._settle(batch, ended) and time.monotonic() < until
+            window = min(2 * window, IN_FLIGHT) if went_well else 0
+        self._remember(batch.tenant_id, went_well=window > 0)
+        return list(waiting)
+
+    def _first_window(self, tenant_id: UUID) -> int:
+        return IN_FLIGHT if tenant_id in self._proven else 1
+
+    def _remember(self, tenant_id: UUID, *, went_well: bool) -> None:
+        if not went_well:
+            self._proven.discard(tenant_id)
+        elif len(self._proven) < MOST_PROVEN:
+            self._proven.add(tenant_id)
+
+    def _attempt(self, url: str, secrets: Sequence[str], begun: Begun) -> Attempt:
+        headers = signed_headers(secrets, id=str(begun.event_id), at=self._clock(), body=begun.body)
+        return self._egress.send(url, begun.body, {"Content-Type": "application/json", **headers})
+
+    def _settle(self, batch: Batch, ended: Sequence[tuple[Begun, Attempt]]) -> bool:
+        """Keep how attempts went, for them and for the endpoint; whether it is worth while to go on."""
+        now = self._clock()
+        settled = [_settled(begun, attempt, batch.endpoint, now) for begun, attempt in ended]
+        gone = any(attempt.http_status == 410 for _, attempt in ended)
+        all_delivered = all(one.status == "delivered" for one in settled)
+        with self._store.tenant(batch.tenant_id) as tx:
+            tx.deliveries.settle(settled)
+            if not all_delivered or batch.endpoint.failing_since is not None:
+                self._note(tx, batch.url, settled, gone=gone)
+        return all_delivered
+
+    def _note(self, tx: TenantTx, url: str, settled: Sequence[Settled], *, gone: bool) -> None:
+        now = self._clock()
+        endpoint = tx.webhooks.find(lock=True)
+        if endpoint.url != url or not endpoint.is_active:
+            return  # What failed is not what is configured now.
+        failed = [one for one in settled if one.status != "delivered"]
+        first_failures = sum(one.attempt == 1 for one in failed)
+        after = endpoint.after(
+            delivered=len(settled) - len(failed), failed=len(failed), first_failures=first_failures, now=now
+        )
+        tx.webhooks.keep(after, now)
+        if reason := endpoints.reason_to_disable(after, gone=gone, now=now):
+            endpoints.disable(tx, after, reason, now=now)
+
+    # Tests -----------------------------------------------------------------------------------------
+
+    def send_test(self, tenant_id: UUID, event_type: str, data: dict[str, object]) -> Report:
+        """Send one event now, and never again; raises `WebhookNotConfigured`."""
+        now = self._clock()
+        with self._store.tenant(tenant_id) as tx:
+            url = endpoints.require_url(tx.webhooks.find())
+            secrets = tx.webhooks.signing_secrets(now)
+            event = tx.events.keep(event_type, data, livemode=False, now=now)
+        begun = Begun(new_id(), event.id, event.type, 1, event.body)
+        attempt = self._attempt(url, secrets, begun)
+        with self._store.tenant(tenant_id) as tx:
+            tx.deliveries.add(_tested(begun, event, attempt, self._clock()))
+        return Report(url, event_type, attempt)
+
+
+def _only(endpoint: Endpoint) -> str | None:
+    """The one type of event that an endpoint still gets which is disabled: the news of that."""
+    return None if endpoint.disabled_reason is None else DISABLED
+
+
+def _gathered(flying: Iterable[Future[Attempt]]) -> set[Future[Attempt]]:
+    """What has ended, once something has: and what ends just after it."""
+    flying = list(flying)
+    wait(flying, return_when=FIRST_COMPLETED)
+    return wait(flying, timeout=GATHERED_SECONDS).done
+
+
+def _settled(begun: Begun, attempt: Attempt, endpoint: Endpoint, now: datetime) -> Settled:
+    outcome = Outcome(attempt.http_status, attempt.error, attempt.retry_after)
+    verdict = judge(begun.attempt, outcome, now, jitter=JITTER.uniform(-1, 1))
+    if verdict.status == "pending" and endpoint.disabled_reason is not None:
+        verdict = Verdict("failed")  # The news that it is disabled: tried once, and then there is silence.
+    return Settled(
+        begun.id,
+        begun.attempt,
+        verdict.status,
+        verdict.next_attempt_at,
+        attempt.http_status,
+        error_of(attempt),
+        attempt.duration_ms,
+        None if verdict.status == "pending" else now,
+    )
+
+
+def error_of(attempt: Attempt) -> str | None:
+    """The word for why an attempt failed, None if it did not."""
+    if attempt.http_status is None or attempt.is_success:
+        return attempt.error
+    return "bad_status"
+
+
+def _schedule(tx: TenantTx, task: Task) -> None:
+    """Let go of an endpoint until its next attempt is due. One that fails waits in a queue of such."""
+    endpoint = tx.webhooks.find()
+    due_at = tx.deliveries.next_due(only=_only(endpoint)) if endpoint.url else None
+    if due_at is None:
+        tx.tasks.finish(task)
+    else:
+        is_failing = endpoint.failing_since is not None
+        tx.tasks.postpone(task, due_at, queue="failing_webhooks" if is_failing else "webhooks")
+
+
+def _tested(begun: Begun, event: Event, attempt: Attempt, now: datetime) -> Delivery:
+    return Delivery(
+        id=begun.id,
+        event_id=event.id,
+        event_type=event.type,
+        status="delivered" if attempt.is_success else "failed",
+        attempts=1,
+        next_attempt_at=None,
+        http_status=attempt.http_status,
+        error=error_of(attempt),
+        duration_ms=attempt.duration_ms,
+        created_at=event.created_at,
+        settled_at=now,
+    )
+
+
+def policy_for(settings: Settings) -> UrlPolicy:
+    """Which URLs this installation calls."""
+    return UrlPolicy(
+        allow_http=settings.webhook_allow_http, allow_localhost=bool(settings.webhook_allow_cidrs)
+    )
+
+
+def deliveries_for(settings: Settings, store: Store, clock: Clock, *, threads: int) -> Deliveries:
+    """Deliveries as this installation's settings allow them, so many at once."""
+    egress = Egress(policy_for(settings), settings.webhook_allow_cidrs)
+    return Deliveries(store, egress, clock, threads=threads)

@@ -1,0 +1,37 @@
+"""Housekeeping: what is done for a tenant by and by, whether anybody calls or not."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from uuid import UUID
+
+from billing import keys, tenants
+from billing.clock import Clock
+from billing.storage.store import Store
+from billing.tasks import Task
+
+# How long deliveries and their events, and sessions that ended, can be looked at.
+KEPT = timedelta(days=30)
+
+
+class Housekeeping:
+    """The worker's small jobs."""
+
+    def __init__(self, store: Store, clock: Clock) -> None:
+        self._store = store
+        self._clock = clock
+
+    def tidy(self, task: Task) -> None:
+        """Forget what is old, and seal again what an old encryption key sealed."""
+        now = self._clock()
+        with self._store.tenant(task.tenant_id) as tx:
+            tx.deliveries.prune(now - KEPT)
+            tx.sessions.prune(now - KEPT)
+            tx.webhooks.tidy_secrets(now)
+            tx.tasks.postpone(task, now + tenants.TIDIED_EVERY)
+
+    def tell_of_end(self, task: Task) -> None:
+        """Tell of an API key that is about to end."""
+        with self._store.tenant(task.tenant_id, exclusive=True) as tx:
+            keys.tell_of_end(tx, UUID(task.subject), now=self._clock())
+            tx.tasks.finish(task)

@@ -1,0 +1,142 @@
+"""The shelf of a tenant's deliveries: what is on its way to the endpoint, and how it went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from datetime import datetime, timedelta
+from uuid import UUID
+
+from sqlalchemy import ColumnElement, and_, delete, func, select, true, update
+
+from billing.storage.shelf import Shelf, columns_of, values_of
+from billing.storage.tables import deliveries, events
+from billing.webhooks.delivery import Begun, Delivery, Settled, Stats
+
+COLUMNS = columns_of(Delivery, deliveries)
+DAY = timedelta(hours=24)
+IS_PENDING = deliveries.c.status == "pending"
+
+# One message for all that ended about together. What was begun again meanwhile stays as it is.
+SETTLE = """
+UPDATE deliveries SET
+    status = s.status, next_attempt_at = s.next_attempt_at, http_status = s.http_status, error = s.error,
+    duration_ms = s.duration_ms, settled_at = s.settled_at
+FROM unnest(
+    %(id)s::uuid[], %(attempt)s::int[], %(status)s::text[], %(next_attempt_at)s::timestamptz[],
+    %(http_status)s::int[], %(error)s::text[], %(duration_ms)s::int[], %(settled_at)s::timestamptz[]
+) AS s (id, attempt, status, next_attempt_at, http_status, error, duration_ms, settled_at)
+WHERE deliveries.tenant_id = %(tenant_id)s AND deliveries.id = s.id
+    AND deliveries.attempts = s.attempt AND deliveries.status = 'pending'
+"""
+
+
+class Deliveries(Shelf):
+    """What goes, or went, to one tenant's endpoint."""
+
+    def add(self, delivery: Delivery) -> None:
+        self.insert(deliveries, values_of(delivery, deliveries))
+
+    def begin(self, now: datetime, *, only: str | None, most: int) -> list[Begun]:
+        """Count one more attempt of what is due, the first due first, and get what is to be sent.
+
+        `only` leaves out every other type of event.
+        """
+        due = select(deliveries.c.id).where(self._pending(only), deliveries.c.next_attempt_at <= now)
+        first = due.order_by(deliveries.c.next_attempt_at).limit(most).with_for_update().cte("due")
+        same_event = and_(events.c.tenant_id == deliveries.c.tenant_id, events.c.id == deliveries.c.event_id)
+        begun = self._connection.execute(
+            update(deliveries)
+            .where(self.mine(deliveries), deliveries.c.id == first.c.id, same_event)
+            .values(attempts=deliveries.c.attempts + 1)
+            .returning(
+                deliveries.c.id,
+                deliveries.c.event_id,
+                deliveries.c.event_type,
+                deliveries.c.attempts,
+                events.c.body,
+            )
+        )
+        return [Begun(*row) for row in begun]
+
+    def give_back(self, begun: Sequence[Begun]) -> None:
+        """Not to count attempts that were not made after all."""
+        ids = [one.id for one in begun]
+        self._connection.execute(
+            update(deliveries)
+            .where(self.mine(deliveries), deliveries.c.id.in_(ids), IS_PENDING)
+            .values(attempts=deliveries.c.attempts - 1)
+        )
+
+    def settle(self, settled: Sequence[Settled]) -> None:
+        """Keep how attempts went."""
+        columns = {field.name: [getattr(one, field.name) for one in settled] for field in fields(Settled)}
+        columns["id"] = [str(one.id) for one in settled]
+        self._connection.exec_driver_sql(SETTLE, {**columns, "tenant_id": str(self._tenant_id)})
+
+    def next_due(self, *, only: str | None) -> datetime | None:
+        """When the next attempt is due, None if there is none to come."""
+        found: datetime | None = self._connection.scalar(
+            select(func.min(deliveries.c.next_attempt_at)).where(self._pending(only))
+        )
+        return found
+
+    def drop_unwanted(self, wanted: Sequence[str]) -> None:
+        """Forget what is pending of other types of events than these."""
+        self._connection.execute(
+            delete(deliveries).where(self._pending(None), deliveries.c.event_type.not_in(wanted))
+        )
+
+    def cancel(self, error: str, now: datetime) -> None:
+        """Give up all that is pending."""
+        self._connection.execute(
+            update(deliveries)
+            .where(self._pending(None))
+            .values(status="failed", error=error, next_attempt_at=None, settled_at=now)
+        )
+
+    def replay(self, event_ids: Sequence[UUID], now: datetime) -> None:
+        """Have deliveries that ended begin anew."""
+        self._connection.execute(
+            update(deliveries)
+            .where(self.mine(deliveries), deliveries.c.event_id.in_(event_ids), ~IS_PENDING)
+            .values(status="pending", next_attempt_at=now, attempts=0, settled_at=None)
+        )
+
+    def recent(self, most: int) -> list[Delivery]:
+        """The last ones, newest first."""
+        rows = self._connection.execute(
+            select(*COLUMNS).where(self.mine(deliveries)).order_by(deliveries.c.id.desc()).limit(most)
+        )
+        return [Delivery(*row) for row in rows]
+
+    def stats(self, now: datetime) -> Stats:
+        """How many there are, and how many ended within a day."""
+        lately = deliveries.c.settled_at > now - DAY
+        count = func.count()
+        row = self._connection.execute(
+            select(
+                count.filter(lately, deliveries.c.status == "delivered"),
+                count.filter(lately, deliveries.c.status == "failed"),
+                count.filter(IS_PENDING),
+            ).where(self.mine(deliveries), IS_PENDING | lately)
+        ).one()
+        return Stats(*row)
+
+    def prune(self, before: datetime) -> None:
+        """Forget what ended before, and the events that nothing is left of."""
+        self._connection.execute(
+            delete(deliveries).where(self.mine(deliveries), ~IS_PENDING, deliveries.c.settled_at < before)
+        )
+        is_needed = (
+            select(deliveries.c.id)
+            .where(deliveries.c.tenant_id == events.c.tenant_id, deliveries.c.event_id == events.c.id)
+            .exists()
+        )
+        self._connection.execute(
+            delete(events).where(self.mine(events), events.c.created_at < before, ~is_needed)
+        )
+
+    def _pending(self, only: str | None) -> ColumnElement[bool]:
+        of_type = true() if only is None else deliveries.c.event_type == only
+        return and_(self.mine(deliveries), IS_PENDING, of_type)

@@ -1,0 +1,172 @@
+"""What follows from an attempt to deliver an event: that it arrived, when to try again, or to give up."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from http import HTTPStatus
+from typing import Literal
+from uuid import UUID
+
+# The task of delivering what a tenant's endpoint is to get.
+DELIVER = "webhook.deliver"
+
+# How long before each attempt, from the attempt before it; Standard Webhooks 1.0 suggests these.
+RETRY_DELAYS = (
+    timedelta(0),
+    timedelta(seconds=5),
+    timedelta(minutes=5),
+    timedelta(minutes=30),
+    timedelta(hours=2),
+    timedelta(hours=5),
+    timedelta(hours=10),
+    timedelta(hours=14),
+    timedelta(hours=20),
+    timedelta(hours=24),
+)
+JITTER = 0.2
+LONGEST_STRETCH = 2
+BREATHER = timedelta(seconds=60)
+
+TOO_LONG = timedelta(days=5)
+TOO_MANY = 10
+
+TIMEOUT = "timeout"
+
+Status = Literal["pending", "delivered", "failed"]
+
+# Ten digits are three hundred years, and no overflow.
+DELAY_SECONDS = re.compile(r"[0-9]{1,10}", re.ASCII)
+# RFC 9110, 5.6.7. Its two obsolete forms are not read: who sends them loses a wish, and no event.
+HTTP_DATE = "%a, %d %b %Y %H:%M:%S GMT"
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """An event on its way to the tenant's endpoint. `attempts` are those begun, `duration_ms` is the last one's."""
+
+    id: UUID
+    event_id: UUID
+    event_type: str
+    status: Status
+    attempts: int
+    next_attempt_at: datetime | None
+    http_status: int | None
+    error: str | None
+    duration_ms: int | None
+    created_at: datetime
+    settled_at: datetime | None = None
+
+
+@dataclass(frozen=True)
+class Begun:
+    """An attempt about to be made, the first being number 1; `body` is the event's."""
+
+    id: UUID
+    event_id: UUID
+    event_type: str
+    attempt: int
+    body: bytes
+
+
+@dataclass(frozen=True)
+class Settled:
+    """How an attempt went, and what follows. `settled_at` is None while there will be another."""
+
+    id: UUID
+    attempt: int
+    status: Status
+    next_attempt_at: datetime | None
+    http_status: int | None
+    error: str | None
+    duration_ms: int
+    settled_at: datetime | None
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Numbers of deliveries, those that ended in the last 24 hours and those that have not ended."""
+
+    delivered_24h: int
+    failed_24h: int
+    pending: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of an attempt: the receiver's status, or the word for why there is none.
+
+    `error` is one of the words that the document lists, such as `timeout`; `retry_after` is that header as it
+    was sent.
+    """
+
+    http_status: int | None
+    error: str | None = None
+    retry_after: str | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to do next. `gone` is a receiver that wants no more events: its endpoint is disabled at once."""
+
+    status: Status
+    next_attempt_at: datetime | None = None
+    gone: bool = False
+
+
+def judge(attempt_number: int, outcome: Outcome, now: datetime, *, jitter: float) -> Verdict:
+    """What follows from the outcome of an attempt, the first being number 1.
+
+    Any 2xx is a success, whatever became of the rest of the answer; all else, a redirect too, is a failure.
+    The next attempt is due after the longest of three waits: the delay of `RETRY_DELAYS`, changed by jitter;
+    what `Retry-After` asks for, held between one and two of those delays; and, after 429 or a timeout, 60
+    seconds. So jitter brings nothing forward that was asked for, and Retry-After never shortens a wait.
+    `jitter` is from -1 to 1, and stands for up to 20 % less or more.
+    """
+    if outcome.http_status is not None and 200 <= outcome.http_status <= 299:
+        return Verdict("delivered")
+    if outcome.http_status == HTTPStatus.GONE:
+        return Verdict("failed", gone=True)
+    if attempt_number >= len(RETRY_DELAYS):
+        return Verdict("failed")
+    delay = RETRY_DELAYS[attempt_number]
+    return Verdict(
+        "pending", now + max(_jittered(delay, jitter), _asked(outcome, delay, now), _rest(outcome))
+    )
+
+
+def failing_too_long(*, failing_since: datetime | None, failed_events: int, now: datetime) -> bool:
+    """Whether to disable an endpoint: for 5 days every attempt has failed, those of 10 events or more.
+
+    `failing_since` is the first failure after the last success, None if the last attempt succeeded;
+    `failed_events` are the events that met a failure since then. Few events say little: one that cannot be
+    taken is no reason to keep the others back.
+    """
+    return failing_since is not None and now - failing_since >= TOO_LONG and failed_events >= TOO_MANY
+
+
+def _jittered(delay: timedelta, jitter: float) -> timedelta:
+    return delay * (1 + JITTER * jitter)
+
+
+def _asked(outcome: Outcome, delay: timedelta, now: datetime) -> timedelta:
+    wait = _wait_of(outcome.retry_after or "", now)
+    return timedelta(0) if wait is None else min(max(wait, delay), LONGEST_STRETCH * delay)
+
+
+def _rest(outcome: Outcome) -> timedelta:
+    tired = outcome.http_status == HTTPStatus.TOO_MANY_REQUESTS or outcome.error == TIMEOUT
+    return BREATHER if tired else timedelta(0)
+
+
+def _wait_of(retry_after: str, now: datetime) -> timedelta | None:
+    """What the header asks for, None where it is not exactly one of its two forms (RFC 9110, 10.2.3)."""
+    if DELAY_SECONDS.fullmatch(retry_after):
+        return timedelta(seconds=int(retry_after))
+    try:
+        moment = datetime.strptime(retry_after, HTTP_DATE).replace(tzinfo=UTC)
+    except ValueError:
+        return None
+    # strptime lets a wrong weekday, single digits and small letters pass; strftime writes none of them.
+    return moment - now if moment.strftime(HTTP_DATE) == retry_after else None

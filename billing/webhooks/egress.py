@@ -1,0 +1,195 @@
+"""The one way out to a tenant's URL: to public addresses only, within 15 seconds and 64 KiB.
+
+A tenant chooses where we call, so we are asked for what only we can reach (OWASP: server-side request forgery).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv6Address, ip_network
+from typing import Literal
+
+import requests
+
+from billing.errors import WebhookUrlRefused
+from billing.outbound import (
+    Address,
+    AddressRefused,
+    ConnectFailed,
+    ConnectionBroken,
+    DeadlineExceeded,
+    NameUnknown,
+    OutboundError,
+    Resolver,
+    ResponseTooLarge,
+    Session,
+    SharedTrust,
+    TlsFailed,
+)
+from billing.settings import Network
+from billing.webhooks.endpoints import UrlPolicy
+
+USER_AGENT = "billing-webhooks/1"
+# An HTTP date has 29 characters (RFC 9110, 5.6.7).
+LONGEST_RETRY_AFTER = 64
+
+# IANA, IPv4 Special-Purpose Address Registry; multicast; and one that is public, yet each virtual machine's own.
+REFUSED_IPV4 = (
+    "0.0.0.0/8",  # This network
+    "10.0.0.0/8",  # Private
+    "100.64.0.0/10",  # Carrier-grade NAT; 100.100.100.200 is Alibaba's metadata
+    "127.0.0.0/8",  # Loopback
+    "168.63.129.16/32",  # Azure's platform, as seen from its machines
+    "169.254.0.0/16",  # Link-local; 169.254.169.254 is most clouds' metadata
+    "172.16.0.0/12",  # Private
+    "192.0.0.0/24",  # Protocol assignments; 192.0.0.192 is Oracle's metadata
+    "192.0.2.0/24",  # Documentation
+    "192.31.196.0/24",  # AS112
+    "192.52.193.0/24",  # Automatic multicast tunnelling
+    "192.88.99.0/24",  # 6to4 relays
+    "192.168.0.0/16",  # Private
+    "192.175.48.0/24",  # AS112
+    "198.18.0.0/15",  # Benchmarking
+    "198.51.100.0/24",  # Documentation
+    "203.0.113.0/24",  # Documentation
+    "224.0.0.0/4",  # Multicast
+    "240.0.0.0/4",  # Reserved, and broadcast
+)
+# All that is global unicast (RFC 4291). Outside of it: ::1, fe80::/10, fc00::/7, ff00::/8, and IPv4 dressed up as
+# mapped (::ffff:0:0/96), translated (::ffff:0:0:0/96), compatible (::/96) and NAT64 (64:ff9b::/96, 64:ff9b:1::/48).
+GLOBAL_IPV6 = "2000::/3"
+# IANA, IPv6 Special-Purpose Address Registry: what of it lies in there.
+REFUSED_IPV6 = (
+    "2001::/23",  # Protocol assignments: Teredo, benchmarking, AMT, AS112, ORCHID, ORCHIDv2, drones
+    "2001:db8::/32",  # Documentation
+    "2002::/16",  # 6to4: an IPv4 address in it
+    "2620:4f:8000::/48",  # AS112
+    "3ffe::/16",  # 6bone, given back (RFC 3701)
+    "3fff::/20",  # Documentation
+)
+_REFUSED = tuple(ip_network(text) for text in (*REFUSED_IPV4, *REFUSED_IPV6))
+_GLOBAL_IPV6 = ip_network(GLOBAL_IPV6)
+
+Failure = Literal["refused_url", "connection_failed", "tls_failed", "timeout", "connection_broken"]
+"""Why there is no answer, as a tenant may be told.
+
+- `refused_url`: the URL is not one we call (see `UrlPolicy`).
+- `connection_failed`: the name is unknown, has an address that we do not call, or none took the connection. One
+  class for the three, or our answers would be a map of the network we stand in.
+- `tls_failed`: no TLS with a certificate that is good for the name.
+- `timeout`: the answer was not whole in time, be it that it never came or that it dripped.
+- `connection_broken`: the connection ended before the answer was whole, or the answer was no HTTP/1.1, or had a head of
+  more than 64 KiB.
+"""
+FAILURES: dict[type[OutboundError], Failure] = {
+    AddressRefused: "connection_failed",
+    NameUnknown: "connection_failed",
+    ConnectFailed: "connection_failed",
+    TlsFailed: "tls_failed",
+    DeadlineExceeded: "timeout",
+    ConnectionBroken: "connection_broken",
+    ResponseTooLarge: "connection_broken",
+}
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What came of one sending: either `http_status` or `error` is None.
+
+    `body` is its beginning, as it came. `retry_after` is the header as it came, if it has at most 64 characters.
+    """
+
+    http_status: int | None
+    error: Failure | None
+    duration_ms: int
+    body: bytes = b""
+    retry_after: str | None = None
+
+    @property
+    def is_success(self) -> bool:
+        """Any 2xx, and nothing else, not even a redirect."""
+        return self.http_status is not None and 200 <= self.http_status <= 299
+
+
+class Egress:
+    """Sends to tenants' URLs, from any number of threads.
+
+    `allow_networks` opens networks that are no public ones, for development. Each form of an address counts for itself:
+    `localhost` is `127.0.0.0/8` and mostly `::1/128` too, and either alone does not open a name that has both.
+    `connect_seconds` bounds the lookup and each connection, `total_seconds` all of a sending. Of an answer's body
+    `read_bytes` are read, so that most receivers get to its end, and `keep_bytes` kept.
+    """
+
+    def __init__(
+        self,
+        policy: UrlPolicy,
+        allow_networks: Sequence[Network] = (),
+        connect_seconds: float = 5,
+        total_seconds: float = 15,
+        read_bytes: int = 64 * 1024,
+        keep_bytes: int = 4 * 1024,
+    ) -> None:
+        self._policy = policy
+        self._allow_networks = tuple(allow_networks)
+        self._connect_seconds = connect_seconds
+        self._total_seconds = total_seconds
+        self._read_bytes = read_bytes
+        self._keep_bytes = keep_bytes
+        self._resolver = Resolver()
+        self._trust = SharedTrust()
+
+    def permitted(self, address: Address) -> bool:
+        """Whether the address may be called: a public one, or one in `allow_networks`."""
+        return is_public(address) or any(address in network for network in self._allow_networks)
+
+    def send(self, url: str, body: bytes, headers: Mapping[str, str]) -> Attempt:
+        """POST the body once. Whatever the receiver does is in what is returned, and raises nothing."""
+        began = time.monotonic()
+        try:
+            response = self._post(self._policy.check(url), body, headers)
+        except (WebhookUrlRefused, requests.exceptions.InvalidURL):
+            return Attempt(None, "refused_url", _milliseconds_since(began))
+        except OutboundError as error:
+            return Attempt(None, FAILURES[type(error)], _milliseconds_since(began))
+        return Attempt(
+            response.status_code,
+            None,
+            _milliseconds_since(began),
+            response.content[: self._keep_bytes],
+            _retry_after(response),
+        )
+
+    def _post(self, url: str, body: bytes, headers: Mapping[str, str]) -> requests.Response:
+        with self._session() as session:
+            return session.post(url, data=body, headers={**headers, "User-Agent": USER_AGENT})
+
+    def _session(self) -> Session:
+        # A new one each time: nothing of one tenant's receiver is left for another's.
+        return Session(
+            connect_seconds=self._connect_seconds,
+            total_seconds=self._total_seconds,
+            max_bytes=self._read_bytes,
+            cut=True,
+            permitted=self.permitted,
+            resolver=self._resolver,
+            trust=self._trust,
+            connections=1,
+        )
+
+
+def is_public(address: Address) -> bool:
+    """Whether the address is global unicast, of no special purpose and with no IPv4 address in it."""
+    if isinstance(address, IPv6Address) and address not in _GLOBAL_IPV6:
+        return False
+    return not any(address in network for network in _REFUSED)
+
+
+def _milliseconds_since(began: float) -> int:
+    return round((time.monotonic() - began) * 1000)
+
+
+def _retry_after(response: requests.Response) -> str | None:
+    given = response.headers.get("Retry-After")
+    return given if given and len(given) <= LONGEST_RETRY_AFTER else None

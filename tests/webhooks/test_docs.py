@@ -1,0 +1,339 @@
+"""docs/webhooks.md: its tables say what the code does, and its snippets are run word for word."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from billing.ids import new_id
+from billing.webhooks.delivery import LONGEST_STRETCH, RETRY_DELAYS
+from billing.webhooks.events import CATALOGUE, envelope
+from billing.webhooks.signing import new_secret, signed_headers
+from tests.answers import DOCUMENT
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs/webhooks.md").read_text()
+NODE_MODULES = Path(__file__).parent / "js/node_modules"
+
+NO_MATCH, UNTIMELY = "No matching signature found", "Message timestamp too"
+
+
+# The page ----------------------------------------------------------------------------------------
+
+
+def section(heading: str) -> str:
+    """What stands behind a heading, up to the next one of any depth. A shell's comment is no heading."""
+    found = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#+ [A-Z]|\Z)", PAGE, re.DOTALL | re.MULTILINE)
+    assert found is not None, f"no heading {heading}"
+    return found[1]
+
+
+def snippets(heading: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", section(heading), re.DOTALL)
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The cells of the table behind a heading, without its head."""
+    lines = re.findall(r"^\| (.*) \|$", section(heading), re.MULTILINE)
+    return [line.split(" | ") for line in lines[1:]]
+
+
+# Tables ------------------------------------------------------------------------------------------
+
+
+def test_the_events_are_those_of_the_catalogue() -> None:
+    assert rows("Events") == [[f"`{one.name}`", one.summary] for one in CATALOGUE]
+
+
+def test_the_members_are_those_of_the_envelope() -> None:
+    body = envelope(**event("webhook.test", {}))
+    assert [name.strip("`") for name, _ in rows("The envelope")] == list(json.loads(body))
+
+
+def test_the_retries_are_those_of_the_code() -> None:
+    assert rows("Retries") == [[str(n), in_words(delay)] for n, delay in enumerate(RETRY_DELAYS, start=1)]
+    total = sum(RETRY_DELAYS, timedelta())
+    assert timedelta(days=3) < total < timedelta(days=3, hours=6), "a little over three days"
+    assert total * LONGEST_STRETCH < timedelta(days=7), "for how long to keep ids"
+
+
+def in_words(delay: timedelta) -> str:
+    for unit in ("hours", "minutes", "seconds"):
+        count = delay / timedelta(**{unit: 1})
+        if count >= 1:
+            return f"{count:g} {unit}"
+    return "at once"
+
+
+def test_the_headers_are_those_that_are_sent() -> None:
+    sent = signed_headers([new_secret()], id="1", at=datetime.now(UTC), body=b"")
+    assert [name.strip("`") for name, _ in rows("Verify a signature")] == list(sent)
+
+
+def test_the_grace_period_is_the_documents() -> None:
+    grace = DOCUMENT["components"]["schemas"]["ConfigureWebhookRequest"]["properties"]["secret_grace_seconds"]
+    assert (grace["default"], grace["maximum"]) == (24 * 3600, 7 * 24 * 3600)
+    assert "(24 hours if you don't say, at most 7 days)" in section("Rotate the secret")
+
+
+def test_the_vectors_are_what_the_code_makes() -> None:
+    said = {name.replace("`", ""): value.strip("`") for name, value in rows("Test vectors")}
+    secrets = {"": [said["secret"]], " by both": [said["second secret"], said["secret"]]}
+    for whose, signers in secrets.items():
+        at = datetime.fromtimestamp(int(said["webhook-timestamp"]), UTC)
+        made = signed_headers(signers, id=said["webhook-id"], at=at, body=said["body"].encode())
+        for name in ("webhook-signature", "X-Webhook-Signature"):
+            assert said[name + whose] == made[name]
+    assert base64.b64decode(said["second secret"].removeprefix("whsec_")) == bytes(range(32))
+
+
+# A delivery --------------------------------------------------------------------------------------
+
+
+def event(type: str, data: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "id": new_id(),
+        "type": type,
+        "created_at": datetime.now(UTC),
+        "tenant_id": new_id(),
+        "livemode": True,
+        "sequence": 41,
+        "data": data,
+    }
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What a receiver gets, and the secret that it holds."""
+
+    secret: str
+    body: bytes
+    headers: dict[str, str]
+
+
+def delivered(*, age: timedelta = timedelta(0), secrets: tuple[str, ...] = (), holds: int = 0) -> Delivery:
+    """A delivery made by our own code, to a receiver who holds one of the secrets."""
+    said = event("user.password_changed", {"email": "zoë@acme.example"})
+    secrets = secrets or (new_secret(),)
+    body = envelope(**said)
+    headers = signed_headers(secrets, id=str(said["id"]), at=datetime.now(UTC) - age, body=body)
+    lower = {name.lower(): value for name, value in headers.items()}
+    return Delivery(secrets[holds], body, lower | {"content-type": "application/json"})
+
+
+@pytest.fixture
+def good() -> Delivery:
+    """Made for each test: a delivery is believed for 5 minutes."""
+    return delivered()
+
+
+def believed(good: Delivery) -> dict[str, Delivery]:
+    two = (new_secret(), new_secret())
+    signature = good.headers["webhook-signature"]
+    return {
+        "one secret": good,
+        "rotation, new": delivered(secrets=two),
+        "rotation, old": delivered(secrets=two, holds=1),
+        "a scheme of later": with_header(good, "webhook-signature", f"v2,AAAA {signature}"),
+    }
+
+
+def forged(good: Delivery) -> dict[str, Delivery]:
+    return {
+        "changed body": replace(good, body=good.body.replace(b"acme", b"evil")),
+        "longer body": replace(good, body=good.body + b" "),
+        "other id": with_header(good, "webhook-id", "another"),
+        "other signature": with_header(good, "webhook-signature", delivered().headers["webhook-signature"]),
+        "shortened": with_header(good, "webhook-signature", good.headers["webhook-signature"][:-4]),
+    }
+
+
+def untimely(good: Delivery) -> dict[str, Delivery]:
+    return {
+        f"{minutes} minutes old": delivered(age=timedelta(minutes=minutes), secrets=(good.secret,))
+        for minutes in (6, -6)
+    }
+
+
+def with_header(delivery: Delivery, name: str, value: str) -> Delivery:
+    return replace(delivery, headers={**delivery.headers, name: value})
+
+
+# Python and JavaScript ---------------------------------------------------------------------------
+
+
+PYTHON = """
+import sys
+print(event_of(sys.stdin.buffer.read(), json.loads(sys.argv[1]))["data"]["email"])
+"""
+JAVASCRIPT = """
+import { readFileSync } from "node:fs";
+console.log(eventOf(readFileSync(0), JSON.parse(process.argv[2])).data.email);
+"""
+SNIPPETS = [
+    ("Python, with `pip install standardwebhooks`", "python"),
+    ("Python, by hand", "python"),
+    ("JavaScript, with `npm install standardwebhooks`", "js"),
+    ("JavaScript, by hand", "js"),
+]
+in_each_language = pytest.mark.parametrize(("heading", "language"), SNIPPETS, ids=[h for h, _ in SNIPPETS])
+
+
+def node() -> str:
+    """The command, where JavaScript is to be tried."""
+    if os.environ.get("BILLING_TESTS_WITHOUT_NODE") == "1":
+        pytest.skip("BILLING_TESTS_WITHOUT_NODE=1")
+    found = shutil.which("node")
+    if found is None or not NODE_MODULES.exists():
+        pytest.fail("No Node.js or its packages: `make node`, or BILLING_TESTS_WITHOUT_NODE=1 to go without.")
+    return found
+
+
+def command(heading: str, language: str, place: Path) -> list[str]:
+    """The snippet as a program: the body on stdin and the headers as its argument."""
+    (code,) = snippets(heading, language)
+    if language == "python":
+        return [sys.executable, "-c", f"import json\n{code}{PYTHON}"]
+    program = [node(), str(place / "receiver.mjs")]
+    (place / "receiver.mjs").write_text(code + JAVASCRIPT)
+    (place / "node_modules").symlink_to(NODE_MODULES)
+    return program
+
+
+def received(program: list[str], delivery: Delivery) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [*program, json.dumps(delivery.headers)],
+        input=delivery.body,
+        capture_output=True,
+        env={**os.environ, "WEBHOOK_SECRET": delivery.secret, "PYTHONUTF8": "1"},
+        timeout=60,
+    )
+
+
+@in_each_language
+def test_a_snippet_believes_us_and_nobody_else(
+    heading: str, language: str, good: Delivery, tmp_path: Path
+) -> None:
+    program = command(heading, language, tmp_path)
+    for name, delivery in believed(good).items():
+        done = received(program, delivery)
+        assert done.stdout.decode() == "zoë@acme.example\n", (name, done.stderr.decode())
+    for deliveries, reason in ((forged(good), NO_MATCH), (untimely(good), UNTIMELY)):
+        for name, delivery in deliveries.items():
+            done = received(program, delivery)
+            assert (done.stdout, done.returncode != 0) == (b"", True), name
+            assert reason in done.stderr.decode(), name
+
+
+# A shell -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def openssl() -> None:
+    if os.environ.get("BILLING_TESTS_WITHOUT_OPENSSL") == "1":
+        pytest.skip("BILLING_TESTS_WITHOUT_OPENSSL=1")
+    if shutil.which("openssl") is None:
+        pytest.fail("No openssl: `make openssl`, or BILLING_TESTS_WITHOUT_OPENSSL=1 to go without.")
+
+
+def checked(given: str, place: Path) -> tuple[int, str, str]:
+    """What the shell says of a delivery that another piece of shell has set up."""
+    _, check = snippets("A shell, with openssl", "sh")
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", given + check],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return done.returncode, done.stdout.strip(), done.stderr.strip()
+
+
+@pytest.mark.usefixtures("openssl")
+def test_the_shell_believes_the_published_vector(tmp_path: Path) -> None:
+    given, _ = snippets("A shell, with openssl", "sh")
+    assert checked(given, tmp_path) == (0, "good", "")
+    assert given.count("2432232314") == 1
+    assert checked(given.replace("2432232314", "2432232315"), tmp_path) == (1, "", NO_MATCH)
+
+
+@pytest.mark.usefixtures("openssl")
+def test_the_shell_believes_us_and_nobody_else(good: Delivery, tmp_path: Path) -> None:
+    for name, delivery in believed(good).items():
+        assert checked(set_up(delivery, tmp_path), tmp_path) == (0, "good", ""), name
+    for name, delivery in forged(good).items():
+        assert checked(set_up(delivery, tmp_path), tmp_path) == (1, "", NO_MATCH), name
+
+
+def set_up(delivery: Delivery, place: Path) -> str:
+    (place / "body.json").write_bytes(delivery.body)
+    names = {"id": "webhook-id", "timestamp": "webhook-timestamp", "signatures": "webhook-signature"}
+    assigned = "".join(f"{name}='{delivery.headers[header]}'\n" for name, header in names.items())
+    return f"WEBHOOK_SECRET='{delivery.secret}'\n{assigned}"
+
+
+# On your own machine -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def receiver(good: Delivery) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The receiver of the recipe, at a port that is free; it holds the secret of `good`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (code,) = snippets("On your own machine", "python")
+    with subprocess.Popen(
+        [sys.executable, "-c", code.replace("9000", str(port))],
+        env={**os.environ, "WEBHOOK_SECRET": good.secret, "PYTHONUTF8": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        encoding="utf-8",
+    ) as process:
+        try:
+            wait_for(port)
+            yield f"http://127.0.0.1:{port}/", process
+        finally:
+            process.kill()
+
+
+def wait_for(port: int) -> None:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        with socket.socket() as attempt:
+            if attempt.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    pytest.fail("the receiver does not listen")
+
+
+def test_the_receiver_of_the_recipe(receiver: tuple[str, subprocess.Popen[str]], good: Delivery) -> None:
+    url, process = receiver
+    bad = {**forged(good), **untimely(good), "no form": with_header(good, "webhook-signature", "v1")}
+    for name, delivery in bad.items():
+        answer = requests.post(url, data=delivery.body, headers=delivery.headers, timeout=10)
+        assert answer.status_code == 400, name
+    assert requests.post(url, data=good.body, headers=good.headers, timeout=10).status_code == 204
+    assert process.stdout is not None
+    assert process.stdout.readline() == "41 user.password_changed {'email': 'zoë@acme.example'}\n"
+
+
+def test_every_snippet_of_the_page_is_known_here() -> None:
+    """One more block in the page is one that nobody runs yet. Two of the recipe start the server and call it."""
+    languages = re.findall(r"^```(\w+)$", PAGE, re.MULTILINE)
+    assert sorted(languages) == ["js"] * 2 + ["python"] * 3 + ["sh"] * 4
