@@ -7,6 +7,9 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 WORKERS ?= 2
 JS     := tests/webhooks/js
 
+# Webhooks may go to this machine, and in clear. Production refuses both settings.
+OPEN_LOOPBACK := WEBHOOK_ALLOW_CIDRS=127.0.0.0/8,::1/128 WEBHOOK_ALLOW_HTTP=on
+
 LOCK := $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes \
         --no-emit-index-url --no-emit-find-links --no-header -q pyproject.toml --extra build
 
@@ -16,8 +19,9 @@ LOCK := $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashe
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-serve: $(VENV)/.serve ## Start the API on an embedded PostgreSQL at http://127.0.0.1:8000; or PORT=…, ARGS="--workers 2", STRIPE=sandbox
-	@$(if $(filter sandbox,$(STRIPE)),$(BIN)/python -m sandbox,$(BIN)/billing) serve $(ARGS)
+serve: $(VENV)/.serve ## Start the API on an embedded PostgreSQL at http://127.0.0.1:8000; or PORT=…, ARGS="--workers 2", STRIPE=sandbox, WEBHOOKS=local
+	@$(if $(filter local,$(WEBHOOKS)),$(OPEN_LOOPBACK)) \
+	  $(if $(filter sandbox,$(STRIPE)),$(BIN)/python -m sandbox,$(BIN)/billing) serve $(ARGS)
 
 test: check browser node openssl unit ## Run everything that must pass
 

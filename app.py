@@ -32,6 +32,7 @@ from billing.tokens import Tokens
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing")
 
 KEY_USES_FLUSHED_EVERY_SECONDS = 1
+SHARED_CONNECTIONS = 4
 
 
 def create_app(settings: Settings, *, clock: Clock = utc_now) -> ASGIApp:
@@ -77,8 +78,13 @@ def threads_of(settings: Settings) -> dict[Lane, int]:
 
 
 def connections_of(settings: Settings) -> int:
-    """One connection for each thread that may want one, and one each for readiness and the notes of used keys."""
-    return sum(threads_of(settings).values()) + 2
+    """One for each thread that may want one, and one each for readiness and the notes of used keys.
+
+    Threads that wait for Stripe or for a receiver want none meanwhile, and share a few.
+    """
+    waiting = (Lane.STRIPE, Lane.WEBHOOKS)
+    threads = threads_of(settings)
+    return sum(count for lane, count in threads.items() if lane not in waiting) + SHARED_CONNECTIONS + 2
 
 
 @asynccontextmanager

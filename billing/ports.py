@@ -34,6 +34,8 @@ class Audit(Protocol):
 
 
 class Events(Protocol):
+    """Each holds the tenant's row of numbers until the end, as `Audit` does its own: audit first, or two deadlock."""
+
     def record(self, type: str, data: Mapping[str, object], *, livemode: bool = True, now: datetime) -> None:
         """Tell the tenant's webhook of something, once the transaction is kept."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import structlog
 
@@ -56,11 +56,18 @@ class Worker:
             while not self._stopping.is_set():
                 taken = self.take(self._threads - len(busy))
                 busy |= {pool.submit(self.do, task) for task in taken}
-                done, busy = wait(busy, timeout=0)
+                done, busy = self._wait(busy, nothing_taken=not taken)
                 report(done)
-                if not taken:
-                    self._stopping.wait(self._polled_every_seconds)
         report(busy)
+
+    def _wait(
+        self, busy: set[Future[None]], *, nothing_taken: bool
+    ) -> tuple[set[Future[None]], set[Future[None]]]:
+        """Wait until there may be more to do; where all threads are busy, until one of them is not."""
+        if nothing_taken and len(busy) < self._threads:
+            self._stopping.wait(self._polled_every_seconds)
+        is_full = len(busy) == self._threads
+        return wait(busy, timeout=self._polled_every_seconds if is_full else 0, return_when=FIRST_COMPLETED)
 
     def take(self, most: int) -> list[Task]:
         """What is due, as many as can be begun; nothing while the database is away."""

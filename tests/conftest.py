@@ -32,6 +32,7 @@ from billing.settings import Settings
 from billing.storage import database, embedded
 from billing.storage.store import Store
 from billing.storage.tables import metadata
+from sandbox.stripe import Sandbox
 from tests import answers, live
 from tests.clock import TurnedClock
 
@@ -158,6 +159,19 @@ class CheckedClient(TestClient):
         response = super().request(method, url, **kwargs)
         answers.check(response)
         return response
+
+
+@pytest.fixture(scope="session")
+def running_stripe() -> Iterator[Sandbox]:
+    with Sandbox() as running:
+        yield running
+
+
+@pytest.fixture
+def stripe(running_stripe: Sandbox) -> Iterator[Sandbox]:
+    """Stripe on loopback, as new for each test."""
+    yield running_stripe
+    running_stripe.reset()
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ FLOORS = (
         "billing.tenants billing.users billing.tokens billing.keys billing.sessions billing.webhooks.endpoints "
         "billing.stripe_connect",
     ),
-    (2, "billing.webhooks.egress"),
+    (2, "billing.webhooks.egress billing.webhooks.replay"),
     (1, "billing.passwords billing.encryption billing.ports billing.actors"),
     (1, "billing.webhooks.delivery billing.webhooks.events billing.webhooks.signing"),
     (1, "billing.outbound"),

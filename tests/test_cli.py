@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,14 @@ from dotenv import dotenv_values
 from sqlalchemy import create_engine, text
 
 from billing.cli import main
+from billing.cli.webhooks import Moment
+from billing.cli.worker import END_SECONDS, Companion
 from billing.settings import KEYRINGS, Settings
 from billing.storage import database
 from billing.storage.database import Database
+from billing.webhooks import replay
 from tests.rawhttp import Connection, request
+from tests.receivers import Received, Receiver, answers, receiving
 
 ROOT = Path(__file__).parents[1]
 API = "/api/v1/auth/tenants"
@@ -68,7 +73,8 @@ def environ(state_dir: Path, embedded: Database) -> dict[str, str]:
     """All that a command knows."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     ours = {"BILLING_STATE_DIR": str(state_dir), "PASSWORD_COST": "4", "RATE_LIMITS": "off"}
-    return kept | ours | {"PYTHONPATH": str(ROOT)}
+    loopback = {"WEBHOOK_ALLOW_CIDRS": "127.0.0.0/8,::1/128", "WEBHOOK_ALLOW_HTTP": "on"}
+    return kept | ours | loopback | {"PYTHONPATH": str(ROOT)}
 
 
 @dataclass
@@ -96,6 +102,16 @@ class Server:
 
     def await_started(self, *, workers: int) -> None:
         eventually(lambda: len(self.events("Application startup complete")) >= workers)
+
+    def companions(self) -> list[int]:
+        """The processes that work beside it."""
+        return companions_of(self.process.pid)
+
+    def await_companion(self, *, other_than: int = 0) -> int:
+        """The one that works beside it, once it does."""
+        eventually(lambda: any(pid != other_than for pid in self.companions()))
+        [companion] = self.companions()
+        return companion
 
     def call(self, method: str, path: str, token: str | None = None, **body: Any) -> requests.Response:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -126,6 +142,7 @@ def serving(
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
+            start_new_session=True,
         ) as process,
     ):
         try:
@@ -174,6 +191,25 @@ def is_alive(pid: int) -> bool:
     with suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return True
+
+
+def companions_of(server: int) -> list[int]:
+    """The workers that are children of this process."""
+    processes = (directory.name for directory in Path("/proc").iterdir() if directory.name.isdigit())
+    return [int(pid) for pid in processes if parent_of(pid) == server and "worker" in command_of(pid)]
+
+
+def parent_of(pid: str) -> int | None:
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return None
+
+
+def command_of(pid: str) -> list[str]:
+    """Empty for one that has ended, even if nobody has asked for its exit code yet."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    return []
 
 
 # What is run ---------------------------------------------------------------------------------------
@@ -394,6 +430,7 @@ def refuses_connections(server: Server) -> bool:
 def test_app_py_serves_too_until_sigint(environ: dict[str, str]) -> None:
     with serving(environ, command=(*APP,)) as server:
         server.await_started(workers=1)
+        server.await_companion()
 
         assert requests.get(f"{server.url}/readyz", timeout=10).status_code == 200
         assert server.end(signal.SIGINT) == 0
@@ -449,9 +486,10 @@ def test_a_killed_worker_is_replaced_and_all_end_with_the_supervisor(environ: di
         os.kill(server.workers()[0], signal.SIGKILL)
         server.await_started(workers=3)
         assert all(requests.get(f"{server.url}/readyz", timeout=10).ok for _ in range(10))
+        companion = server.await_companion()
 
         server.end(signal.SIGKILL)
-        eventually(lambda: not any(map(is_alive, server.workers())))
+        eventually(lambda: not any(map(is_alive, [*server.workers(), companion])))
         assert refuses_connections(server)
 
 
@@ -459,12 +497,104 @@ def test_two_servers_share_what_is_in_the_state_directory(server: Server, enviro
     tokens = register(server, "Shared Ltd.")["tokens"]
     with serving(environ, "--workers", "2") as other:
         other.await_started(workers=2)
+        companion = other.await_companion()
         assert other.url != server.url
         assert other.log_in("ada@shared.example", PASSWORD).status_code == 200
 
         assert other.end() == 0
-        assert not any(map(is_alive, other.workers()))
+        assert not any(map(is_alive, [*other.workers(), companion]))
     assert server.call("GET", "/me/", tokens["access"]).status_code == 200
+
+
+# Working beside requests ---------------------------------------------------------------------------
+
+
+@contextmanager
+def working(environ: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """A `billing worker` that runs, ended with the block."""
+    command = [*BILLING, "worker"]
+    with subprocess.Popen(
+        command, env=environ, cwd="/", stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stderr
+            assert process.stderr.readline() == "The worker is running. Ctrl-C stops.\n"
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_worker_runs_until_a_signal(environ: dict[str, str], number: signal.Signals) -> None:
+    with working(environ) as process:
+        process.send_signal(number)
+
+        assert process.wait(PATIENCE_SECONDS) == 0
+        assert process.stderr and process.stderr.read() == ""
+
+
+def test_a_worker_without_a_database_is_one_sentence(environ: dict[str, str]) -> None:
+    ended = run_process(environ, "worker", DATABASE_URL="postgresql://me:hunter2@127.0.0.1:1/x")
+
+    assert ended.returncode == 1
+    assert sentence(ended.stderr).startswith("The database cannot be reached: ")
+    assert "hunter2" not in ended.stderr
+
+
+def test_a_killed_companion_is_replaced_and_ends_with_the_server(environ: dict[str, str]) -> None:
+    with serving(environ) as server:
+        first = server.await_companion()
+        os.kill(first, signal.SIGKILL)
+        second = server.await_companion(other_than=first)
+        assert server.events("the worker ended, and is started again")
+
+        assert server.end() == 0
+        assert not is_alive(second)
+
+
+def test_ctrl_c_leaves_the_companion_to_the_server(environ: dict[str, str]) -> None:
+    head = request("POST", f"{API}/login/", "Content-Length: 2", "Expect: 100-continue")
+    with serving(environ) as server, Connection(server.address, timeout_seconds=10) as slow:
+        slow.send(head)
+        assert slow.receive().status == 100
+        companion = server.await_companion()
+        # A terminal tells all of its foreground.
+        os.killpg(server.process.pid, signal.SIGINT)
+        eventually(lambda: refuses_connections(server))
+        time.sleep(0.5)
+        assert server.companions() == [companion]
+        slow.send(b"{}")
+
+        assert server.process.wait(PATIENCE_SECONDS) == 0
+        assert not is_alive(companion)
+        assert server.events("the worker ended") == []
+
+
+def test_a_companion_that_is_not_needed_after_all_ends_soon(
+    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    begun = time.monotonic()
+    with Companion():
+        pass
+
+    assert time.monotonic() - begun < END_SECONDS / 2
+    assert companions_of(os.getpid()) == []
+
+
+def test_no_worker_runs_if_none_is_wanted(environ: dict[str, str]) -> None:
+    with serving(environ, "--no-worker") as server:
+        server.await_started(workers=1)
+
+        assert server.companions() == []
+
+
+def test_the_help_of_serve_tells_of_the_worker() -> None:
+    said = CliRunner().invoke(main, ["serve", "--help"]).stdout
+
+    assert "--worker / --no-worker" in said
+    assert "A worker runs beside the API" in " ".join(said.split())
 
 
 # Tenants -------------------------------------------------------------------------------------------
@@ -568,7 +698,13 @@ def test_a_disabled_tenant_is_refused_until_it_is_enabled(
 
 @pytest.mark.parametrize(
     "arguments",
-    ["tenants disable nobody", "tenants set-tier nobody pro", "users list --tenant nobody"],
+    [
+        "tenants disable nobody",
+        "tenants set-tier nobody pro",
+        "users list --tenant nobody",
+        "webhooks list nobody",
+        "webhooks replay nobody --failed",
+    ],
 )
 def test_an_unknown_tenant_is_one_sentence(run: Run, arguments: str) -> None:
     assert sentence(run(*arguments.split(), code=1).stderr).startswith("There is no tenant with this slug")
@@ -783,3 +919,216 @@ def test_an_unknown_user_is_one_sentence(run: Run, tenant: Tenant, server: Serve
     said = run("users", name, "--tenant", tenant.slug, "ada@shared.example", *options, code=1)
 
     assert sentence(said.stderr) == "The tenant has no user with this email."
+
+
+# Webhooks ------------------------------------------------------------------------------------------
+
+REGISTERED, REGENERATED, DISABLED = "tenant.registered", "api_key.regenerated", "webhook.disabled"
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    """One that takes what it gets."""
+    with receiving(answers(204, b"")) as receiver:
+        yield receiver
+
+
+def configure(server: Server, tenant: Tenant, receiver: Receiver, **more: Any) -> None:
+    url = f"http://localhost:{receiver.port}/in"
+    assert server.call("POST", "/webhooks/config/", tenant.access, webhook_url=url, **more).status_code == 200
+
+
+def regenerate(server: Server, tenant: Tenant) -> None:
+    answer = server.call("POST", "/api-keys/regenerate/", tenant.access, key_type="test", confirm=True)
+    assert answer.status_code == 200
+
+
+def listed(run: Run, tenant: Tenant, *options: str) -> Any:
+    return json.loads(run("webhooks", "list", tenant.slug, "--json", *options).stdout)
+
+
+def await_statuses(run: Run, tenant: Tenant, *expected: str) -> list[dict[str, Any]]:
+    """The deliveries, newest first, once they have these statuses."""
+    eventually(lambda: [each["status"] for each in listed(run, tenant)["deliveries"]] == list(expected))
+    deliveries: list[dict[str, Any]] = listed(run, tenant)["deliveries"]
+    return deliveries
+
+
+def replay_of(run: Run, tenant: Tenant, *options: str) -> str:
+    said = run("webhooks", "replay", tenant.slug, *options)
+    assert said.stdout == ""
+    return said.stderr
+
+
+def refusal_of(run: Run, tenant: Tenant, *options: str) -> str:
+    return sentence(run("webhooks", "replay", tenant.slug, *options, code=1).stderr)
+
+
+def types_of(received: list[Received]) -> list[str]:
+    return sorted(json.loads(one.body)["type"] for one in received)
+
+
+def test_webhooks_list_shows_the_endpoint_and_its_deliveries(
+    run: Run, server: Server, tenant: Tenant, receiver: Receiver
+) -> None:
+    configure(server, tenant, receiver)
+    regenerate(server, tenant)
+    [delivery] = await_statuses(run, tenant, "delivered")
+
+    lines = run("webhooks", "list", tenant.slug).stdout.splitlines()
+    assert lines[0] == f"http://localhost:{receiver.port}/in is active."
+    assert lines[1] == "Pending: 0. In 24 hours: 1 delivered, 0 failed."
+    assert lines[2].startswith("EVENT ID ") and lines[3].startswith(delivery["event_id"])
+    assert len(lines) == 4
+    assert listed(run, tenant)["is_active"] is True
+    assert listed(run, tenant, "--status", "failed")["deliveries"] == []
+
+
+def test_webhooks_list_without_a_url(run: Run, tenant: Tenant) -> None:
+    assert run("webhooks", "list", tenant.slug).stdout.startswith(
+        "No webhook URL is configured.\nPending: 0."
+    )
+
+
+def test_what_was_delivered_is_sent_again_with_the_same_id_and_body(
+    run: Run, server: Server, tenant: Tenant, receiver: Receiver, embedded: Database
+) -> None:
+    configure(server, tenant, receiver)
+    regenerate(server, tenant)
+    [delivery] = await_statuses(run, tenant, "delivered")
+    event_id = delivery["event_id"]
+
+    assert replay_of(run, tenant, "--event", event_id) == f"1 event will be sent to {tenant.slug}.\n"
+    eventually(lambda: len(receiver.received) == 2)
+
+    first, again = receiver.received
+    assert (first.body, first.headers["webhook-id"]) == (again.body, again.headers["webhook-id"])
+    assert again.headers["webhook-id"] == event_id
+    [delivery] = await_statuses(run, tenant, "delivered")
+    assert delivery["attempts"] == 1
+    assert audited(embedded, tenant.slug) == [("webhook.replayed", None)]
+
+
+def test_what_happened_while_there_was_no_url_is_sent_since_a_time(
+    run: Run, server: Server, tenant: Tenant, receiver: Receiver
+) -> None:
+    regenerate(server, tenant)
+    configure(server, tenant, receiver)
+    assert listed(run, tenant)["deliveries"] == []
+
+    assert replay_of(run, tenant, "--since", "2h") == f"2 events will be sent to {tenant.slug}.\n"
+    await_statuses(run, tenant, "delivered", "delivered")
+
+    assert types_of(receiver.received) == [REGENERATED, REGISTERED]
+    assert replay_of(run, tenant, "--since", "2999-01-15T09:30:00Z").startswith("0 events ")
+
+
+def test_what_failed_is_sent_again_once_the_endpoint_is_back(
+    run: Run, server: Server, tenant: Tenant, receiver: Receiver
+) -> None:
+    with receiving(answers(410)) as gone:
+        configure(server, tenant, gone)
+        regenerate(server, tenant)
+        await_statuses(run, tenant, "failed", "failed")
+    assert "It was disabled because it is gone.\n" in run("webhooks", "list", tenant.slug).stdout
+    assert refusal_of(run, tenant, "--failed").startswith("The tenant's webhook is disabled")
+
+    configure(server, tenant, receiver)
+    assert replay_of(run, tenant, "--failed").startswith("2 events ")
+    await_statuses(run, tenant, "delivered", "delivered")
+
+    assert types_of(receiver.received) == [REGENERATED, DISABLED]
+    assert replay_of(run, tenant, "--failed").startswith("0 events ")
+
+
+def test_what_waits_for_its_next_attempt_is_sent_now(
+    run: Run, server: Server, tenant: Tenant, receiver: Receiver
+) -> None:
+    with receiving(answers(429)) as tired:  # It is left alone for a minute.
+        configure(server, tenant, tired)
+        regenerate(server, tenant)
+        eventually(lambda: [one["http_status"] for one in listed(run, tenant)["deliveries"]] == [429])
+        configure(server, tenant, receiver)
+
+    replay_of(run, tenant, "--since", "1h")
+    await_statuses(run, tenant, "delivered", "delivered")
+
+    assert sorted(one["attempts"] for one in listed(run, tenant)["deliveries"]) == [1, 2]
+    assert len(receiver.received) == 2
+
+
+def test_types_that_are_not_asked_for_and_tests_are_not_replayed(
+    run: Run, server: Server, tenant: Tenant, receiver: Receiver
+) -> None:
+    configure(server, tenant, receiver, event_types=[REGENERATED])
+    assert server.call("POST", "/webhooks/test/", tenant.access).json()["success"]
+    [test] = listed(run, tenant)["deliveries"]
+
+    assert replay_of(run, tenant, "--since", "1h").startswith("0 events ")
+    assert refusal_of(run, tenant, "--event", test["event_id"]).startswith("The tenant has no such event")
+
+
+def test_a_long_replay_goes_chunk_by_chunk_once_over_each_event(
+    run: Run, server: Server, tenant: Tenant, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replay, "CHUNK", 2)
+    for _ in range(4):
+        regenerate(server, tenant)
+    configure(server, tenant, receiver)
+
+    assert replay_of(run, tenant, "--since", "1h").endswith(f"5 events will be sent to {tenant.slug}.\n")
+    await_statuses(run, tenant, *5 * ["delivered"])
+
+    assert len({one.headers["webhook-id"] for one in receiver.received}) == 5
+    assert len(receiver.received) == 5
+
+
+def test_a_dry_run_sends_nothing(
+    run: Run, server: Server, tenant: Tenant, receiver: Receiver, embedded: Database
+) -> None:
+    configure(server, tenant, receiver)
+
+    said = replay_of(run, tenant, "--since", "1h", "--dry-run")
+
+    assert said == f"1 event would be sent to {tenant.slug}.\n"
+    assert listed(run, tenant)["deliveries"] == []
+    assert audited(embedded, tenant.slug) == []
+
+
+def test_a_replay_needs_a_url(run: Run, tenant: Tenant) -> None:
+    assert refusal_of(run, tenant, "--failed").startswith("The tenant has no webhook URL")
+
+
+def test_an_unknown_event_is_one_sentence(
+    run: Run, server: Server, tenant: Tenant, receiver: Receiver
+) -> None:
+    configure(server, tenant, receiver)
+
+    said = refusal_of(run, tenant, "--event", "01900000-0000-7000-8000-000000000000")
+
+    assert said.startswith("The tenant has no such event")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "",
+        "--failed --since 2h",
+        "--event acme",
+        "--since 2026-01-15",
+        "--since 2026-01-15T09:30:00",
+        "--since 999999d",
+        "--since -2h",
+        "--since yesterday",
+    ],
+)
+def test_2_for_a_replay_of_nothing_in_particular(run: Run, options: str) -> None:
+    run("webhooks", "replay", "acme", *options.split(), code=2)
+
+
+def test_a_time_is_absolute_or_so_long_ago() -> None:
+    absolute = Moment().convert("2026-01-15T10:30:00+01:00", None, None)
+    ago = datetime.now(UTC) - Moment().convert("3d", None, None)
+
+    assert absolute == datetime(2026, 1, 15, 9, 30, tzinfo=UTC)
+    assert abs(ago - timedelta(days=3)) < timedelta(minutes=1)

@@ -9,6 +9,7 @@ from billing.cli.installation import migrate, secrets
 from billing.cli.serve import serve
 from billing.cli.tenants import tenants
 from billing.cli.users import users
+from billing.cli.webhooks import webhooks
 from billing.cli.worker import worker
 
 
@@ -25,5 +26,5 @@ def main() -> None:
     """
 
 
-for command in (serve, worker, migrate, tenants, users, secrets):
+for command in (serve, worker, migrate, tenants, users, webhooks, secrets):
     main.add_command(command)

@@ -102,9 +102,14 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for 
 def show(rows: Sequence[Mapping[str, object]], columns: Sequence[str], *, as_json: bool) -> None:
     """Print rows: some of their members as a table, or all of them as JSON."""
     if as_json:
-        click.echo(orjson.dumps(rows, option=orjson.OPT_INDENT_2 | orjson.OPT_UTC_Z))
+        say_json(rows)
     else:
         click.echo(table(columns, [[cell(row[column]) for column in columns] for row in rows]))
+
+
+def say_json(value: object) -> None:
+    """Print it for a program."""
+    click.echo(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_UTC_Z))
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -178,7 +178,24 @@ def banner(settings: Settings, database: Database) -> str:
         "Document": f"{base}/openapi.json",
         "Listening on": f"{settings.host}, port {settings.port}",
         "Database": where,
+        "Stripe": stripe_line(settings),
+        "Webhooks": webhooks_line(settings),
         "Environment": settings.environment,
         "State": str(settings.state_dir),
     }
     return "\n".join([*(f"{name:<14}{said}" for name, said in lines.items()), "Ctrl-C stops."])
+
+
+def stripe_line(settings: Settings) -> str:
+    """What connecting an account would do."""
+    if settings.stripe_secret_key is None:
+        return "not configured: docs/stripe-connect.md"
+    mode = "live" if "_live_" in settings.stripe_secret_key else "test"
+    return f"{mode} mode, at {settings.stripe_connect_base}"
+
+
+def webhooks_line(settings: Settings) -> str:
+    """Where deliveries may go."""
+    opened = [str(network) for network in settings.webhook_allow_cidrs]
+    places = ["public addresses", *opened]
+    return f"to {' and '.join(places)}, by https{' and http' if settings.webhook_allow_http else ''}"

@@ -58,7 +58,8 @@ def worker(*, follow: bool) -> None:
     with opened_store(connections=CONNECTIONS) as (settings, store):
         crew = Crew(settings, store)
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: crew.stop())
+            # A service manager may send it to each process: a companion goes on until the server has finished.
+            signal.signal(number, signal.SIG_IGN if follow else lambda *_: crew.stop())
         if follow:
             threading.Thread(target=stop_at_end_of_input, args=(crew,), daemon=True).start()
         else:
@@ -127,6 +128,8 @@ class Companion:
 
     def __init__(self) -> None:
         self._stopping = threading.Event()
+        # Held while one is started: it is either known when we leave, or not started any more.
+        self._starting = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._watcher = threading.Thread(target=self._keep_running, daemon=True)
 
@@ -137,22 +140,28 @@ class Companion:
     def __exit__(
         self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
-        self._stopping.set()
-        if self._process is not None and self._process.stdin is not None:
-            self._process.stdin.close()
+        with self._starting:
+            self._stopping.set()
+            if self._process is not None and self._process.stdin is not None:
+                self._process.stdin.close()
         self._watcher.join(END_SECONDS)
         if self._process is not None:
             self._process.kill()
 
     def _keep_running(self) -> None:
         pause = FIRST_PAUSE_SECONDS
-        while not self._stopping.is_set():
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "billing.cli", "worker", "--while-stdin-is-open"],
-                stdin=subprocess.PIPE,
-            )
-            self._process.wait()
+        while process := self._start():
+            exit_code = process.wait()
             if not self._stopping.is_set():
-                log.error("the worker ended, and is started again", exit_code=self._process.returncode)
+                log.error("the worker ended, and is started again", exit_code=exit_code)
                 self._stopping.wait(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    def _start(self) -> subprocess.Popen[bytes] | None:
+        with self._starting:
+            if self._stopping.is_set():
+                return None
+            command = [sys.executable, "-m", "billing.cli", "worker", "--while-stdin-is-open"]
+            # In a group of its own, for Ctrl-C is ours: it works until requests in flight have finished.
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0)
+            return self._process

@@ -57,9 +57,12 @@ def complete_stripe_connect(
 
 def _page(outcome: Connected | BillingError) -> Reply:
     if isinstance(outcome, BillingError):
-        return replies.page(outcome.title(), outcome.detail, status=status_of(type(outcome)))
-    message = stripe_connect.MESSAGES[outcome.connection.status]
-    return replies.page("The Stripe account is connected.", message)
+        # Without a detail of its own it would say its title twice.
+        text = outcome.explanation() if outcome.detail == outcome.title() else outcome.detail
+        return replies.page(outcome.title(), text, status=status_of(type(outcome)))
+    status = outcome.connection.status
+    title = "There is more to do at Stripe." if status == "pending" else "The Stripe account is connected."
+    return replies.page(title, stripe_connect.MESSAGES[status])
 
 
 @runs_in(Lane.STRIPE)

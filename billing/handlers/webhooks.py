@@ -15,10 +15,10 @@ from billing.security import Caller
 from billing.storage.store import Store
 from billing.webhooks import endpoints
 from billing.webhooks.endpoints import UrlPolicy
+from billing.webhooks.events import TEST
 
 RECENT = 20
 DEFAULT_GRACE_SECONDS = 86400
-TEST_EVENT = "webhook.test"
 
 
 def get_webhook_config(*, caller: Caller, actor: Actor, store: Store, clock: Clock, base_url: str) -> Reply:
@@ -66,7 +66,5 @@ def remove_webhook(*, caller: Caller, actor: Actor, store: Store, clock: Clock) 
 @runs_in(Lane.WEBHOOKS)
 def send_test_webhook(body: dict[str, Any] | None, *, caller: Caller, deliveries: Deliveries) -> Reply:
     asked = body or {}
-    report = deliveries.send_test(
-        caller.tenant_id, asked.get("event_type", TEST_EVENT), asked.get("test_data", {})
-    )
+    report = deliveries.send_test(caller.tenant_id, asked.get("event_type", TEST), asked.get("test_data", {}))
     return ok(shapes.test_report(report))

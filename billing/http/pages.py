@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from importlib.util import find_spec
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from markupsafe import Markup, escape
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route, Router
@@ -179,7 +177,6 @@ def _fingerprint(file: Representation) -> str:
 
 def _renderer(served: Served, files: dict[str, Representation]) -> Callable[..., Representation]:
     environment = new_environment()
-    environment.filters["ticked"] = _ticked
     environment.globals.update(
         product=PRODUCT,
         served=served,
@@ -192,12 +189,6 @@ def _renderer(served: Served, files: dict[str, Representation]) -> Callable[...,
         return Representation.of(environment.get_template(template).render(values).encode(), "text/html")
 
     return render
-
-
-def _ticked(text: str) -> Markup:
-    """The text with what stands in backticks as code."""
-    marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))
-    return Markup(marked)  # noqa: S704 - escaped above
 
 
 # Problems ----------------------------------------------------------------------------------------

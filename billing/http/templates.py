@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 # `data:` is for the icons in Swagger UI's style sheet; it needs nothing else that a strict policy refuses.
 CONTENT_SECURITY_POLICY = (
@@ -20,10 +22,18 @@ HTML_HEADERS = {
 
 def new_environment() -> Environment:
     """Our templates, in which every value is escaped and a missing one is an error."""
-    return Environment(
+    environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["ticked"] = ticked
+    return environment
+
+
+def ticked(text: str) -> Markup:
+    """The text with what stands in backticks as code."""
+    marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))
+    return Markup(marked)  # noqa: S704 - escaped above

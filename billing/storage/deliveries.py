@@ -7,15 +7,22 @@ from dataclasses import fields
 from datetime import datetime, timedelta
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, and_, delete, func, select, true, update
+from sqlalchemy import ColumnElement, and_, delete, func, select, true, tuple_, update
 
+from billing.ids import new_id
 from billing.storage.shelf import Shelf, columns_of, values_of
 from billing.storage.tables import deliveries, events
-from billing.webhooks.delivery import Begun, Delivery, Settled, Stats
+from billing.webhooks.delivery import Begun, Delivery, Settled, Stats, Status
 
 COLUMNS = columns_of(Delivery, deliveries)
 DAY = timedelta(hours=24)
 IS_PENDING = deliveries.c.status == "pending"
+HAS_DELIVERY = (
+    select(deliveries.c.id)
+    .where(deliveries.c.tenant_id == events.c.tenant_id, deliveries.c.event_id == events.c.id)
+    .exists()
+)
+BLANK = {"http_status": None, "error": None, "duration_ms": None, "settled_at": None}
 
 # One message for all that ended about together. What was begun again meanwhile stays as it is.
 SETTLE = """
@@ -38,7 +45,7 @@ class Deliveries(Shelf):
         self.insert(deliveries, values_of(delivery, deliveries))
 
     def begin(self, now: datetime, *, only: str | None, most: int) -> list[Begun]:
-        """Count one more attempt of what is due, the first due first, and get what is to be sent.
+        """Count one more attempt of what has been due longest, and get what is to be sent, the oldest event first.
 
         `only` leaves out every other type of event.
         """
@@ -57,14 +64,17 @@ class Deliveries(Shelf):
                 events.c.body,
             )
         )
-        return [Begun(*row) for row in begun]
+        # The rows come in no order; ids are made in that of the events.
+        return sorted((Begun(*row) for row in begun), key=lambda one: one.event_id)
 
     def give_back(self, begun: Sequence[Begun]) -> None:
-        """Not to count attempts that were not made after all."""
-        ids = [one.id for one in begun]
+        """Not to count attempts that were not made after all. What was begun again meanwhile stays as it is."""
+        as_begun = tuple_(deliveries.c.id, deliveries.c.attempts).in_(
+            [(one.id, one.attempt) for one in begun]
+        )
         self._connection.execute(
             update(deliveries)
-            .where(self.mine(deliveries), deliveries.c.id.in_(ids), IS_PENDING)
+            .where(self.mine(deliveries), as_begun, IS_PENDING)
             .values(attempts=deliveries.c.attempts - 1)
         )
 
@@ -96,17 +106,40 @@ class Deliveries(Shelf):
         )
 
     def replay(self, event_ids: Sequence[UUID], now: datetime) -> None:
-        """Have deliveries that ended begin anew."""
-        self._connection.execute(
-            update(deliveries)
-            .where(self.mine(deliveries), deliveries.c.event_id.in_(event_ids), ~IS_PENDING)
-            .values(status="pending", next_attempt_at=now, attempts=0, settled_at=None)
-        )
+        """Have events delivered now: anew where that had ended, sooner where it waits, for the first time elsewhere.
 
-    def recent(self, most: int) -> list[Delivery]:
-        """The last ones, newest first."""
+        The caller holds the endpoint's lock, so that two replays add nothing twice.
+        """
+        # Never waiting for a worker's rows, this cannot stop one. What is passed over is being sent as it is.
+        free = self._connection.execute(
+            select(deliveries.c.id, deliveries.c.status)
+            .where(self.mine(deliveries), deliveries.c.event_id.in_(event_ids))
+            .with_for_update(skip_locked=True)
+        ).all()
+        anew = BLANK | {"status": "pending", "attempts": 0}
+        self._make_due([row.id for row in free if row.status == "pending"], now)
+        self._make_due([row.id for row in free if row.status != "pending"], now, **anew)
+        self._add_missing(event_ids, now)
+
+    def _make_due(self, ids: Sequence[UUID], now: datetime, **values: object) -> None:
+        ours = update(deliveries).where(self.mine(deliveries), deliveries.c.id.in_(ids))
+        self._connection.execute(ours.values(next_attempt_at=now, **values))
+
+    def _add_missing(self, event_ids: Sequence[UUID], now: datetime) -> None:
+        missing = select(events.c.id, events.c.type).where(
+            self.mine(events), events.c.id.in_(event_ids), ~HAS_DELIVERY
+        )
+        for event_id, event_type in self._connection.execute(missing).all():
+            self.add(Delivery(new_id(), event_id, event_type, "pending", 0, now, None, None, None, now))
+
+    def recent(self, most: int, *, status: Status | None = None) -> list[Delivery]:
+        """The last ones, newest first, or the last in one status."""
+        in_status = true() if status is None else deliveries.c.status == status
         rows = self._connection.execute(
-            select(*COLUMNS).where(self.mine(deliveries)).order_by(deliveries.c.id.desc()).limit(most)
+            select(*COLUMNS)
+            .where(self.mine(deliveries), in_status)
+            .order_by(deliveries.c.id.desc())
+            .limit(most)
         )
         return [Delivery(*row) for row in rows]
 
@@ -128,13 +161,8 @@ class Deliveries(Shelf):
         self._connection.execute(
             delete(deliveries).where(self.mine(deliveries), ~IS_PENDING, deliveries.c.settled_at < before)
         )
-        is_needed = (
-            select(deliveries.c.id)
-            .where(deliveries.c.tenant_id == events.c.tenant_id, deliveries.c.event_id == events.c.id)
-            .exists()
-        )
         self._connection.execute(
-            delete(events).where(self.mine(events), events.c.created_at < before, ~is_needed)
+            delete(events).where(self.mine(events), events.c.created_at < before, ~HAS_DELIVERY)
         )
 
     def _pending(self, only: str | None) -> ColumnElement[bool]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 
-from sqlalchemy import literal, select
+from sqlalchemy import ColumnElement, and_, func, literal, select, true
 from sqlalchemy.dialects.postgresql import insert
 
 from billing.ids import new_id
@@ -13,7 +13,18 @@ from billing.storage.shelf import Shelf, values_of
 from billing.storage.tables import deliveries, event_heads, events, webhook_endpoints
 from billing.storage.tasks import Tasks
 from billing.webhooks.delivery import DELIVER
-from billing.webhooks.events import Event, envelope
+from billing.webhooks.events import TEST, Event, envelope
+from billing.webhooks.replay import Choice, Chosen
+
+HAS_FAILED = (
+    select(deliveries.c.id)
+    .where(
+        deliveries.c.tenant_id == events.c.tenant_id,
+        deliveries.c.event_id == events.c.id,
+        deliveries.c.status == "failed",
+    )
+    .exists()
+)
 
 
 class Events(Shelf):
@@ -43,6 +54,29 @@ class Events(Shelf):
         event = Event(event_id, sequence, type, now, body)
         self.insert(events, values_of(event, events))
         return event
+
+    def count(self, choice: Choice, *, wanted: Sequence[str]) -> int:
+        """How many events that are, of the types wanted; none means all."""
+        query = select(func.count()).select_from(events).where(self._chosen(choice, wanted))
+        return self._connection.scalar(query) or 0
+
+    def chosen(self, choice: Choice, *, wanted: Sequence[str], after: int, most: int) -> list[Chosen]:
+        """The first of them beyond this place, in their order."""
+        rows = self._connection.execute(
+            select(events.c.id, events.c.sequence)
+            .where(self._chosen(choice, wanted), events.c.sequence > after)
+            .order_by(events.c.sequence)
+            .limit(most)
+        )
+        return [Chosen(*row) for row in rows]
+
+    def _chosen(self, choice: Choice, wanted: Sequence[str]) -> ColumnElement[bool]:
+        of_type = events.c.type.in_(wanted) if wanted else true()
+        ours = and_(self.mine(events), of_type)
+        if choice.event_ids:
+            return and_(ours, events.c.id.in_(choice.event_ids))
+        is_chosen = HAS_FAILED if choice.since is None else events.c.created_at >= choice.since
+        return and_(ours, is_chosen, events.c.type != TEST)
 
     def _add_delivery(self, event: Event) -> bool:
         listening = select(

@@ -74,7 +74,8 @@ class Tasks(Shelf):
 
     def _held(self, task: Task) -> ColumnElement[bool]:
         same = and_(tasks.c.kind == task.kind, tasks.c.id == task.id, tasks.c.attempts == task.attempts)
-        return and_(self.mine(tasks), same)
+        # One that was dropped and added anew begins to count anew.
+        return and_(self.mine(tasks), same, tasks.c.created_at == task.created_at)
 
 
 def take_due(connection: Connection, queue: Queue, now: datetime, *, most: int) -> list[Task]:

@@ -34,6 +34,8 @@ from billing.webhooks.endpoints import UrlPolicy
 USER_AGENT = "billing-webhooks/1"
 # An HTTP date has 29 characters (RFC 9110, 5.6.7).
 LONGEST_RETRY_AFTER = 64
+# Above it no answer is HTTP's (RFC 9110, 15); below 100 http.client reads none.
+GREATEST_STATUS = 599
 
 # IANA, IPv4 Special-Purpose Address Registry; multicast; and one that is public, yet each virtual machine's own.
 REFUSED_IPV4 = (
@@ -153,6 +155,8 @@ class Egress:
             return Attempt(None, "refused_url", _milliseconds_since(began))
         except OutboundError as error:
             return Attempt(None, FAILURES[type(error)], _milliseconds_since(began))
+        if response.status_code > GREATEST_STATUS:
+            return Attempt(None, "connection_broken", _milliseconds_since(began))
         return Attempt(
             response.status_code,
             None,

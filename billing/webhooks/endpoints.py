@@ -162,13 +162,17 @@ def configure(
         endpoint, failing_since=before.failing_since, failed_events=before.failed_events
     )
     text = _renew_secret(tx, now, grace=grace) if regenerate_secret or not tx.webhooks.secrets(now) else None
+    if text is not None or not is_as_it_was:
+        tx.audit.record("webhook.configured", now=now, details={"new_secret": text is not None})
     if not is_as_it_was:
         tx.webhooks.keep(endpoint, now)
         tx.tenants.touch(now)
-        tx.tasks.add(DELIVER, tx.tenant_id, subject=str(tx.tenant_id), due_at=now, now=now, queue="webhooks")
-    if text is not None or not is_as_it_was:
-        tx.audit.record("webhook.configured", now=now, details={"new_secret": text is not None})
+        _wake(tx, now)
     return Configured(tx.webhooks.find(), text, previous_expiry(tx.webhooks.secrets(now)))
+
+
+def _wake(tx: Storage, now: datetime) -> None:
+    tx.tasks.add(DELIVER, tx.tenant_id, subject=str(tx.tenant_id), due_at=now, now=now, queue="webhooks")
 
 
 def _renew_secret(tx: Storage, now: datetime, *, grace: timedelta) -> str:
@@ -209,9 +213,9 @@ def disable(tx: Storage, endpoint: Endpoint, reason: DisabledReason, *, now: dat
     """
     since = None if reason == "gone" else endpoint.failing_since
     data = {"webhook_url": endpoint.url, "disabled_reason": reason, "failing_since": since}
+    tx.audit.record("webhook.disabled", reason=reason, now=now)
     tx.events.record(DISABLED, data, now=now)
     tx.webhooks.keep(replace(endpoint, disabled_reason=reason), now)
-    tx.audit.record("webhook.disabled", reason=reason, now=now)
 
 
 def reason_to_disable(endpoint: Endpoint, *, gone: bool, now: datetime) -> DisabledReason | None:

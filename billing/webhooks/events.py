@@ -13,6 +13,9 @@ import orjson
 # Of the envelope and of every `data`. What an older receiver could not read is another version.
 API_VERSION = "2026-01-15"
 
+# What a test is, unless it is asked for as something else.
+TEST = "webhook.test"
+
 
 @dataclass(frozen=True)
 class EventType:

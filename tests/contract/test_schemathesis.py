@@ -19,24 +19,38 @@ import pytest
 
 from billing.http.document import Operation, operations
 from billing.storage import database, embedded
+from sandbox.stripe import Sandbox
 from tests import live
 from tests.answers import DOCUMENT
 from tests.conftest import clone
 from tests.contract.callers import CALLERS
 
 ROOT = Path(__file__).parents[2]
+STRIPE = "Stripe Connect"
+NEEDS_NO_STRIPE = {"get_stripe_status", "disconnect_stripe"}
 SHORT = 10
 EXAMPLES = int(os.environ.get("BILLING_FUZZ_EXAMPLES", SHORT))
 PATIENCE_SECONDS = 100 + 4 * EXAMPLES
 
 
 @pytest.fixture(scope="module")
-def server_url(cluster: embedded.Cluster, worker_id: str) -> Iterator[str]:
-    """A server on a database of its own, without rate limits: they would answer most cases with 429."""
+def environ(cluster: embedded.Cluster, worker_id: str) -> dict[str, str]:
+    """A database of its own, and no rate limits: they would answer most cases with 429."""
     name = f"billing_fuzz_{worker_id}"
     clone(cluster, name)
-    environ = {"DATABASE_URL": database.url(cluster, database.APP, name), "RATE_LIMITS": "off"}
-    with live.serving(environ) as url:
+    return {"DATABASE_URL": database.url(cluster, database.APP, name), "RATE_LIMITS": "off"}
+
+
+@pytest.fixture(scope="module")
+def server_url(environ: dict[str, str]) -> Iterator[str]:
+    """A server that takes the sandbox for Stripe."""
+    with Sandbox() as stripe, live.serving({**environ, **stripe.environ}) as url:
+        yield url
+
+
+@pytest.fixture
+def server_url_without_stripe(environ: dict[str, str]) -> Iterator[str]:
+    with live.serving({**environ, "STRIPE_SECRET_KEY": "", "STRIPE_CONNECT_CLIENT_ID": ""}) as url:
         yield url
 
 
@@ -47,7 +61,7 @@ def test_the_server_does_what_its_document_says(
 ) -> None:
     report = fuzz(server_url, who, tmp_path / "report.json")
     with capsys.disabled():
-        print(f"\n{who}: {report['test_cases']['generated']} cases in {report['running_time']:.0f} s")
+        print(f"\n{who}: {told(report)}")
     assert set(of(report["phases"], "status")) == {"success"}
     assert report["operations"]["tested"] == len(BUILT)
     # Some of what is valid was accepted: refusing everything would look as clean.
@@ -56,19 +70,39 @@ def test_the_server_does_what_its_document_says(
     assert warnings == closed_to(who)
 
 
-def fuzz(url: str, who: str, report: Path) -> dict[str, Any]:
-    """Run `st` against the server as somebody; its report, once nothing was found."""
+@pytest.mark.slow
+def test_the_server_does_so_where_stripe_is_not_configured(
+    server_url_without_stripe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = fuzz(server_url_without_stripe, "owner", tmp_path / "report.json", stripe="none", only=STRIPE)
+    with capsys.disabled():
+        print(f"\nowner, without Stripe: {told(report)}")
+    assert set(of(report["phases"], "status")) == {"success"}
+    # Nobody can start, so there is nothing to finish; the rest needs no Stripe.
+    assert accepted(report) == labels(o for o in BUILT if o.operation_id in NEEDS_NO_STRIPE)
+
+
+def fuzz(
+    url: str, who: str, report: Path, *, stripe: str = "sandbox", only: str | None = None
+) -> dict[str, Any]:
+    """Run `st` against the server as somebody, for one tag only; its report, once nothing was found."""
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", "--no-color"]
     command += ["--max-examples", str(EXAMPLES), "--report", "json", "--report-json-path", str(report)]
     command += ["--generation-deterministic"] if EXAMPLES == SHORT else []
+    command += ["--include-tag", only] if only else []
+    choices = {"BILLING_FUZZ_URL": url, "BILLING_FUZZ_AS": who, "BILLING_FUZZ_STRIPE": stripe}
     # The hooks are imported from the checkout.
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "BILLING_FUZZ_URL": url, "BILLING_FUZZ_AS": who}
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), **choices}
     done = subprocess.run(
         command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     said: dict[str, Any] = json.loads(report.read_bytes())
     return said
+
+
+def told(report: dict[str, Any]) -> str:
+    return f"{report['test_cases']['generated']} cases in {report['running_time']:.0f} s"
 
 
 def of(mapping: dict[str, dict[str, Any]], name: str) -> list[Any]:
@@ -97,9 +131,8 @@ def labels(listed: Iterator[Operation]) -> set[str]:
 # What is left out --------------------------------------------------------------------------------
 
 CONFIG = tomllib.loads((ROOT / "schemathesis.toml").read_text(encoding="utf-8"))
-LEFT_OUT = {
-    name for rule in CONFIG["operations"] if not rule["enabled"] for name in rule["include-operation-id"]
-}
+RULES = CONFIG.get("operations", [])
+LEFT_OUT = {name for rule in RULES if not rule["enabled"] for name in rule["include-operation-id"]}
 BUILT = [operation for operation in operations(DOCUMENT) if operation.operation_id not in LEFT_OUT]
 
 
@@ -111,4 +144,4 @@ def test_only_what_is_not_built_is_left_out() -> None:
 def test_no_check_and_no_phase_is_switched_off() -> None:
     assert all(check.get("enabled", True) for check in CONFIG["checks"].values())
     assert set(of(CONFIG["phases"], "enabled")) == {True}
-    assert all(rule.keys() == {"include-operation-id", "enabled"} for rule in CONFIG["operations"])
+    assert all(rule.keys() == {"include-operation-id", "enabled"} for rule in RULES)

@@ -8,11 +8,18 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 import requests
 
 from billing import settings
+from billing.connections import CALLBACK
+from billing.http.document import resolve
+from billing.stripe_connect import MESSAGES
+from tests.answers import DOCUMENT
+from tests.conftest import API
+from tests.e2e.places import Place
 
 ROOT = Path(__file__).parents[2]
 LOCAL = "http://127.0.0.1:8000"
@@ -52,6 +59,27 @@ def test_the_python_quickstart(live_server_url: str) -> None:
     assert done.stdout.splitlines()[-3:] == ["test", "test", "401 key-revoked"]
 
 
+@pytest.mark.parametrize(
+    ("heading", "statuses"),
+    [
+        ("Connect with OAuth", ["active", "active", "disconnected"]),
+        ("Connect with an account link", ["pending", "active"]),
+    ],
+)
+def test_the_ways_to_connect_stripe(place: Place, heading: str, statuses: list[str]) -> None:
+    tour = block_of("README.md", "Five steps", "sh").partition("# 3.")[0].replace("ada@", f"{uuid4()}@")
+    script = tour + block_of("docs/stripe-connect.md", heading, "sh")
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script.replace(LOCAL, place.api)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    _, *said = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [one.get("status") or one["tenant"]["stripe_connect_status"] for one in said] == statuses
+
+
 def test_the_first_call_of_existing_clients(live_server_url: str) -> None:
     command = (
         f"curl -s -X POST {live_server_url}/api/v1/auth/tenants/register/ "
@@ -76,3 +104,49 @@ def test_every_setting_is_documented_and_no_other(page: str, pattern: str) -> No
     read = set(re.findall(r'"([A-Z][A-Z_]{3,})"', source)) - {"XDG_STATE_HOME", "HOME"}
     assert names_in(page, pattern) - set(settings.KEYRINGS) == read - set(settings.KEYRINGS)
     assert set(settings.KEYRINGS) <= names_in(page, pattern)
+
+
+# What docs/stripe-connect.md lists -----------------------------------------------------------------
+
+
+def rows_of(page: str, heading: str) -> list[list[str]]:
+    """The cells of the first table behind a heading, without its head."""
+    section = (ROOT / page).read_text().partition(f"## {heading}\n")[2]
+    table = re.search(r"((?:^\|.*\|\n)+)", section, re.MULTILINE)
+    assert table is not None, f"{page} has no table behind {heading}"
+    return [line.strip("| ").split(" | ") for line in table[1].splitlines()[2:]]
+
+
+def test_every_status_of_an_account_is_explained_and_no_other() -> None:
+    listed = {
+        status.strip("`"): message for status, message, _ in rows_of("docs/stripe-connect.md", "Status")
+    }
+    assert listed == MESSAGES
+
+
+def test_every_problem_with_stripe_is_explained_and_no_other() -> None:
+    listed = {
+        code.strip("`"): int(status) for code, status, _ in rows_of("docs/stripe-connect.md", "Problems")
+    }
+    # What a neighbour answers too is not about Stripe.
+    ours, neighbours = (
+        codes_of("/stripe/connect/", "/stripe/callback/"),
+        codes_of("/stripe/status/", "/login/"),
+    )
+    assert listed == {code: status for code, status in ours.items() if code not in neighbours}
+
+
+def codes_of(*actions: str) -> dict[str, int]:
+    """The codes that these operations answer with, as the document lists them, and their statuses."""
+    found = {}
+    for action in actions:
+        for operation in DOCUMENT["paths"][f"{API}{action}"].values():
+            for status, response in operation["responses"].items():
+                said = resolve(DOCUMENT, response)["description"]
+                codes = re.search(r"^Codes?: (.*?)\.", said, re.MULTILINE | re.DOTALL)
+                found |= dict.fromkeys(re.findall(r"`([a-z-]+)`", codes[1] if codes else ""), int(status))
+    return found
+
+
+def test_the_redirect_uri_to_register_is_ours() -> None:
+    assert f"\n   {CALLBACK}\n" in (ROOT / "docs/stripe-connect.md").read_text()

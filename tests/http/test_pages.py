@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 from starlette.types import Receive, Scope, Send
 
 from billing import errors
-from billing.http import document, pages, problems
+from billing.http import document, pages, problems, templates
 
 DOCUMENT: dict[str, Any] = {
     "openapi": "3.0.3",
@@ -112,7 +112,7 @@ def test_the_list_of_problems_is_complete(client: TestClient) -> None:
 
 
 def test_backticks_become_code_and_nothing_becomes_markup() -> None:
-    assert pages._ticked("Send `<b>`, & <i>") == "Send <code>&lt;b&gt;</code>, &amp; &lt;i&gt;"
+    assert templates.ticked("Send `<b>`, & <i>") == "Send <code>&lt;b&gt;</code>, &amp; &lt;i&gt;"
 
 
 def test_two_workers_make_the_same_pages(client: TestClient) -> None:

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from sqlalchemy import Engine, create_engine, exc, text, true
 
-from billing import keys, sessions, tenants
-from billing.errors import BillingError, NotFound
+from billing import keys, sessions, stripe_connect, tenants
+from billing.errors import BillingError, NotFound, StateUnknown
 from billing.ids import new_id
 from billing.keys import KeyDigests
 from billing.settings import Settings
 from billing.storage.shelf import Shelf
 from billing.storage.store import Store, TenantTx
 from billing.storage.tables import metadata
+from billing.stripe_connect import ACCOUNT_NAME, CHECK, Account, Connected, Connection, Grant, State
+from billing.tasks import Task
 from billing.tenants import Registered
 from billing.tokens import Tokens
+from billing.webhooks.delivery import Begun, Delivery, Settled
+from billing.webhooks.endpoints import Endpoint
+from billing.webhooks.replay import Choice
+from billing.webhooks.signing import new_secret
 from tests.conftest import TestDatabase
 
 NOW = datetime(2026, 1, 15, 9, 30, tzinfo=UTC)
+LATER = NOW + timedelta(days=1)
+MUCH_LATER = NOW + timedelta(days=1000)
 TABLES = sorted(metadata.tables)
 
 
@@ -33,15 +41,42 @@ class House:
         self.store = store
         self.tokens = Tokens(settings.jwt_keys, settings.public_base_url)
         self.digests = KeyDigests(settings.key_peppers)
-        self.acme = self.register("Acme")
-        self.globex = self.register("Globex")
+        self.acme, self.state, self.connection = self.connect(self.register("Acme"))
+        self.globex, _, _ = self.connect(self.register("Globex"))
+        # What the worker holds while it does it.
+        self.arrived, self.pending = self.deliver(self.acme)
+        subject = self.connection.account.id
+        self.task = Task(self.acme.tenant.id, CHECK, self.connection.id, subject, "general", NOW, 0, 0)
 
     def register(self, name: str) -> Registered:
-        details = {"company_name": name, "email": f"ada@{name}.example"}
+        url = f"https://hooks.{name.lower()}.example/"
+        details = {"company_name": name, "email": f"ada@{name}.example", "webhook_url": url}
         with self.store.tenant(new_id()) as tx:
             made = tenants.register(tx, details, password_hash="-", digests=self.digests, now=NOW)
             sessions.start(tx, made.owner, tokens=self.tokens, now=NOW)
+            tx.webhooks.retire_secrets(NOW, expires_at=LATER)
+            tx.webhooks.add_secret(new_secret(), NOW)
             return made
+
+    def connect(self, made: Registered) -> tuple[Registered, State, Connection]:
+        """A state, a connection, and the event and the task that come of it."""
+        account = Account(f"acct_{made.tenant.slug}")
+        grant = Grant(account.id, "read_write", livemode=False)
+        with self.store.tenant(made.tenant.id) as tx:
+            started = stripe_connect.start(
+                tx, made.owner, flow="oauth", return_url=None, browser=None, now=NOW
+            )
+            connected = stripe_connect.connect(tx, grant, account, livemode=False, now=NOW)
+        assert isinstance(connected, Connected)
+        return replace(made, tenant=connected.tenant), started.state, connected.connection
+
+    def deliver(self, made: Registered) -> tuple[Delivery, Delivery]:
+        """A delivery that has arrived, and one that has not."""
+        with self.store.tenant(made.tenant.id) as tx:
+            [begun] = tx.deliveries.begin(NOW, only=None, most=1)
+            tx.deliveries.settle([Settled(begun.id, 1, "delivered", None, 200, None, 1, NOW)])
+            deliveries = {delivery.status: delivery for delivery in tx.deliveries.recent(100)}
+        return deliveries["delivered"], deliveries["pending"]
 
 
 WAYS = ["both", "filters off", "row security off"]
@@ -87,15 +122,85 @@ ATTEMPTS: dict[str, Attempt] = {
     "keys.regenerate": lambda tx, h: foreign(tx, regenerate(tx, h)),
     "tenants.set_active": lambda tx, h: tx.tenants.set_active(False, NOW),
     "tenants.set_tier": lambda tx, h: tx.tenants.set_tier("pro", NOW),
+    "tenants.set_stripe": lambda tx, h: tx.tenants.set_stripe("acct_stolen", "active", NOW),
     "directory.claim": lambda tx, h: tx.directory.claim("email", h.acme.owner.email, new_id()) or None,
+    "directory.owns": lambda tx, h: tx.directory.owns(ACCOUNT_NAME, h.connection.account.id) or None,
+    "directory.release": lambda tx, h: tx.directory.release(ACCOUNT_NAME, h.connection.account.id),
+    "stripe.find": lambda tx, h: [c for c in [tx.stripe.find()] if c is None or c.id == h.connection.id],
+    "stripe.keep": lambda tx, h: tx.stripe.keep(replace(h.connection, ended_at=NOW)),
+    "stripe.add_state": lambda tx, h: tx.stripe.add_state(replace(h.state, user_id=h.globex.owner.id)),
+    "stripe.end_states": lambda tx, h: [
+        digest for digest in tx.stripe.end_states(NOW, forgotten_before=LATER) if digest == h.state.digest
+    ],
+    "stripe.lock_state": lambda tx, h: refused(lambda: tx.stripe.lock_state(h.state.id)),
+    "stripe.consume_state": lambda tx, h: tx.stripe.consume_state(h.state.id, NOW),
+    "tenants.touch": lambda tx, h: tx.tenants.touch(LATER),
+    "sessions.prune": lambda tx, h: tx.sessions.prune(MUCH_LATER),
+    "webhooks.find": lambda tx, h: [e for e in [tx.webhooks.find()] if e.url != url_of(h.globex)],
+    "webhooks.keep": lambda tx, h: tx.webhooks.keep(Endpoint("https://stolen.example/"), LATER),
+    "webhooks.add_secret": lambda tx, h: renew_secret(tx),
+    "webhooks.retire_secrets": lambda tx, h: tx.webhooks.retire_secrets(NOW, expires_at=NOW),
+    "webhooks.secrets": lambda tx, h: tx.webhooks.secrets(NOW)[2:],
+    "webhooks.signing_secrets": lambda tx, h: [
+        text for text in tx.webhooks.signing_secrets(NOW) if text == h.acme.webhook_secret
+    ],
+    "webhooks.tidy_secrets": lambda tx, h: tx.webhooks.tidy_secrets(MUCH_LATER),
+    "deliveries.add": lambda tx, h: tx.deliveries.add(replace(h.pending, event_id=event_of(tx))),
+    "deliveries.begin": lambda tx, h: [
+        begun for begun in tx.deliveries.begin(NOW, only=None, most=100) if begun.id == h.pending.id
+    ],
+    "deliveries.give_back": lambda tx, h: tx.deliveries.give_back(
+        [Begun(h.pending.id, h.pending.event_id, h.pending.event_type, 0, b"")]
+    ),
+    "deliveries.settle": lambda tx, h: tx.deliveries.settle(
+        [Settled(h.pending.id, 0, "delivered", None, 200, None, 1, NOW)]
+    ),
+    "deliveries.next_due": lambda tx, h: (
+        tx.deliveries.cancel("stolen", NOW) or tx.deliveries.next_due(only=None)
+    ),
+    "deliveries.drop_unwanted": lambda tx, h: tx.deliveries.drop_unwanted([]),
+    "deliveries.cancel": lambda tx, h: tx.deliveries.cancel("stolen", NOW),
+    "deliveries.replay": lambda tx, h: tx.deliveries.replay([h.arrived.event_id], NOW),
+    "deliveries.recent": lambda tx, h: [
+        delivery for delivery in tx.deliveries.recent(100) if delivery.id in (h.arrived.id, h.pending.id)
+    ],
+    "deliveries.stats": lambda tx, h: tx.deliveries.stats(NOW).delivered_24h or None,
+    "deliveries.prune": lambda tx, h: tx.deliveries.prune(MUCH_LATER),
+    "events.record": lambda tx, h: tx.events.record("webhook.test", {}, now=NOW),
+    "events.keep": lambda tx, h: tx.events.keep("webhook.test", {}, livemode=True, now=NOW) and None,
+    "events.count": lambda tx, h: tx.events.count(chosen(h), wanted=()) or None,
+    "events.chosen": lambda tx, h: tx.events.chosen(chosen(h), wanted=(), after=0, most=100),
+    "tasks.add": lambda tx, h: tx.tasks.add(CHECK, h.task.id, subject="stolen", due_at=NOW, now=NOW),
+    "tasks.drop": lambda tx, h: tx.tasks.drop(CHECK, subject=h.task.subject),
+    "tasks.finish": lambda tx, h: tx.tasks.finish(h.task),
+    "tasks.postpone": lambda tx, h: tx.tasks.postpone(h.task, NOW),
     "users.add": lambda tx, h: tx.users.add(replace(h.acme.owner, id=new_id()), password_hash="-"),
 }
+
+
+def url_of(made: Registered) -> str | None:
+    return made.tenant.webhook_url
+
+
+def renew_secret(tx: TenantTx) -> None:
+    tx.webhooks.retire_secrets(NOW, expires_at=LATER)
+    tx.webhooks.add_secret("stolen", NOW)
+
+
+def event_of(tx: TenantTx) -> Any:
+    """The id of an event of one's own."""
+    return tx.deliveries.recent(1)[0].event_id
+
+
+def chosen(house: House) -> Choice:
+    """Acme's event, by an id that Globex cannot know."""
+    return Choice(event_ids=(house.arrived.event_id,))
 
 
 def refused(ask: Callable[[], object]) -> object:
     try:
         return ask()
-    except NotFound:
+    except (NotFound, StateUnknown):
         return None
 
 
@@ -114,8 +219,6 @@ def foreign(tx: TenantTx, found: list[keys.ApiKey]) -> list[keys.ApiKey]:
 
 
 def regenerate(tx: TenantTx, house: House) -> list[keys.ApiKey]:
-    from datetime import timedelta
-
     return list(keys.regenerate(tx, "all", grace=timedelta(), digests=house.digests, now=NOW).previous)
 
 
@@ -183,14 +286,24 @@ def test_every_question_of_every_shelf_is_attempted() -> None:
 
 
 def test_with_both_safeguards_off_these_tests_would_see_it(
-    store: Store, settings: Settings, test_database: TestDatabase, monkeypatch: pytest.MonkeyPatch
+    store: Store,
+    settings: Settings,
+    test_database: TestDatabase,
+    superuser: Engine,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    house = House(store, settings)
     monkeypatch.setattr(Shelf, "mine", lambda *_: true())
     store.open(test_database.superuser_url)
-    house = House(store, settings)
     with store.tenant(house.globex.tenant.id) as tx:
         assert tx.users.find(house.acme.owner.id) is not None
         assert foreign(tx, tx.api_keys.revoke(keys.TYPES, NOW))
+        assert tx.directory.owns(ACCOUNT_NAME, house.connection.account.id)
+        assert tx.stripe.lock_state(house.state.id) == house.state
+        assert len(tx.webhooks.secrets(NOW)) > 2
+        assert tx.deliveries.stats(NOW).delivered_24h
+        tx.tasks.finish(house.task)
+    assert not any(CHECK in task for task in rows_of(superuser, house.acme.tenant.id)["tasks"])
 
 
 # What the application's role may do at all -------------------------------------------------------
@@ -258,6 +371,9 @@ def test_a_key_cannot_refer_to_another_tenants_user(two: House, superuser: Engin
         "UPDATE audit_log SET action = 'nothing'",
         "DELETE FROM audit_log",
         "UPDATE directory SET name = 'x'",
+        "UPDATE events SET body = ''",
+        "DELETE FROM event_heads",
+        "DELETE FROM stripe_connections",
         "CREATE TABLE mine (id int)",
         "CREATE FUNCTION app.mine() RETURNS int LANGUAGE sql AS 'SELECT 1'",
     ],

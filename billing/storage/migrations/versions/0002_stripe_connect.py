@@ -105,10 +105,13 @@ CREATE FUNCTION app.take_tasks(wanted text, at timestamptz, until timestamptz, m
             SELECT d.tenant_id, d.kind, d.id FROM public.tasks d
             WHERE d.queue = wanted AND d.due_at <= at AND (d.leased_until IS NULL OR d.leased_until <= at)
             ORDER BY d.due_at LIMIT most FOR UPDATE SKIP LOCKED
+        ), taken AS (
+            UPDATE public.tasks t SET leased_until = until, attempts = t.attempts + 1 FROM due
+            WHERE t.tenant_id = due.tenant_id AND t.kind = due.kind AND t.id = due.id
+            RETURNING t.*
         )
-        UPDATE public.tasks t SET leased_until = until, attempts = t.attempts + 1 FROM due
-        WHERE t.tenant_id = due.tenant_id AND t.kind = due.kind AND t.id = due.id
-        RETURNING t.tenant_id, t.kind, t.id, t.subject, t.queue, t.created_at, t.attempts, t.revision
+        SELECT t.tenant_id, t.kind, t.id, t.subject, t.queue, t.created_at, t.attempts, t.revision
+        FROM taken t ORDER BY t.due_at
     $$;
 
 REVOKE ALL ON FUNCTION app.take_tasks FROM PUBLIC;
