@@ -78,14 +78,12 @@ class Deliveries:
         batch = self._begin(task.tenant_id)
         rest = self._send(batch) if batch.begun else []
         with self._store.tenant(task.tenant_id) as tx:
-            if rest:
-                tx.deliveries.give_back(rest)
-            _schedule(tx, task)
+            _let_go(tx, task, rest)
 
     def _begin(self, tenant_id: UUID) -> Batch:
         now = self._clock()
         with self._store.tenant(tenant_id) as tx:
-            endpoint = tx.webhooks.find()
+            endpoint = tx.webhooks.find(lock=True)
             if endpoint.url is None:
                 return Batch(tenant_id, endpoint, "", (), ())
             if endpoint.wanted:
@@ -103,7 +101,7 @@ class Deliveries:
                 begun = waiting.popleft()
                 flying[self._pool.submit(self._attempt, batch.url, batch.secrets, begun)] = begun
             ended = [(flying.pop(future), future.result()) for future in _gathered(flying)]
-            went_well = self._settle(batch, ended, failed_before=window == 0) and time.monotonic() < until
+            went_well = self._settle(batch, ended) and time.monotonic() < until
             window = min(2 * window, IN_FLIGHT) if went_well else 0
         self._remember(batch.tenant_id, went_well=window > 0)
         return list(waiting)
@@ -121,7 +119,7 @@ class Deliveries:
         headers = signed_headers(secrets, id=str(begun.event_id), at=self._clock(), body=begun.body)
         return self._egress.send(url, begun.body, {"Content-Type": "application/json", **headers})
 
-    def _settle(self, batch: Batch, ended: Sequence[tuple[Begun, Attempt]], *, failed_before: bool) -> bool:
+    def _settle(self, batch: Batch, ended: Sequence[tuple[Begun, Attempt]]) -> bool:
         """Keep how attempts went, for them and for the endpoint; whether it is worth while to go on."""
         now = self._clock()
         settled = [_settled(begun, attempt, batch.endpoint, now) for begun, attempt in ended]
@@ -129,16 +127,16 @@ class Deliveries:
         all_delivered = all(one.status == "delivered" for one in settled)
         with self._store.tenant(batch.tenant_id) as tx:
             # The endpoint before its deliveries, as whoever removes it: or the two deadlock.
-            if not all_delivered or failed_before or batch.endpoint.failing_since is not None:
-                self._note(tx, batch.url, settled, gone=gone)
+            endpoint = tx.webhooks.find(lock=True)
+            # What was sent is not for what is configured now, nor is the rest for what was.
+            is_same = endpoint.url == batch.url
+            if is_same and endpoint.is_active and not (all_delivered and endpoint.failing_since is None):
+                self._note(tx, endpoint, settled, gone=gone)
             tx.deliveries.settle(settled)
-        return all_delivered
+        return all_delivered and is_same
 
-    def _note(self, tx: TenantTx, url: str, settled: Sequence[Settled], *, gone: bool) -> None:
+    def _note(self, tx: TenantTx, endpoint: Endpoint, settled: Sequence[Settled], *, gone: bool) -> None:
         now = self._clock()
-        endpoint = tx.webhooks.find(lock=True)
-        if endpoint.url != url or not endpoint.is_active:
-            return  # What failed is not what is configured now.
         failed = [one for one in settled if one.status != "delivered"]
         first_failures = sum(one.attempt == 1 for one in failed)
         after = endpoint.after(
@@ -200,9 +198,11 @@ def error_of(attempt: Attempt) -> str | None:
     return "bad_status"
 
 
-def _schedule(tx: TenantTx, task: Task) -> None:
+def _let_go(tx: TenantTx, task: Task, rest: Sequence[Begun]) -> None:
     """Let go of an endpoint until its next attempt is due. One that fails waits in a queue of such."""
-    endpoint = tx.webhooks.find()
+    endpoint = tx.webhooks.find(lock=True)
+    if rest:
+        tx.deliveries.give_back(rest)
     due_at = tx.deliveries.next_due(only=_only(endpoint)) if endpoint.url else None
     if due_at is None:
         tx.tasks.finish(task)

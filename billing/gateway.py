@@ -41,11 +41,15 @@ FAILURES = (stripe.StripeError, AttributeError, KeyError, RecursionError, TypeEr
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.stripe")
 
 
+class Malformed(ValueError):
+    """Stripe answered with something that is not what was asked for."""
+
+
 class Gateway:
     """One client for the process, for any number of threads. No retries: whoever calls knows what a repeat does.
 
-    Every method that calls Stripe takes at most `TOTAL_SECONDS`, and raises `StripeNotConfigured` and
-    `StripeUnavailable`.
+    Every call of Stripe takes at most `TOTAL_SECONDS` (`revoke` may need two), and whoever makes one may meet
+    `StripeNotConfigured` and `StripeUnavailable`.
     """
 
     def __init__(
@@ -97,12 +101,12 @@ class Gateway:
         self.require_configured()
         try:
             with _in_our_words("oauth.token"):
-                token = self._stripe.oauth.token({"grant_type": "authorization_code", "code": code}).to_dict()
+                token = self._stripe.oauth.token({"grant_type": "authorization_code", "code": code})
+                return _grant(token.to_dict())
         except StripeUnavailable as error:
             if isinstance(error.__cause__, stripe.oauth_error.InvalidGrantError):
                 raise CodeRejected from error
             raise
-        return _grant(token)
 
     def revoke(self, account_id: str) -> None:
         """Tell Stripe that the account is no longer connected, also if it knows already."""
@@ -154,9 +158,9 @@ class Gateway:
                 }
             )
             url = _text(made.to_dict().get("url"), LONGEST_URL, URL)
-        if url is None:
-            raise StripeUnavailable("Stripe answered with a link that leads nowhere.")
-        return url
+            if url is None:
+                raise Malformed
+            return url
 
     def _retrieve(self, account_id: str) -> Account | None:
         try:
@@ -173,6 +177,10 @@ class Gateway:
         if self._client is None:
             raise StripeNotConfigured
         return self._client
+
+
+# The environment could have the library print what it receives, codes too, past our log and its redaction.
+stripe._util.STRIPE_LOG = None  # noqa: SLF001
 
 
 def _client(secret_key: str, client_id: str | None, api_base: str, connect_base: str) -> stripe.StripeClient:
@@ -216,29 +224,42 @@ def _code_of(error: BaseException) -> str | None:
 
 
 class Fuse:
-    """Stops asking a Stripe that does not answer: after three failures in a row, for a quarter of a minute.
+    """Spares everyone the wait for a Stripe that does not answer: raises `StripeUnavailable` at once instead.
 
-    Raises `StripeUnavailable` at once while it is open, so that nobody waits for what will not come.
+    It is open for a quarter of a minute after three silences in a row, and while somebody has waited too long.
     """
 
     BLOWS_AFTER = 3
     OPEN_SECONDS = 15
+    PATIENCE_SECONDS = 1.5
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._failures = 0
+        self._waiting_since: dict[int, float] = {}
+        self._silences = 0
         self._open_until = 0.0
 
     def __enter__(self) -> None:
-        if self._clock() < self._open_until:
-            raise StripeUnavailable
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        now = self._clock()
         with self._lock:
-            self._failures = self._failures + 1 if kind is not None else 0
-            if self._failures >= self.BLOWS_AFTER:
+            oldest = min(self._waiting_since.values(), default=now)
+            if now < self._open_until or now - oldest > self.PATIENCE_SECONDS:
+                raise StripeUnavailable
+            self._waiting_since[threading.get_ident()] = now
+
+    def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        with self._lock:
+            del self._waiting_since[threading.get_ident()]
+            self._silences = self._silences + 1 if _is_silence(error) else 0
+            if self._silences >= self.BLOWS_AFTER:
                 self._open_until = self._clock() + self.OPEN_SECONDS
+
+
+def _is_silence(error: BaseException | None) -> bool:
+    """Whether Stripe did not answer, or not as itself: a refusal for one account says nothing of the others."""
+    cause = error.__cause__ if error is not None else None
+    return isinstance(cause, stripe.APIConnectionError) or (getattr(cause, "http_status", None) or 0) >= 500
 
 
 # Answers -----------------------------------------------------------------------------------------
@@ -247,14 +268,14 @@ class Fuse:
 def _grant(token: Mapping[str, Any]) -> Grant:
     account_id, livemode = token.get("stripe_user_id"), token.get("livemode")
     if not (_is_account_id(account_id) and isinstance(livemode, bool)):
-        raise StripeUnavailable("Stripe answered with an account that is none.")
+        raise Malformed
     return Grant(str(account_id), str(token.get("scope")), livemode)
 
 
 def _account(said: Mapping[str, Any]) -> Account:
-    """The account in Stripe's answer, as far as it has the form that it should; raises `StripeUnavailable`."""
+    """The account in Stripe's answer, as far as it has the form that it should; raises `Malformed`."""
     if not _is_account_id(said.get("id")):
-        raise StripeUnavailable("Stripe answered with an account that is none.")
+        raise Malformed
     return Account(
         id=said["id"],
         charges_enabled=_truth(said.get("charges_enabled")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from billing.cli.check import check
 from billing.cli.console import Commands
 from billing.cli.installation import migrate, secrets
 from billing.cli.serve import serve
@@ -26,5 +27,5 @@ def main() -> None:
     """
 
 
-for command in (serve, worker, migrate, tenants, users, webhooks, secrets):
+for command in (serve, worker, migrate, tenants, users, webhooks, secrets, check):
     main.add_command(command)

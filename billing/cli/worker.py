@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Self
 
@@ -35,6 +35,7 @@ FAILING_THREADS = 32
 CONNECTIONS = 16
 # A task may ask Stripe twice, eight seconds each.
 END_SECONDS = 20
+AWAKE_EVERY_SECONDS = 0.5
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 30.0
 
@@ -103,7 +104,9 @@ class Crew:
         """Work until `stop`. If one worker fails all end, and whoever started us starts us again."""
         with ThreadPoolExecutor(len(self._workers), thread_name_prefix="worker") as pool:
             running = [pool.submit(worker.run) for worker in self._workers]
-            wait(running, return_when=FIRST_EXCEPTION)
+            # A signal that another thread got is handled here, and only while we are awake.
+            while not wait(running, AWAKE_EVERY_SECONDS, return_when=FIRST_COMPLETED).done:
+                pass
             self.stop()
         for worker in running:
             worker.result()

@@ -101,7 +101,8 @@ def allowed_methods(listed: Sequence[Operation]) -> dict[str, str]:
     """What `Allow` says of each path; HEAD goes with GET."""
     by_path: dict[str, set[str]] = {}
     for operation in listed:
-        methods = {operation.method, "HEAD"} if operation.method == "GET" else {operation.method}
+        has_head = operation.method == "GET" and not operation.no_head
+        methods = {operation.method, "HEAD"} if has_head else {operation.method}
         by_path.setdefault(operation.path, set()).update(methods)
     return {path: ", ".join(sorted(methods)) for path, methods in by_path.items()}
 

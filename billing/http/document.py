@@ -108,7 +108,7 @@ class Operation:
     `roles` are those a user must have one of; none means that any user may. `schemes` are the names of the
     security schemes offered; none means that the operation is public. `query` are its query parameters,
     resolved; an `open_query` may have others too. `request` is the JSON schema of the body as it stands in
-    the document, `None` where there is no body.
+    the document, `None` where there is no body. `no_head` is a GET that acts, so that HEAD is none of its path's methods.
     """
 
     operation_id: str
@@ -121,6 +121,7 @@ class Operation:
     open_query: bool
     request: dict[str, Any] | None
     body_required: bool
+    no_head: bool = False
 
 
 def operations(document: dict[str, Any]) -> tuple[Operation, ...]:
@@ -169,6 +170,7 @@ def _operation(document: dict[str, Any], method: str, path: str, said: dict[str,
         open_query=said.get("x-open-query", False),
         request=body.get("content", {}).get("application/json", {}).get("schema"),
         body_required=body.get("required", False),
+        no_head=said.get("x-no-head", False),
     )
 
 

@@ -20,7 +20,8 @@ Handler = TypeVar("Handler", bound=Callable[..., object])
 T = TypeVar("T")
 
 PASSWORD_THREADS = 2
-STRIPE_THREADS = 6
+# More than one wave of callers: once Stripe has kept somebody waiting the others are answered at once.
+STRIPE_THREADS = 16
 WEBHOOK_THREADS = 4
 LONGEST_WAIT_SECONDS = 2
 

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from billing.actors import Actor
+from billing.errors import MethodNotAllowed
 from billing.http.browsers import browser_of
 from billing.http.document import Operation
 from billing.http.lanes import Lanes, lane_of
@@ -66,6 +67,8 @@ def _endpoint(
 
     async def endpoint() -> Response:
         scope = connexion.context.scope
+        if operation.no_head and scope["method"] == "HEAD":
+            raise MethodNotAllowed
         given = {name: of_the_request(scope, name) for name in from_request}
         reply = await lanes.run(lane, lambda: handler(**from_services, **given))
         return _with_key_expiry(reply, caller_of(scope)).response()

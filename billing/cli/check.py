@@ -1,0 +1,460 @@
+"""`billing check`: walks all operations of a deployment, ours or anybody's, and says which do as its document says."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import click
+import orjson
+import requests
+from jsonschema_rs import Draft4Validator, ReferencingError
+from requests.structures import CaseInsensitiveDict
+
+from billing.cli.console import as_json, cell, say_json, table
+
+PROBLEM = "application/problem+json"
+COLUMNS = ("verdict", "operation", "status", "ms", "note")
+# Reserved (RFC 2606): a letter to it reaches nobody, and so does a webhook.
+EMAIL_DOMAIN = "billing-check.example"
+WEBHOOK_URL = f"https://hooks.{EMAIL_DOMAIN}/billing"
+# A test delivery is given 15 seconds, and Stripe 8 a question.
+CALL_SECONDS = 40
+
+# What comes of reading a document, or an answer that it allows, which is not ours at all.
+STRANGE = (LookupError, TypeError, ValueError, AttributeError, ReferencingError)
+
+Json = dict[str, Any]
+Verdict = Literal["PASS", "FAIL", "SKIP"]
+
+
+class Wrong(Exception):
+    """The deployment did what its document does not say, or not what the operation is for."""
+
+
+class Impossible(Exception):
+    """The operation cannot be tried here, for no fault of its own."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """What came of one operation; no status and no time where it was not called."""
+
+    verdict: Verdict
+    operation: str
+    status: int | None = None
+    ms: int | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of one call, found to be as the document says."""
+
+    status: int
+    ms: int
+    body: Json
+
+    @property
+    def code(self) -> str | None:
+        """The code of the problem, if it is one."""
+        return self.body.get("code") if self.status >= 400 else None
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Where the document has an operation, and what it says of it."""
+
+    method: str
+    path: str
+    said: Json
+
+
+# The command ---------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.argument("base_url")
+@click.option("--webhook-url", help="A receiver of yours, which the test event must reach.")
+@as_json
+def check(base_url: str, webhook_url: str | None, as_json: bool) -> None:
+    """Try all operations of a deployment, and say of each whether it does as the deployment's document says.
+
+    It registers a tenant of its own, which stays behind with its keys revoked and its webhook removed. Nothing
+    secret is printed. The exit code is 1 if anything fails.
+
+    \b
+    Example:
+      billing check https://billing.example.com
+    """
+    with requests.Session() as session:
+        deployment = Deployment(session, origin_of(base_url))
+        lines = walk(Visit(deployment, webhook_url))
+    if as_json:
+        say_json([asdict(line) for line in lines])
+    else:
+        click.echo(table(COLUMNS, [[cell(getattr(line, column)) for column in COLUMNS] for line in lines]))
+        click.echo(counted(lines))
+    if any(line.verdict == "FAIL" for line in lines):
+        raise click.exceptions.Exit(1)
+
+
+def origin_of(base_url: str) -> str:
+    """The base URL without its last slash; raises `click.BadParameter` for what is no http or https URL."""
+    parts = urlsplit(base_url)
+    if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
+        raise click.BadParameter("must be like https://billing.example.com", param_hint="BASE_URL")
+    return base_url.rstrip("/")
+
+
+def counted(lines: Sequence[Line]) -> str:
+    passed, failed, skipped = (
+        sum(line.verdict == verdict for line in lines) for verdict in ("PASS", "FAIL", "SKIP")
+    )
+    return f"{passed} passed, {failed} failed, {skipped} skipped"
+
+
+def walk(visit: Visit) -> list[Line]:
+    """One line for each operation, in an order in which each has what it needs."""
+    return [_line(visit, step) for step in STEPS]
+
+
+def _line(visit: Visit, step: Callable[[Visit], str | None]) -> Line:
+    operation, visit.last = step.__name__, None
+    try:
+        visit.refused_without_credentials(operation)
+        verdict, note = _verdict(visit, step)
+    except (Wrong, requests.RequestException, *STRANGE) as error:
+        verdict, note = "FAIL", _said(error)
+    last = visit.last
+    return Line(verdict, operation, last and last.status, last and last.ms, note)
+
+
+def _verdict(visit: Visit, step: Callable[[Visit], str | None]) -> tuple[Verdict, str]:
+    try:
+        return "PASS", step(visit) or ""
+    except Impossible as error:
+        return "SKIP", str(error)
+
+
+def _said(error: Exception) -> str:
+    # The others' own words may hold what was sent: an address with a state in it, a member's value.
+    match error:
+        case Wrong():
+            return str(error)
+        case requests.RequestException():
+            return f"there is no answer ({type(error).__name__})"
+    return f"the document, or the answer by it, is of another shape ({type(error).__name__})"
+
+
+# The deployment ------------------------------------------------------------------------------------
+
+
+class Deployment:
+    """A deployment by its document: answers are read only if the document says that they may be given."""
+
+    def __init__(self, session: requests.Session, base_url: str) -> None:
+        self._session = session
+        # Or a ~/.netrc would add credentials of its own.
+        session.auth = lambda request: request
+        self._base_url = base_url
+        document = self._document()
+        self._components = as_json_schema(document.get("components", {}))
+        self._document_read = document
+        self._operations = {
+            said.get("operationId"): Operation(method.upper(), path, said)
+            for path, item in document["paths"].items()
+            for method, said in item.items()
+            if isinstance(said, dict)
+        }
+
+    def _document(self) -> Json:
+        url = f"{self._base_url}/openapi.json"
+        try:
+            document = self._session.get(url, timeout=CALL_SECONDS).json()
+        except requests.RequestException as error:
+            raise click.ClickException(f"There is no document at {url} ({type(error).__name__}).") from error
+        if not isinstance(document, dict) or not isinstance(document.get("paths"), dict):
+            raise click.ClickException(f"What is at {url} is no OpenAPI document.")
+        return document
+
+    def operation(self, operation_id: str) -> Operation:
+        found = self._operations.get(operation_id)
+        if found is None:
+            raise Wrong("the document does not have it")
+        return found
+
+    def call(
+        self, operation_id: str, *, headers: Mapping[str, str] | None = None, **sent: Any
+    ) -> tuple[requests.Response, Answer]:
+        """Call an operation; raises `Wrong` for an answer that the document does not say."""
+        operation = self.operation(operation_id)
+        response = self._session.request(
+            operation.method,
+            self._base_url + operation.path,
+            headers={"Accept": "application/json", **(headers or {})},
+            allow_redirects=False,
+            timeout=CALL_SECONDS,
+            **sent,
+        )
+        ms = round(response.elapsed.total_seconds() * 1000)
+        return response, Answer(response.status_code, ms, self._read(operation, response))
+
+    def _read(self, operation: Operation, response: requests.Response) -> Json:
+        said = operation.said.get("responses", {}).get(str(response.status_code))
+        if said is None:
+            raise Wrong(f"{response.status_code} is not in the document")
+        said = self._resolved(said)
+        _require_headers(response.headers, {n: self._resolved(h) for n, h in said.get("headers", {}).items()})
+        media_type = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        expected = PROBLEM if response.status_code >= 400 else "application/json"
+        if media_type != expected or expected not in said.get("content", {}):
+            raise Wrong(f"{response.status_code} is {media_type or 'of no type'}, not {expected}")
+        return self._valid(said["content"][expected].get("schema", {}), response.content)
+
+    def _valid(self, schema: Json, body: bytes) -> Json:
+        try:
+            read = orjson.loads(body)
+        except orjson.JSONDecodeError:
+            raise Wrong("the body is no JSON") from None
+        whole = {**as_json_schema(schema), "components": self._components}
+        # The mask keeps values, which may be secrets, out of the message.
+        for error in Draft4Validator(whole, validate_formats=True, mask="it").iter_errors(read):
+            raise Wrong(f"/{'/'.join(map(str, error.instance_path))}: {error.message}")
+        if not isinstance(read, dict):
+            raise Wrong("the body is no object")
+        return read
+
+    def _resolved(self, node: Json) -> Json:
+        while "$ref" in node:
+            found: Any = self._document_read
+            for part in node["$ref"].removeprefix("#/").split("/"):
+                found = found[part]
+            node = found
+        return node
+
+
+def _require_headers(headers: CaseInsensitiveDict[str], said: Mapping[str, Json]) -> None:
+    missing = [name for name, header in said.items() if header.get("required") and name not in headers]
+    if missing:
+        raise Wrong(f"the answer lacks {missing[0]}")
+
+
+def as_json_schema(node: Any) -> Any:
+    """An OpenAPI 3.0 schema as JSON Schema draft 4 says it: `nullable` is a second type."""
+    if isinstance(node, list):
+        return [as_json_schema(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    plain = {name: as_json_schema(value) for name, value in node.items()}
+    if plain.get("nullable") is True and isinstance(plain.get("type"), str):
+        plain["type"] = [plain["type"], "null"]
+    return plain
+
+
+# The visit -----------------------------------------------------------------------------------------
+
+
+class Visit:
+    """A throw-away tenant's way through a deployment, and what it has learnt on it."""
+
+    def __init__(self, deployment: Deployment, webhook_url: str | None = None) -> None:
+        self.deployment = deployment
+        self.webhook_url = webhook_url
+        self.email = f"check-{secrets.token_hex(12)}@{EMAIL_DOMAIN}"
+        self.password = secrets.token_urlsafe(24)
+        self.last: Answer | None = None
+        self._learnt: dict[str, str] = {}
+
+    def learn(self, name: str, value: str) -> None:
+        self._learnt[name] = value
+
+    def recall(self, name: str) -> str:
+        """Raises `Impossible` where the step that brings it failed."""
+        if name not in self._learnt:
+            raise Impossible(f"there is no {name} to go on with")
+        return self._learnt[name]
+
+    @property
+    def user(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.recall('access token')}"}
+
+    def key(self, name: str = "secret key") -> dict[str, str]:
+        return {"X-API-Key": self.recall(name)}
+
+    def take(self, tokens: Json) -> None:
+        """Go on with these tokens."""
+        self.learn("access token", tokens["access"])
+        self.learn("refresh token", tokens["refresh"])
+
+    def expect(self, status: int, operation_id: str, *, code: str | None = None, **sent: Any) -> Json:
+        """Call the operation that the line is about; raises `Wrong` unless it answers so."""
+        self.last = answer = self.ask(operation_id, **sent)
+        self.require(answer, status, code)
+        return answer.body
+
+    def ask(self, operation_id: str, **sent: Any) -> Answer:
+        return self.deployment.call(operation_id, **sent)[1]
+
+    def refuse(self, operation_id: str, code: str, **sent: Any) -> None:
+        """Raises `Wrong` unless credentials that must not work are refused with 401 and this code."""
+        response, answer = self.deployment.call(operation_id, **sent)
+        self.require(answer, 401, code)
+        if "WWW-Authenticate" not in response.headers:
+            raise Wrong("401 lacks WWW-Authenticate")
+
+    def refused_without_credentials(self, operation_id: str) -> None:
+        """What is secured must not answer to anybody."""
+        if self.deployment.operation(operation_id).said.get("security"):
+            self.refuse(operation_id, "credentials-missing")
+
+    @staticmethod
+    def require(answer: Answer, status: int, code: str | None = None) -> None:
+        """Raises `Wrong` for another status, or another code."""
+        expected = f"{status} {code or ''}".rstrip()
+        if answer.status != status or (code and answer.code != code):
+            raise Wrong(f"answers {answer.status} {answer.code or ''}".rstrip() + f", not {expected}")
+
+
+# The operations ------------------------------------------------------------------------------------
+
+
+def register_tenant(visit: Visit) -> None:
+    body = {"company_name": "Billing check", "email": visit.email, "password": visit.password}
+    said = visit.expect(201, "register_tenant", json=body)
+    visit.take(said["tokens"])
+    visit.learn("secret key", said["tenant"]["api_key_secret"])
+    visit.learn("publishable key", said["tenant"]["api_key_public"])
+
+
+def log_in(visit: Visit) -> None:
+    visit.recall("access token")
+    good = {"email": visit.email, "password": visit.password}
+    visit.refuse("log_in", "invalid-credentials", json=good | {"password": secrets.token_urlsafe(24)})
+    visit.take(visit.expect(200, "log_in", json=good)["tokens"])
+
+
+def refresh_tokens(visit: Visit) -> None:
+    visit.take(visit.expect(200, "refresh_tokens", json={"refresh": visit.recall("refresh token")}))
+
+
+def get_current_user(visit: Visit) -> None:
+    if visit.expect(200, "get_current_user", headers=visit.user)["user"]["email"] != visit.email:
+        raise Wrong("it shows somebody else")
+
+
+def change_password(visit: Visit) -> None:
+    before, new = visit.user, secrets.token_urlsafe(24)
+    body = {"old_password": visit.password, "new_password": new}
+    said = visit.expect(200, "change_password", headers=before, json=body)
+    visit.password = new
+    visit.take(said["tokens"])
+    visit.refuse("get_current_user", "session-ended", headers=before)
+
+
+def verify_api_key(visit: Visit) -> None:
+    said = visit.expect(200, "verify_api_key", headers=visit.key())
+    if (said["valid"], said.get("key", {}).get("type")) != (True, "live_secret"):
+        raise Wrong("it does not know the key for what it is")
+
+
+def get_tenant_details(visit: Visit) -> None:
+    said = visit.expect(200, "get_tenant_details", headers=visit.key("publishable key"))
+    if "email" in said["tenant"]:
+        raise Wrong("a publishable key sees private members")
+
+
+def list_api_keys(visit: Visit) -> None:
+    said = visit.expect(200, "list_api_keys", headers=visit.user)
+    if any(key["key"] == visit.recall("secret key") for key in said["keys"]):
+        raise Wrong("it shows a secret key")
+
+
+def regenerate_api_keys(visit: Visit) -> None:
+    old = visit.key()
+    body = {"key_type": "live", "confirm": True}
+    said = visit.expect(200, "regenerate_api_keys", headers=visit.user, json=body)
+    visit.learn("secret key", said["keys"]["live_secret"]["key"])
+    visit.refuse("verify_api_key", "key-expired", headers=old)
+
+
+def start_stripe_connect(visit: Visit) -> None:
+    visit.last = answer = visit.ask("start_stripe_connect", headers=visit.user)
+    if answer.code == "stripe-not-configured":
+        raise Impossible("Stripe is not configured")
+    visit.require(answer, 200)
+    visit.learn("state", answer.body["state"])
+
+
+def complete_stripe_connect(visit: Visit) -> str:
+    unknown = {"state": secrets.token_urlsafe(32), "code": "ac_check"}
+    visit.expect(400, "complete_stripe_connect", code="state-unknown", params=unknown)
+    declined = {"state": visit.recall("state"), "error": "access_denied"}
+    visit.expect(403, "complete_stripe_connect", code="access-denied", params=declined)
+    return "declined: only a person can connect an account"
+
+
+def get_stripe_status(visit: Visit) -> None:
+    said = visit.expect(200, "get_stripe_status", headers=visit.user)
+    if (said["connected"], said["status"]) != (False, "not_connected"):
+        raise Wrong("a tenant that is new is connected")
+
+
+def disconnect_stripe(visit: Visit) -> None:
+    visit.expect(200, "disconnect_stripe", headers=visit.user)
+
+
+def configure_webhook(visit: Visit) -> None:
+    body = {"webhook_url": visit.webhook_url or WEBHOOK_URL}
+    visit.expect(200, "configure_webhook", headers=visit.user, json=body)
+
+
+def get_webhook_config(visit: Visit) -> None:
+    said = visit.expect(200, "get_webhook_config", headers=visit.user)
+    if said["webhook_url"] != (visit.webhook_url or WEBHOOK_URL):
+        raise Wrong("it shows another URL than was configured")
+
+
+def send_test_webhook(visit: Visit) -> str:
+    said = visit.expect(200, "send_test_webhook", headers=visit.user)
+    if visit.webhook_url is None:
+        return "no receiver was named (--webhook-url)"
+    if not said["success"]:
+        raise Wrong(f"the receiver was not reached ({said['error'] or 'no error named'})")
+    return f"the receiver answered {said['status_code']}"
+
+
+def remove_webhook(visit: Visit) -> None:
+    visit.expect(200, "remove_webhook", headers=visit.user)
+
+
+def revoke_api_keys(visit: Visit) -> None:
+    body = {"key_type": "all", "confirm": True, "reason": "billing check is over"}
+    visit.expect(200, "revoke_api_keys", headers=visit.user, json=body)
+    visit.refuse("verify_api_key", "key-revoked", headers=visit.key())
+
+
+# The tenant is left with nothing that opens or sends anything.
+STEPS: tuple[Callable[[Visit], str | None], ...] = (
+    register_tenant,
+    log_in,
+    refresh_tokens,
+    get_current_user,
+    change_password,
+    verify_api_key,
+    get_tenant_details,
+    list_api_keys,
+    regenerate_api_keys,
+    start_stripe_connect,
+    complete_stripe_connect,
+    get_stripe_status,
+    disconnect_stripe,
+    configure_webhook,
+    get_webhook_config,
+    send_test_webhook,
+    remove_webhook,
+    revoke_api_keys,
+)
