@@ -6,18 +6,23 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 WORKERS ?= 2
 JS     := tests/webhooks/js
+CONTRACT_JS   := contract/node
+CONTRACT_VENV := .venv-contract
+IS_NODE_RECENT := node -e 'const [a, b] = process.versions.node.split("."); process.exit(a * 100 + +b < 2019)'
+JAKARTA       := /usr/share/java/jakarta-annotation-api.jar
 
 # Webhooks may go to this machine, and in clear. Production refuses both settings.
 OPEN_LOOPBACK := WEBHOOK_ALLOW_CIDRS=127.0.0.0/8,::1/128 WEBHOOK_ALLOW_HTTP=on
 
 LOCK := $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes \
-        --no-emit-index-url --no-emit-find-links --no-header -q pyproject.toml --extra build
+        --no-emit-index-url --no-emit-find-links --no-header -q
+LOCK_PROJECT := $(LOCK) pyproject.toml --extra build
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format types unit browser node openssl fuzz lock clean
+.PHONY: help serve test check format types unit browser node openssl fuzz lock clean bench-webhooks sdk contract diff contract-tools compilers
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 serve: $(VENV)/.serve ## Start the API on an embedded PostgreSQL at http://127.0.0.1:8000; or PORT=…, ARGS="--workers 2", STRIPE=sandbox, WEBHOOKS=local
 	@$(if $(filter local,$(WEBHOOKS)),$(OPEN_LOOPBACK)) \
@@ -55,12 +60,33 @@ openssl: ## Install openssl where that can be done (Debian, as root)
 	  || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq openssl >/dev/null; } \
 	  || { echo "Install openssl, or set BILLING_TESTS_WITHOUT_OPENSSL=1 to leave its tests out."; exit 1; }
 
-lock: $(VENV)/.test ## Renew both locks from pyproject.toml
-	$(LOCK) -o requirements.lock
-	$(LOCK) --extra test -c requirements.lock -o requirements-dev.lock
+bench-webhooks: $(VENV)/.test ## Measure deliveries and their latency, for some four minutes
+	$(BIN)/python -m benchmarks.webhooks $(ARGS)
+
+sdk: contract-tools ## Generate SDKs in four languages into dist/sdk, and check their types
+	$(BIN)/python -m contract.sdks
+
+contract: contract-tools node ## Everything that judges the contract: linters, SDKs, proxy, flows, fuzzing, mutations; ARGS="--only proxy"
+	$(BIN)/python -m contract $(ARGS)
+
+diff: $(VENV)/.test $(CONTRACT_JS)/node_modules/.installed ## Name what breaks clients of an earlier document: BASE=v0.1.0
+	@$(BIN)/python -m contract.breaking "$(BASE)"
+
+contract-tools: $(VENV)/.test $(CONTRACT_JS)/node_modules/.installed $(CONTRACT_VENV)/.installed compilers ## Install what judges the document and makes SDKs
+
+compilers: ## Install compilers of Java and Go where that can be done (Debian, as root)
+	@{ command -v javac && command -v go && test -e $(JAKARTA); } >/dev/null \
+	  || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
+	       && apt-get install -y -qq default-jdk-headless libjakarta-annotation-api-java golang-go >/dev/null; } \
+	  || { echo "Install a JDK (17 or later), Go, and jakarta.annotation-api as $(JAKARTA)."; exit 1; }
+
+lock: $(VENV)/.test ## Renew the locks from pyproject.toml
+	$(LOCK_PROJECT) -o requirements.lock
+	$(LOCK_PROJECT) --extra test -c requirements.lock -o requirements-dev.lock
+	$(LOCK) --group contract -c requirements-dev.lock -o requirements-contract.lock
 
 clean: ## Remove the environment and what tools left behind
-	rm -rf $(VENV) $(JS)/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .schemathesis
+	rm -rf $(VENV) $(CONTRACT_VENV) $(JS)/node_modules $(CONTRACT_JS)/node_modules dist/sdk .mypy_cache .ruff_cache .pytest_cache .hypothesis .schemathesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed.")'
@@ -84,4 +110,19 @@ $(JS)/node_modules/.installed: $(JS)/package.json $(JS)/package-lock.json
 	  || { echo "Install Node.js and npm, or set BILLING_TESTS_WITHOUT_NODE=1 to leave the JavaScript tests out."; exit 1; }
 	@echo "Installing what the tests' JavaScript needs …"
 	@cd $(JS) && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error >/dev/null
+	@touch $@
+
+$(CONTRACT_JS)/node_modules/.installed: $(CONTRACT_JS)/package.json $(CONTRACT_JS)/package-lock.json
+	@$(IS_NODE_RECENT) 2>/dev/null \
+	  || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq nodejs npm >/dev/null; } \
+	  && $(IS_NODE_RECENT) \
+	  || { echo "Install Node.js 20.19 or later, and npm."; exit 1; }
+	@echo "Installing the linters, the proxy and the generators for TypeScript …"
+	@cd $(CONTRACT_JS) && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error >/dev/null
+	@touch $@
+
+$(CONTRACT_VENV)/.installed: requirements-contract.lock | $(BIN)/python
+	@echo "Installing the generators for Python, Java and Go …"
+	@$(PYTHON) -m venv $(CONTRACT_VENV)
+	@$(CONTRACT_VENV)/bin/python -m pip --disable-pip-version-check -q install --require-hashes -r requirements-contract.lock
 	@touch $@

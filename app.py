@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 from billing.cli import main
 from billing.clock import Clock, utc_now
 from billing.connections import connections_for
-from billing.deliveries import deliveries_for, policy_for
+from billing.deliveries import policy_for, tester_for
 from billing.encryption import Vault
 from billing.errors import DatabaseUnavailable
 from billing.http import application, document, logs, problems
@@ -53,7 +53,7 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> ASGIApp:
             "connections": connections_for(settings, store, clock),
             "passwords": Passwords(settings.password_peppers, settings.password_cost),
             "url_policy": policy_for(settings),
-            "deliveries": deliveries_for(settings, store, clock, threads=WEBHOOK_THREADS),
+            "tester": tester_for(settings, store, clock),
             "base_url": settings.public_base_url,
         },
         doorkeeper=Doorkeeper(store, tokens, digests, uses, clock),

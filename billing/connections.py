@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from uuid import UUID
 
 from billing import stripe_connect as chapter
@@ -14,6 +14,7 @@ from billing.errors import (
     AccessDenied,
     BillingError,
     CodeRejected,
+    StateExpired,
     StateMissing,
     StateUnknown,
     StripeNotConfigured,
@@ -34,7 +35,7 @@ CALLBACK = "/api/v1/auth/tenants/stripe/callback/"
 class Departure:
     """Where an owner's browser goes to connect an account, and what it brings back."""
 
-    url: str
+    url: str = field(repr=False)
     redirect_uri: str
     started: Started
 
@@ -74,7 +75,7 @@ class Connections:
         self, caller: Caller, actor: Actor, *, flow: Flow, return_url: str | None, browser: str | None
     ) -> Departure:
         """Send an owner on their way; raises `ReturnUrlRefused` and `StripeAlreadyConnected`."""
-        self._gateway.require_configured(flow)
+        self._gateway.require_configured(for_oauth=flow == "oauth")
         chapter.require_return_url(return_url, self._return_origins)
         account = self._account_of_our_own(caller.tenant, actor) if flow == "account_link" else None
         user = caller.signed_in_user()
@@ -99,8 +100,8 @@ class Connections:
         chapter.require_startable(last, "account_link")
         if last is not None and last.is_living:
             return last.account
-        # Named after what was there before: two calls at once, or a repeat, get the same account.
-        key = f"account-{tenant.id}-{last.id if last else 'first'}"
+        # Two calls at once, or a repeat, get the same account; but Stripe keeps a failure as long as a success.
+        key = f"account-{tenant.id}-{last.id if last else 'first'}-{self._clock():%Y%m%d%H}"
         made = self._gateway.create_account(tenant, idempotency_key=key)
         with self._store.tenant(tenant.id, actor, exclusive=True) as tx:
             now = self._clock()
@@ -153,7 +154,7 @@ class Connections:
         """How far the owner got in Stripe's form."""
         connection = self.status(tenant_id).connection
         if connection is None or not connection.is_living:
-            return AccessDenied("The account was disconnected in the meantime.")
+            return StateExpired("The account was disconnected in the meantime.")
         with self._store.tenant(tenant_id) as tx:
             return Connected(connection, tx.tenants.get())
 
@@ -171,6 +172,11 @@ class Connections:
             return Seen(known, is_live=False)
 
     def _check(self, tenant_id: UUID, known: Connection) -> Connection | None:
+        if known.livemode != self._gateway.livemode:
+            # With a key of the other mode no account is known, and every connection would seem to have ended.
+            raise StripeUnavailable(
+                "The connection is of another mode, live or test, than this server's key."
+            )
         asked_at = self._clock()
         account = self._gateway.account(known.account.id)
         with self._store.tenant(tenant_id, exclusive=True) as tx:
@@ -188,14 +194,13 @@ class Connections:
 
     def deauthorize(self, task: Task) -> None:
         """Tell Stripe of a disconnection; later again if it does not listen."""
+        told = True
         try:
             self._gateway.revoke(task.subject)
         except (StripeUnavailable, StripeNotConfigured):
-            with self._store.tenant(task.tenant_id) as tx:
-                tx.tasks.postpone(task, task.retry_at(self._clock()))
-            return
+            told = False
         with self._store.tenant(task.tenant_id, exclusive=True) as tx:
-            chapter.note_told(tx, task.subject, now=self._clock())
+            chapter.note_told(tx, task, told=told, now=self._clock())
 
     def check(self, task: Task) -> None:
         """Look whether an account is what it was, for nobody in particular."""
@@ -204,11 +209,14 @@ class Connections:
             if known is None or not known.is_living or known.id != task.id:
                 tx.tasks.finish(task)
                 return
-        # If Stripe does not answer the next look is soon enough.
+        # If Stripe does not answer the next look is soon enough, unless there was none yet.
         with suppress(StripeUnavailable, StripeNotConfigured):
-            self._check(task.tenant_id, known)
+            known = self._check(task.tenant_id, known) or known
         with self._store.tenant(task.tenant_id) as tx:
-            tx.tasks.postpone(task, chapter.next_check(self._clock()))
+            now = self._clock()
+            tx.tasks.postpone(
+                task, task.retry_at(now) if known.checked_at is None else chapter.next_check(now)
+            )
 
 
 def connections_for(settings: Settings, store: Store, clock: Clock) -> Connections:

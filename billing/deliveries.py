@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from statistics import median
 from uuid import UUID
 
 from billing.clock import Clock
+from billing.errors import RateLimited
 from billing.ids import new_id
 from billing.settings import Settings
 from billing.storage.store import Store, TenantTx
-from billing.tasks import Task
+from billing.tasks import Queue, Task
 from billing.webhooks import endpoints
 from billing.webhooks.delivery import Begun, Delivery, Outcome, Settled, Verdict, judge
 from billing.webhooks.egress import Attempt, Egress
@@ -33,6 +36,12 @@ IN_FLIGHT = 16
 # What ends about together is kept in one transaction.
 GATHERED_SECONDS = 0.005
 MOST_PROVEN = 10_000
+# Above this a receiver would hold the threads of those that answer at once.
+SLOW_MS = 2000
+PAUSE = timedelta(seconds=4)
+
+MOST_TESTS = 10
+MINUTE = timedelta(minutes=1)
 
 JITTER = random.SystemRandom()
 
@@ -44,17 +53,16 @@ class Batch:
     tenant_id: UUID
     endpoint: Endpoint
     url: str
-    secrets: Sequence[str]
-    begun: Sequence[Begun]
+    secrets: Sequence[str] = field(repr=False)
+    begun: Sequence[Begun] = ()
 
 
 @dataclass(frozen=True)
-class Report:
-    """What came of a test."""
+class Sent:
+    """What became of a batch: what of it was not begun after all, and whether the receiver took long."""
 
-    url: str
-    event_type: str
-    attempt: Attempt
+    rest: Sequence[Begun] = ()
+    was_slow: bool = False
 
 
 class Deliveries:
@@ -76,35 +84,39 @@ class Deliveries:
     def deliver(self, task: Task) -> None:
         """Send what is due to one tenant's endpoint, and say when there will be more."""
         batch = self._begin(task.tenant_id)
-        rest = self._send(batch) if batch.begun else []
+        sent = self._send(batch) if batch.begun else Sent()
         with self._store.tenant(task.tenant_id) as tx:
-            _let_go(tx, task, rest)
+            _let_go(tx, task, sent, self._clock())
 
     def _begin(self, tenant_id: UUID) -> Batch:
         now = self._clock()
         with self._store.tenant(tenant_id) as tx:
             endpoint = tx.webhooks.find(lock=True)
             if endpoint.url is None:
-                return Batch(tenant_id, endpoint, "", (), ())
+                return Batch(tenant_id, endpoint, "", ())
             if endpoint.wanted:
-                tx.deliveries.drop_unwanted(endpoint.wanted)
+                tx.deliveries.drop_unwanted(endpoint.wanted, now)
             begun = tx.deliveries.begin(now, only=_only(endpoint), most=BATCH)
             secrets = tx.webhooks.signing_secrets(now) if begun else ()
             return Batch(tenant_id, endpoint, endpoint.url, secrets, begun)
 
-    def _send(self, batch: Batch) -> list[Begun]:
-        """Send a batch and settle it; returns what was not begun, because it is no use or we are to stop."""
-        waiting, flying = deque(batch.begun), dict[Future[Attempt], Begun]()
+    def _send(self, batch: Batch) -> Sent:
+        """Send a batch and settle it, until that is no use any more or we are to stop."""
+        waiting, flying = deque(batch.begun), dict[Future[Attempt | None], Begun]()
         window, until = self._first_window(batch.tenant_id), time.monotonic() + BEGUN_WITHIN_SECONDS
+        durations: list[int] = []
         while flying or (waiting and window and not self._stopping.is_set()):
             while waiting and len(flying) < window and not self._stopping.is_set():
                 begun = waiting.popleft()
-                flying[self._pool.submit(self._attempt, batch.url, batch.secrets, begun)] = begun
+                flying[self._pool.submit(self._attempt, batch, begun, until)] = begun
             ended = [(flying.pop(future), future.result()) for future in _gathered(flying)]
-            went_well = self._settle(batch, ended) and time.monotonic() < until
+            waiting.extend(begun for begun, attempt in ended if attempt is None)
+            made = [(begun, attempt) for begun, attempt in ended if attempt is not None]
+            durations += [attempt.duration_ms for _, attempt in made]
+            went_well = len(made) == len(ended) and self._settle(batch, made) and not _is_slow(durations)
             window = min(2 * window, IN_FLIGHT) if went_well else 0
         self._remember(batch.tenant_id, went_well=window > 0)
-        return list(waiting)
+        return Sent(list(waiting), _is_slow(durations))
 
     def _first_window(self, tenant_id: UUID) -> int:
         return IN_FLIGHT if tenant_id in self._proven else 1
@@ -115,15 +127,18 @@ class Deliveries:
         elif len(self._proven) < MOST_PROVEN:
             self._proven.add(tenant_id)
 
-    def _attempt(self, url: str, secrets: Sequence[str], begun: Begun) -> Attempt:
-        headers = signed_headers(secrets, id=str(begun.event_id), at=self._clock(), body=begun.body)
-        return self._egress.send(url, begun.body, {"Content-Type": "application/json", **headers})
+    def _attempt(self, batch: Batch, begun: Begun, until: float) -> Attempt | None:
+        # All threads may have been busy for a while; what begins now must end before the lease does.
+        if self._stopping.is_set() or time.monotonic() > until:
+            return None
+        return send(self._egress, batch.url, batch.secrets, begun, self._clock())
 
     def _settle(self, batch: Batch, ended: Sequence[tuple[Begun, Attempt]]) -> bool:
         """Keep how attempts went, for them and for the endpoint; whether it is worth while to go on."""
         now = self._clock()
-        settled = [_settled(begun, attempt, batch.endpoint, now) for begun, attempt in ended]
-        gone = any(attempt.http_status == 410 for _, attempt in ended)
+        verdicts = [_verdict(begun, attempt, batch.endpoint, now) for begun, attempt in ended]
+        settled = [_settled(*one, verdict, now) for one, verdict in zip(ended, verdicts, strict=True)]
+        gone = any(verdict.gone for verdict in verdicts)
         all_delivered = all(one.status == "delivered" for one in settled)
         with self._store.tenant(batch.tenant_id) as tx:
             # The endpoint before its deliveries, as whoever removes it: or the two deadlock.
@@ -131,35 +146,31 @@ class Deliveries:
             # What was sent is not for what is configured now, nor is the rest for what was.
             is_same = endpoint.url == batch.url
             if is_same and endpoint.is_active and not (all_delivered and endpoint.failing_since is None):
-                self._note(tx, endpoint, settled, gone=gone)
+                _note(tx, endpoint, settled, gone=gone, now=now)
             tx.deliveries.settle(settled)
         return all_delivered and is_same
 
-    def _note(self, tx: TenantTx, endpoint: Endpoint, settled: Sequence[Settled], *, gone: bool) -> None:
-        now = self._clock()
-        failed = [one for one in settled if one.status != "delivered"]
-        first_failures = sum(one.attempt == 1 for one in failed)
-        after = endpoint.after(
-            delivered=len(settled) - len(failed), failed=len(failed), first_failures=first_failures, now=now
-        )
-        tx.webhooks.keep(after, now)
-        if reason := endpoints.reason_to_disable(after, gone=gone, now=now):
-            endpoints.disable(tx, after, reason, now=now)
 
-    # Tests -----------------------------------------------------------------------------------------
+def send(egress: Egress, url: str, secrets: Sequence[str], begun: Begun, now: datetime) -> Attempt:
+    """Make one attempt, signed as of now."""
+    headers = signed_headers(secrets, id=str(begun.event_id), at=now, body=begun.body)
+    return egress.send(url, begun.body, {"Content-Type": "application/json", **headers})
 
-    def send_test(self, tenant_id: UUID, event_type: str, data: dict[str, object]) -> Report:
-        """Send one event now, and never again; raises `WebhookNotConfigured`."""
-        now = self._clock()
-        with self._store.tenant(tenant_id) as tx:
-            url = endpoints.require_url(tx.webhooks.find())
-            secrets = tx.webhooks.signing_secrets(now)
-            event = tx.events.keep(event_type, data, livemode=False, now=now)
-        begun = Begun(new_id(), event.id, event.type, 1, event.body)
-        attempt = self._attempt(url, secrets, begun)
-        with self._store.tenant(tenant_id) as tx:
-            tx.deliveries.add(_tested(begun, event, attempt, self._clock()))
-        return Report(url, event_type, attempt)
+
+def _is_slow(durations: Sequence[int]) -> bool:
+    return bool(durations) and median(durations) > SLOW_MS
+
+
+def _note(tx: TenantTx, endpoint: Endpoint, settled: Sequence[Settled], *, gone: bool, now: datetime) -> None:
+    """Keep how the endpoint does, and give it up if that is due."""
+    failed = [one for one in settled if one.status != "delivered"]
+    first_failures = sum(one.attempt == 1 for one in failed)
+    after = endpoint.after(
+        delivered=len(settled) - len(failed), failed=len(failed), first_failures=first_failures, now=now
+    )
+    tx.webhooks.keep(after, now)
+    if reason := endpoints.reason_to_disable(after, gone=gone, now=now):
+        endpoints.disable(tx, after, reason, now=now)
 
 
 def _only(endpoint: Endpoint) -> str | None:
@@ -167,18 +178,22 @@ def _only(endpoint: Endpoint) -> str | None:
     return None if endpoint.disabled_reason is None else DISABLED
 
 
-def _gathered(flying: Iterable[Future[Attempt]]) -> set[Future[Attempt]]:
+def _gathered(flying: Iterable[Future[Attempt | None]]) -> set[Future[Attempt | None]]:
     """What has ended, once something has: and what ends just after it."""
     flying = list(flying)
     wait(flying, return_when=FIRST_COMPLETED)
     return wait(flying, timeout=GATHERED_SECONDS).done
 
 
-def _settled(begun: Begun, attempt: Attempt, endpoint: Endpoint, now: datetime) -> Settled:
+def _verdict(begun: Begun, attempt: Attempt, endpoint: Endpoint, now: datetime) -> Verdict:
     outcome = Outcome(attempt.http_status, attempt.error, attempt.retry_after)
     verdict = judge(begun.attempt, outcome, now, jitter=JITTER.uniform(-1, 1))
     if verdict.status == "pending" and endpoint.disabled_reason is not None:
-        verdict = Verdict("failed")  # The news that it is disabled: tried once, and then there is silence.
+        return Verdict("failed")  # The news that it is disabled: tried once, and then there is silence.
+    return verdict
+
+
+def _settled(begun: Begun, attempt: Attempt, verdict: Verdict, now: datetime) -> Settled:
     return Settled(
         begun.id,
         begun.attempt,
@@ -198,17 +213,67 @@ def error_of(attempt: Attempt) -> str | None:
     return "bad_status"
 
 
-def _let_go(tx: TenantTx, task: Task, rest: Sequence[Begun]) -> None:
-    """Let go of an endpoint until its next attempt is due. One that fails waits in a queue of such."""
+def _let_go(tx: TenantTx, task: Task, sent: Sent, now: datetime) -> None:
+    """Let go of an endpoint until its next attempt is due. One that fails or takes long waits in a queue of such."""
     endpoint = tx.webhooks.find(lock=True)
-    if rest:
-        tx.deliveries.give_back(rest)
-    due_at = tx.deliveries.next_due(only=_only(endpoint)) if endpoint.url else None
+    if sent.rest:
+        tx.deliveries.give_back(sent.rest)
+    if endpoint.url is None:
+        # An event that was being recorded while the URL was removed, or more than one statement gives up.
+        due_at = now if tx.deliveries.cancel(endpoints.CANCELLED, now) else None
+    else:
+        due_at = tx.deliveries.next_due(only=_only(endpoint))
     if due_at is None:
         tx.tasks.finish(task)
     else:
         is_failing = endpoint.failing_since is not None
-        tx.tasks.postpone(task, due_at, queue="failing_webhooks" if is_failing else "webhooks")
+        # Not in the past: who was served goes behind those who were not. One that refuses every connection
+        # would come round again at once, and be most of what the worker does.
+        soonest = now + PAUSE if is_failing else now
+        queue: Queue = "slow_webhooks" if is_failing or sent.was_slow else "webhooks"
+        tx.tasks.postpone(task, max(due_at, soonest), queue=queue)
+
+
+# Tests ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came of a test."""
+
+    url: str
+    event_type: str
+    attempt: Attempt
+
+
+class Tester:
+    """Sends one event at once, for whoever builds a receiver. `most` a minute and tenant; None for any number."""
+
+    def __init__(self, store: Store, egress: Egress, clock: Clock, *, most: int | None = MOST_TESTS) -> None:
+        self._store = store
+        self._egress = egress
+        self._clock = clock
+        self._most = most
+
+    def send(self, tenant_id: UUID, event_type: str, data: dict[str, object]) -> Report:
+        """Send one event now, and never again; raises `WebhookNotConfigured` and `RateLimited`."""
+        now = self._clock()
+        with self._store.tenant(tenant_id, exclusive=True) as tx:
+            url = endpoints.require_url(tx.webhooks.find())
+            self._require_rate(tx.events.tests_since(now - MINUTE), now)
+            secrets = tx.webhooks.signing_secrets(now)
+            event = tx.events.keep_test(event_type, data, now=now)
+        begun = Begun(new_id(), event.id, event.type, 1, event.body)
+        attempt = send(self._egress, url, secrets, begun, self._clock())
+        with self._store.tenant(tenant_id) as tx:
+            tx.deliveries.add(_tested(begun, event, attempt, self._clock()))
+        return Report(url, event_type, attempt)
+
+    def _require_rate(self, made: Sequence[datetime], now: datetime) -> None:
+        if self._most is not None and len(made) >= self._most:
+            frees_up = made[len(made) - self._most] + MINUTE
+            seconds = max(1, math.ceil((frees_up - now).total_seconds()))
+            raise RateLimited("There were too many tests within a minute.", retry_after_seconds=seconds)
 
 
 def _tested(begun: Begun, event: Event, attempt: Attempt, now: datetime) -> Delivery:
@@ -234,7 +299,17 @@ def policy_for(settings: Settings) -> UrlPolicy:
     )
 
 
+def egress_for(settings: Settings, *, lookups: int = 16) -> Egress:
+    """The way out as this installation's settings open it; so many names can be looked up at once."""
+    return Egress(policy_for(settings), settings.webhook_allow_cidrs, lookups=lookups)
+
+
 def deliveries_for(settings: Settings, store: Store, clock: Clock, *, threads: int) -> Deliveries:
     """Deliveries as this installation's settings allow them, so many at once."""
-    egress = Egress(policy_for(settings), settings.webhook_allow_cidrs)
-    return Deliveries(store, egress, clock, threads=threads)
+    # A lookup that hangs outlasts the attempt that gave up on it; names that do not hang must still find a thread.
+    return Deliveries(store, egress_for(settings, lookups=3 * threads), clock, threads=threads)
+
+
+def tester_for(settings: Settings, store: Store, clock: Clock) -> Tester:
+    """Tests as this installation's settings allow them."""
+    return Tester(store, egress_for(settings), clock, most=MOST_TESTS if settings.rate_limits else None)

@@ -14,7 +14,7 @@ import structlog
 
 from billing.errors import CodeRejected, StripeNotConfigured, StripeUnavailable
 from billing.outbound import Session
-from billing.stripe_connect import Account, Flow, Grant, RequirementError, Requirements
+from billing.stripe_connect import Account, Grant, RequirementError, Requirements
 from billing.tenants import Tenant
 from billing.users import User
 
@@ -65,10 +65,10 @@ class Gateway:
         """Whether our key is one for real money."""
         return (self._secret_key or "").startswith(("sk_live_", "rk_live_"))
 
-    def require_configured(self, flow: Flow = "oauth") -> None:
-        """Raises `StripeNotConfigured` naming what the flow lacks."""
+    def require_configured(self, *, for_oauth: bool = True) -> None:
+        """Raises `StripeNotConfigured` naming what is missing; without OAuth the key alone will do."""
         wanted = {"STRIPE_SECRET_KEY": self._secret_key}
-        if flow == "oauth":
+        if for_oauth:
             wanted = {"STRIPE_CONNECT_CLIENT_ID": self._client_id, **wanted}
         if missing := [name for name, value in wanted.items() if not value]:
             raise StripeNotConfigured(f"This server has no {' and no '.join(missing)}.")
@@ -125,13 +125,13 @@ class Gateway:
 
     def account(self, account_id: str) -> Account | None:
         """The account as Stripe has it now, None if it is not connected to this platform any more."""
-        self.require_configured("account_link")
+        self.require_configured(for_oauth=False)
         with self._fuse:
             return self._retrieve(account_id)
 
     def create_account(self, tenant: Tenant, *, idempotency_key: str) -> Account:
         """Make an account for a tenant; the same key gives the same account."""
-        self.require_configured("account_link")
+        self.require_configured(for_oauth=False)
         with _in_our_words("accounts.create"):
             made = self._stripe.v1.accounts.create(
                 {
@@ -146,7 +146,7 @@ class Gateway:
 
     def account_link(self, account_id: str, *, return_url: str) -> str:
         """Where an owner's browser goes to fill in Stripe's form; good for some minutes."""
-        self.require_configured("account_link")
+        self.require_configured(for_oauth=False)
         with _in_our_words("account_links.create"):
             made = self._stripe.v1.account_links.create(
                 {

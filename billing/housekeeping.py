@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from uuid import UUID
 
-from billing import keys, tenants
+from billing import keys, stripe_connect, tenants
 from billing.clock import Clock
 from billing.storage.store import Store
 from billing.tasks import Task
@@ -25,10 +25,11 @@ class Housekeeping:
         """Forget what is old, and seal again what an old encryption key sealed."""
         now = self._clock()
         with self._store.tenant(task.tenant_id) as tx:
-            tx.deliveries.prune(now - KEPT)
+            is_more = tx.deliveries.prune(now - KEPT)
             tx.sessions.prune(now - KEPT)
+            stripe_connect.forget_states(tx, now=now)
             tx.webhooks.tidy_secrets(now)
-            tx.tasks.postpone(task, now + tenants.TIDIED_EVERY)
+            tx.tasks.postpone(task, now if is_more else now + tenants.TIDIED_EVERY)
 
     def tell_of_end(self, task: Task) -> None:
         """Tell of an API key that is about to end."""

@@ -57,6 +57,7 @@ class Settings:
     stripe_connect_base: str
     webhook_allow_cidrs: tuple[Network, ...]
     webhook_allow_http: bool
+    rate_limits: bool
     worker_threads: int
 
     @classmethod
@@ -137,6 +138,7 @@ class _Reader:
             stripe_connect_base=self.stripe_base("STRIPE_CONNECT_BASE", "https://connect.stripe.com"),
             webhook_allow_cidrs=self.development_only("WEBHOOK_ALLOW_CIDRS", self.networks),
             webhook_allow_http=self.development_only("WEBHOOK_ALLOW_HTTP", self.switch),
+            rate_limits=self.choice("RATE_LIMITS", "on", "off") == "on",
             worker_threads=self.whole("WORKER_THREADS", 8, lowest=1, highest=64),
         )
 

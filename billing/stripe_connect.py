@@ -26,6 +26,7 @@ from billing.errors import (
 )
 from billing.ids import new_id
 from billing.ports import Audit, Directory, Events, Tasks, TenantLock
+from billing.tasks import Task
 from billing.tenants import Tenant
 from billing.users import User
 
@@ -229,11 +230,16 @@ def start(
     expires_at = now + STATE_LIFETIME
     bound = hashed(browser) if browser else None
     state = State(new_id(), user.id, digest, flow, return_url, bound, now, expires_at)
-    tx.directory.release(STATE_NAME, *tx.stripe.end_states(now, forgotten_before=now - STATE_KEPT))
+    tx.stripe.end_states(now)
     tx.directory.claim(STATE_NAME, digest, state.id)
     tx.stripe.add_state(state)
     tx.audit.record("stripe.connect_started", subject=flow, now=now)
     return Started(text, state)
+
+
+def forget_states(tx: Storage, *, now: datetime) -> None:
+    """Forget states that nobody can still be asking about."""
+    tx.directory.release(STATE_NAME, *tx.stripe.forget_states(now - STATE_KEPT))
 
 
 def require_startable(connection: Connection | None, flow: Flow) -> None:
@@ -256,6 +262,8 @@ def consume(
     if refusal is None:
         tx.stripe.consume_state(id, now)
         return state, None
+    if isinstance(refusal, StateUsed | StateExpired):
+        return state, refusal  # A page loaded again is no news, and must not fill the log.
     # To a browser that did not start it there is no such state: it is not told where the other one returns to.
     told = replace(state, return_url=None) if isinstance(refusal, StateUnknown) else state
     return told, refuse(tx, refusal, now)
@@ -326,7 +334,8 @@ def link(
     tx.tenants.set_stripe(account.id, connection.status, now)
     tx.audit.record("stripe.connected", subject=account.id, now=now, details={"flow": flow})
     _tell(tx, "stripe.account.connected", connection, now)
-    tx.tasks.add(CHECK, connection.id, subject=account.id, due_at=next_check(now) if known else now, now=now)
+    due_at = next_check(now) if known else now
+    tx.tasks.add(CHECK, connection.id, subject=account.id, due_at=due_at, now=now, queue="checks")
     return Connected(connection, tx.tenants.get())
 
 
@@ -381,15 +390,19 @@ def disconnect(tx: Storage, *, now: datetime) -> None:
         _give_back(tx, current.account.id, now=now)
 
 
-def note_told(tx: Storage, account_id: str, *, now: datetime) -> None:
-    """Stripe knows that the account is no longer connected. The caller holds the tenant's lock."""
-    tx.tasks.drop(DEAUTHORIZE, subject=account_id)
+def note_told(tx: Storage, task: Task, *, told: bool, now: datetime) -> None:
+    """Whether Stripe knows now that an account is no longer connected. The caller holds the tenant's lock.
+
+    If the tenant connected it again meanwhile, what holds is for Stripe to say.
+    """
     current = tx.stripe.find()
-    if current is not None and current.is_living and current.account.id == account_id:
-        # Connected again while Stripe was being told: what holds there, Stripe must say.
-        tx.tasks.add(CHECK, current.id, subject=account_id, due_at=now, now=now)
-    else:
-        tx.directory.release(ACCOUNT_NAME, account_id)
+    if current is not None and current.is_living and current.account.id == task.subject:
+        tx.tasks.finish(task)
+        tx.tasks.add(CHECK, current.id, subject=task.subject, due_at=now, now=now, queue="checks")
+    elif not told:
+        tx.tasks.postpone(task, task.retry_at(now))
+    elif tx.tasks.finish(task):
+        tx.directory.release(ACCOUNT_NAME, task.subject)
 
 
 def end(tx: Storage, current: Connection, *, reason: str | None, now: datetime) -> Connection:
@@ -420,7 +433,8 @@ class StripeShelf(Protocol):
     def find(self) -> Connection | None: ...
     def keep(self, connection: Connection) -> None: ...
     def add_state(self, state: State) -> None: ...
-    def end_states(self, now: datetime, *, forgotten_before: datetime) -> list[str]: ...
+    def end_states(self, now: datetime) -> None: ...
+    def forget_states(self, before: datetime) -> list[str]: ...
     def lock_state(self, id: UUID) -> State: ...
     def consume_state(self, id: UUID, now: datetime) -> None: ...
 
@@ -439,6 +453,11 @@ class Names(Directory, Protocol):
     def release(self, kind: str, *names: str) -> None: ...
 
 
+class HeldTasks(Tasks, Protocol):
+    def finish(self, task: Task) -> bool: ...
+    def postpone(self, task: Task, due_at: datetime) -> None: ...
+
+
 class Storage(Protocol):
     """What this chapter asks of storage, inside one transaction of one tenant."""
 
@@ -453,7 +472,7 @@ class Storage(Protocol):
     @property
     def directory(self) -> Names: ...
     @property
-    def tasks(self) -> Tasks: ...
+    def tasks(self) -> HeldTasks: ...
     @property
     def events(self) -> Events: ...
     @property

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import Literal
 from uuid import UUID
 
-Queue = Literal["general", "webhooks", "failing_webhooks"]
+Queue = Literal["general", "checks", "webhooks", "slow_webhooks"]
 
 # Longer than any task may take: one that is still running must not be begun by another worker.
 LEASE = timedelta(seconds=60)

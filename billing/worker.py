@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import structlog
@@ -51,23 +51,23 @@ class Worker:
 
     def run(self) -> None:
         """Work until `stop`."""
-        busy: set[Future[None]] = set()
+        busy: dict[Future[None], Task] = {}
         with ThreadPoolExecutor(self._threads, thread_name_prefix="task") as pool:
             while not self._stopping.is_set():
                 taken = self.take(self._threads - len(busy))
-                busy |= {pool.submit(self.do, task) for task in taken}
-                done, busy = self._wait(busy, nothing_taken=not taken)
-                report(done)
-        report(busy)
+                busy |= {pool.submit(self.do, task): task for task in taken}
+                for future in self._done(busy, nothing_taken=not taken):
+                    report(busy.pop(future), future.exception())
+        for future, task in busy.items():
+            report(task, future.exception())
 
-    def _wait(
-        self, busy: set[Future[None]], *, nothing_taken: bool
-    ) -> tuple[set[Future[None]], set[Future[None]]]:
+    def _done(self, busy: Collection[Future[None]], *, nothing_taken: bool) -> set[Future[None]]:
         """Wait until there may be more to do; where all threads are busy, until one of them is not."""
         if nothing_taken and len(busy) < self._threads:
             self._stopping.wait(self._polled_every_seconds)
         is_full = len(busy) == self._threads
-        return wait(busy, timeout=self._polled_every_seconds if is_full else 0, return_when=FIRST_COMPLETED)
+        timeout = self._polled_every_seconds if is_full else 0
+        return wait(busy, timeout=timeout, return_when=FIRST_COMPLETED).done
 
     def take(self, most: int) -> list[Task]:
         """What is due, as many as can be begun; nothing while the database is away."""
@@ -83,15 +83,13 @@ class Worker:
     def do(self, task: Task) -> None:
         """Do one task, by the job of its kind."""
         with structlog.contextvars.bound_contextvars(task=task.kind, tenant_id=str(task.tenant_id)):
-            log.debug("task", attempts=task.attempts)
             self._jobs[task.kind](task)
 
 
-def report(done: Iterable[Future[None]]) -> None:
-    """Say what went wrong. The task comes again, and the others go on."""
-    for future in done:
-        match future.exception():
-            case DatabaseUnavailable() as error:
-                log.warning("a task waits for the database", cause=type(error.__cause__).__name__)
-            case Exception() as error:
-                log.error("a task failed", exc_info=error)
+def report(task: Task, error: BaseException | None) -> None:
+    """Say what went wrong with a task, if something did. It comes again, and the others go on."""
+    whose = {"task": task.kind, "tenant_id": str(task.tenant_id), "attempts": task.attempts}
+    if isinstance(error, DatabaseUnavailable):
+        log.warning("a task waits for the database", cause=type(error.__cause__).__name__, **whose)
+    elif error is not None:
+        log.error("a task failed", exc_info=error, **whose)

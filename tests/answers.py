@@ -12,6 +12,7 @@ from billing.http.validation import as_json_schema
 
 DOCUMENT = load()
 PROBLEM = "application/problem+json"
+CONFIG = "/api/v1/auth/tenants/webhooks/config/"
 # Any request can meet them: the document says so once, and operations need not list them.
 IMPLIED = {404, 405, 408, 415, 431}
 
@@ -69,6 +70,17 @@ def _validate(schema: dict[str, Any], response: httpx.Response) -> None:
     whole = {**closed(as_json_schema(schema)), "components": COMPONENTS}
     for error in Draft202012Validator(whole, validate_formats=True).iter_errors(response.json()):
         raise Undocumented(f"{response.request.method} {response.request.url.path}: {error}")
+
+
+def check_event(event: dict[str, Any]) -> None:
+    """Raises `Undocumented`, unless the document's callback for events of that type has such a body."""
+    operation = DOCUMENT["paths"][CONFIG]["post"]["callbacks"][event["type"]]["{$request.body#/webhook_url}"][
+        "post"
+    ]
+    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+    whole = {**closed(as_json_schema(schema)), "components": COMPONENTS}
+    for error in Draft202012Validator(whole, validate_formats=True).iter_errors(event):
+        raise Undocumented(f"{event['type']}: {error}")
 
 
 def closed(node: Any) -> Any:

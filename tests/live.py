@@ -10,8 +10,12 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import IO
 
 import requests
+
+# What `make serve WEBHOOKS=local` sets.
+OPEN_LOOPBACK = {"WEBHOOK_ALLOW_CIDRS": "127.0.0.0/8,::1/128", "WEBHOOK_ALLOW_HTTP": "on"}
 
 START_SECONDS = 30
 STOP_SECONDS = 20
@@ -24,13 +28,15 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(environ: Mapping[str, str], *arguments: str) -> Iterator[str]:
-    """The base URL of a server that runs as long as the block."""
+def serving(environ: Mapping[str, str], *arguments: str, log: IO[bytes] | None = None) -> Iterator[str]:
+    """The base URL of a server that runs as long as the block; what it says goes to `log`, or to ours."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     process = subprocess.Popen(
         [sys.executable, "-m", "billing.cli", "serve", "--port", str(port), *arguments],
         env={**os.environ, "PUBLIC_BASE_URL": url, **environ},
+        stdout=log,
+        stderr=log,
     )
     try:
         await_ready(process, url)

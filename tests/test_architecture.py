@@ -47,7 +47,7 @@ LIBRARIES = {
     "jwt": ("billing.tokens",),
     "cryptography": ("billing.encryption",),
     "stripe": ("billing.gateway",),
-    "requests": ("billing.outbound", "billing.webhooks", "billing.gateway"),
+    "requests": ("billing.outbound", "billing.webhooks", "billing.gateway", "billing.cli.check"),
     "urllib3": ("billing.outbound", "billing.webhooks", "billing.gateway"),
     "click": ("billing.cli",),
     "dotenv": ("billing.settings",),

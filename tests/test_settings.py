@@ -58,6 +58,7 @@ DEFAULTS: dict[str, Any] = {
     "webhook_allow_cidrs": (),
     "webhook_allow_http": False,
     "worker_threads": 8,
+    "rate_limits": True,
     "stripe_secret_key": None,
     "stripe_connect_client_id": None,
     "stripe_api_base": "https://api.stripe.com",

@@ -27,10 +27,11 @@ from billing.webhooks.delivery import DELIVER
 from billing.worker import Job, Worker
 
 GENERAL_THREADS = 8
+CHECKING_THREADS = 8
 # One thread an endpoint, and more for what is in flight to it. Nearly all of them wait.
 ENDPOINT_THREADS = 128
 SENDING_THREADS = 256
-FAILING_THREADS = 32
+SLOW_THREADS = 32
 # Threads share them: they are in a transaction for a few milliseconds at a time.
 CONNECTIONS = 16
 # A task may ask Stripe twice, eight seconds each.
@@ -69,14 +70,13 @@ def worker(*, follow: bool) -> None:
 
 
 class Crew:
-    """A worker for each queue. Endpoints that fail have one of their own, so that the others need not wait."""
+    """A worker for each queue. Endpoints that fail or take long have one of their own: the others need not wait."""
 
     def __init__(self, settings: Settings, store: Store) -> None:
-        self._healthy = deliveries_for(settings, store, utc_now, threads=SENDING_THREADS)
-        self._failing = deliveries_for(settings, store, utc_now, threads=FAILING_THREADS)
+        self._prompt = deliveries_for(settings, store, utc_now, threads=SENDING_THREADS)
+        self._slow = deliveries_for(settings, store, utc_now, threads=SLOW_THREADS)
         connections, house = connections_for(settings, store, utc_now), Housekeeping(store, utc_now)
         general: dict[str, Job] = {
-            stripe_connect.CHECK: connections.check,
             stripe_connect.DEAUTHORIZE: connections.deauthorize,
             keys.EXPIRING: house.tell_of_end,
             tenants.HOUSEKEEPING: house.tidy,
@@ -85,7 +85,14 @@ class Crew:
             Worker(store, general, utc_now, threads=GENERAL_THREADS),
             Worker(
                 store,
-                {DELIVER: self._healthy.deliver},
+                {stripe_connect.CHECK: connections.check},
+                utc_now,
+                queue="checks",
+                threads=CHECKING_THREADS,
+            ),
+            Worker(
+                store,
+                {DELIVER: self._prompt.deliver},
                 utc_now,
                 queue="webhooks",
                 threads=ENDPOINT_THREADS,
@@ -93,10 +100,10 @@ class Crew:
             ),
             Worker(
                 store,
-                {DELIVER: self._failing.deliver},
+                {DELIVER: self._slow.deliver},
                 utc_now,
-                queue="failing_webhooks",
-                threads=FAILING_THREADS,
+                queue="slow_webhooks",
+                threads=SLOW_THREADS,
             ),
         ]
 
@@ -113,7 +120,7 @@ class Crew:
 
     def stop(self) -> None:
         """Take nothing more; what is in flight is finished."""
-        for deliveries in (self._healthy, self._failing):
+        for deliveries in (self._prompt, self._slow):
             deliveries.stop()
         for worker in self._workers:
             worker.stop()

@@ -15,8 +15,6 @@ from billing.http.replies import Reply, ok
 from billing.security import Caller
 from billing.stripe_connect import Connected
 
-BOUND_SECONDS = 600
-
 
 @runs_in(Lane.STRIPE)
 def start_stripe_connect(
@@ -34,7 +32,7 @@ def start_stripe_connect(
     reply = ok(shapes.departure(departure))
     if binding is None:
         return reply
-    return reply.with_header("set-cookie", browsers.cookie(binding, max_age_seconds=BOUND_SECONDS))
+    return reply.with_header("set-cookie", browsers.cookie(binding))
 
 
 @runs_in(Lane.STRIPE)

@@ -7,7 +7,7 @@ from typing import Any
 
 from billing.actors import Actor
 from billing.clock import Clock
-from billing.deliveries import Deliveries
+from billing.deliveries import Tester
 from billing.handlers import shapes
 from billing.http.lanes import Lane, runs_in
 from billing.http.replies import Reply, ok
@@ -64,7 +64,7 @@ def remove_webhook(*, caller: Caller, actor: Actor, store: Store, clock: Clock) 
 
 
 @runs_in(Lane.WEBHOOKS)
-def send_test_webhook(body: dict[str, Any] | None, *, caller: Caller, deliveries: Deliveries) -> Reply:
+def send_test_webhook(body: dict[str, Any] | None, *, caller: Caller, tester: Tester) -> Reply:
     asked = body or {}
-    report = deliveries.send_test(caller.tenant_id, asked.get("event_type", TEST), asked.get("test_data", {}))
+    report = tester.send(caller.tenant_id, asked.get("event_type", TEST), asked.get("test_data", {}))
     return ok(shapes.test_report(report))

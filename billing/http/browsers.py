@@ -15,7 +15,8 @@ from werkzeug.http import parse_accept_header
 # The prefix keeps a neighbouring subdomain from setting it (RFC 6265bis, section 4.1.3.2). Lax, because it
 # has to come along when Stripe sends the browser back.
 COOKIE = "__Host-connect"
-ATTRIBUTES = "; Secure; HttpOnly; SameSite=Lax; Path=/; Max-Age="
+# As long as the state: ten minutes.
+ATTRIBUTES = "; Secure; HttpOnly; SameSite=Lax; Path=/; Max-Age=600"
 BINDING_BYTES = 32
 BINDING = re.compile(r"[A-Za-z0-9_-]{43}")
 
@@ -52,6 +53,6 @@ def browser_of(headers: Headers) -> Browser:
     )
 
 
-def cookie(binding: str, *, max_age_seconds: int) -> str:
-    """The value of Set-Cookie that gives a browser its binding; 0 seconds take it away."""
-    return f"{COOKIE}={binding}{ATTRIBUTES}{max_age_seconds}"
+def cookie(binding: str) -> str:
+    """The value of Set-Cookie that gives a browser its binding."""
+    return f"{COOKIE}={binding}{ATTRIBUTES}"

@@ -108,7 +108,7 @@ class Operation:
     `roles` are those a user must have one of; none means that any user may. `schemes` are the names of the
     security schemes offered; none means that the operation is public. `query` are its query parameters,
     resolved; an `open_query` may have others too. `request` is the JSON schema of the body as it stands in
-    the document, `None` where there is no body. `no_head` is a GET that acts, so that HEAD is none of its path's methods.
+    the document, `None` where there is no body. `no_head` is a GET that acts: its path has no HEAD.
     """
 
     operation_id: str

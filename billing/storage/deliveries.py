@@ -7,7 +7,7 @@ from dataclasses import fields
 from datetime import datetime, timedelta
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, and_, delete, func, select, true, tuple_, update
+from sqlalchemy import ColumnElement, and_, delete, func, or_, select, true, tuple_, update
 
 from billing.ids import new_id
 from billing.storage.shelf import Shelf, columns_of, values_of
@@ -16,6 +16,8 @@ from billing.webhooks.delivery import Begun, Delivery, Settled, Stats, Status
 
 COLUMNS = columns_of(Delivery, deliveries)
 DAY = timedelta(hours=24)
+# So much is changed well within a statement's time.
+AT_ONCE = 5000
 IS_PENDING = deliveries.c.status == "pending"
 HAS_DELIVERY = (
     select(deliveries.c.id)
@@ -91,19 +93,19 @@ class Deliveries(Shelf):
         )
         return found
 
-    def drop_unwanted(self, wanted: Sequence[str]) -> None:
-        """Forget what is pending of other types of events than these."""
-        self._connection.execute(
-            delete(deliveries).where(self._pending(None), deliveries.c.event_type.not_in(wanted))
-        )
+    def drop_unwanted(self, wanted: Sequence[str], now: datetime) -> None:
+        """Forget what is due of other types of events than these, or a good part of it."""
+        unwanted = and_(deliveries.c.next_attempt_at <= now, deliveries.c.event_type.not_in(wanted))
+        self._connection.execute(delete(deliveries).where(self._some(and_(self._pending(None), unwanted))))
 
-    def cancel(self, error: str, now: datetime) -> None:
-        """Give up all that is pending."""
-        self._connection.execute(
+    def cancel(self, error: str, now: datetime) -> bool:
+        """Give up what is pending, or a good part of it; whether there was any."""
+        given_up = self._connection.execute(
             update(deliveries)
-            .where(self._pending(None))
+            .where(self._some(self._pending(None)))
             .values(status="failed", error=error, next_attempt_at=None, settled_at=now)
         )
+        return given_up.rowcount > 0
 
     def replay(self, event_ids: Sequence[UUID], now: datetime) -> None:
         """Have events delivered now: anew where that had ended, sooner where it waits, for the first time elsewhere.
@@ -152,18 +154,24 @@ class Deliveries(Shelf):
                 count.filter(lately, deliveries.c.status == "delivered"),
                 count.filter(lately, deliveries.c.status == "failed"),
                 count.filter(IS_PENDING),
-            ).where(self.mine(deliveries), IS_PENDING | lately)
+            ).where(self.mine(deliveries), or_(IS_PENDING, and_(~IS_PENDING, lately)))
         ).one()
         return Stats(*row)
 
-    def prune(self, before: datetime) -> None:
-        """Forget what ended before, and the events that nothing is left of."""
-        self._connection.execute(
-            delete(deliveries).where(self.mine(deliveries), ~IS_PENDING, deliveries.c.settled_at < before)
+    def prune(self, before: datetime) -> bool:
+        """Forget what ended before, and the events that nothing is left of, or a good part of it; whether any was."""
+        ended = and_(self.mine(deliveries), ~IS_PENDING, deliveries.c.settled_at < before)
+        forgotten = self._connection.execute(delete(deliveries).where(self._some(ended)))
+        old = select(events.c.id).where(self.mine(events), events.c.created_at < before, ~HAS_DELIVERY)
+        bare = self._connection.execute(
+            delete(events).where(self.mine(events), events.c.id.in_(old.limit(AT_ONCE)))
         )
-        self._connection.execute(
-            delete(events).where(self.mine(events), events.c.created_at < before, ~HAS_DELIVERY)
-        )
+        return forgotten.rowcount + bare.rowcount > 0
+
+    def _some(self, condition: ColumnElement[bool]) -> ColumnElement[bool]:
+        """As many of these as one statement should change."""
+        ids = select(deliveries.c.id).where(condition).limit(AT_ONCE)
+        return and_(self.mine(deliveries), deliveries.c.id.in_(ids))
 
     def _pending(self, only: str | None) -> ColumnElement[bool]:
         of_type = true() if only is None else deliveries.c.event_type == only

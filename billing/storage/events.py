@@ -13,7 +13,7 @@ from billing.storage.shelf import Shelf, values_of
 from billing.storage.tables import deliveries, event_heads, events, webhook_endpoints
 from billing.storage.tasks import Tasks
 from billing.webhooks.delivery import DELIVER
-from billing.webhooks.events import TEST, Event, envelope
+from billing.webhooks.events import Event, envelope
 from billing.webhooks.replay import Choice, Chosen
 
 HAS_FAILED = (
@@ -32,16 +32,29 @@ class Events(Shelf):
 
     def record(self, type: str, data: Mapping[str, object], *, livemode: bool = True, now: datetime) -> None:
         """Keep an event, and a delivery of it if there is an endpoint; whether that wants it is seen when sending."""
-        event = self.keep(type, data, livemode=livemode, now=now)
+        event = self._keep(type, data, livemode=livemode, is_test=False, now=now)
         if self._add_delivery(event):
             key = str(self._tenant_id)
             Tasks(self._connection, self._tenant_id).add(
                 DELIVER, self._tenant_id, subject=key, due_at=now, now=now, queue="webhooks"
             )
 
-    def keep(self, type: str, data: Mapping[str, object], *, livemode: bool, now: datetime) -> Event:
-        """Keep an event that nobody delivers; its bytes are made here, once, and are what is signed and sent."""
-        event_id, sequence = new_id(), self._next_sequence()
+    def keep_test(self, type: str, data: Mapping[str, object], *, now: datetime) -> Event:
+        """Keep an event of which nothing but a test is made."""
+        return self._keep(type, data, livemode=False, is_test=True, now=now)
+
+    def tests_since(self, moment: datetime) -> list[datetime]:
+        """When the tests since then were made, the oldest first."""
+        since = and_(self.mine(events), events.c.created_at > moment, events.c.is_test)
+        return list(
+            self._connection.scalars(select(events.c.created_at).where(since).order_by(events.c.created_at))
+        )
+
+    def _keep(
+        self, type: str, data: Mapping[str, object], *, livemode: bool, is_test: bool, now: datetime
+    ) -> Event:
+        # The number first, for it makes others wait: so ids are in the order of the numbers.
+        sequence, event_id = self._next_sequence(), new_id()
         body = envelope(
             id=event_id,
             type=type,
@@ -51,7 +64,7 @@ class Events(Shelf):
             sequence=sequence,
             data=data,
         )
-        event = Event(event_id, sequence, type, now, body)
+        event = Event(event_id, sequence, type, is_test, now, body)
         self.insert(events, values_of(event, events))
         return event
 
@@ -76,7 +89,7 @@ class Events(Shelf):
         if choice.event_ids:
             return and_(ours, events.c.id.in_(choice.event_ids))
         is_chosen = HAS_FAILED if choice.since is None else events.c.created_at >= choice.since
-        return and_(ours, is_chosen, events.c.type != TEST)
+        return and_(ours, is_chosen, ~events.c.is_test)
 
     def _add_delivery(self, event: Event) -> bool:
         listening = select(

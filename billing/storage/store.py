@@ -125,7 +125,7 @@ class Store:
             yield Platform(connection)
 
     def take_due(self, queue: Queue, now: datetime, *, most: int) -> list[Task]:
-        """Tasks that are due, of any tenant, held until their lease ends; the first due come first."""
+        """Tasks that are due, of any tenant, held until their lease ends: those that have been due longest."""
         with _in_our_words(), self._engine.begin() as connection:
             return take_due(connection, queue, now, most=most)
 

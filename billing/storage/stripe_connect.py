@@ -52,13 +52,14 @@ class StripeConnect(Shelf):
     def add_state(self, state: State) -> None:
         self.insert(connect_states, values_of(state, connect_states))
 
-    def end_states(self, now: datetime, *, forgotten_before: datetime) -> list[str]:
-        """End the states that still count; returns the digests of older ones, which are gone."""
+    def end_states(self, now: datetime) -> None:
+        """End the states that still count."""
         living = connect_states.update().where(self.mine(connect_states), connect_states.c.expires_at > now)
         self._connection.execute(living.values(expires_at=now))
-        old = delete(connect_states).where(
-            self.mine(connect_states), connect_states.c.created_at < forgotten_before
-        )
+
+    def forget_states(self, before: datetime) -> list[str]:
+        """Forget those made before; returns their digests."""
+        old = delete(connect_states).where(self.mine(connect_states), connect_states.c.created_at < before)
         return list(self._connection.scalars(old.returning(connect_states.c.digest)))
 
     def lock_state(self, id: UUID) -> State:

@@ -248,12 +248,14 @@ events = Table(
     Column("id", Uuid, nullable=False),
     Column("sequence", BigInteger, nullable=False),
     Column("type", Text, nullable=False),
+    Column("is_test", Boolean, nullable=False),
     _time("created_at"),
     # The bytes that are signed, and sent on every attempt.
     Column("body", LargeBinary, nullable=False),
     PrimaryKeyConstraint("tenant_id", "id"),
     ForeignKeyConstraint(["tenant_id"], ["tenants.id"]),
     Index("events_in_order", "tenant_id", "sequence", unique=True),
+    Index("events_by_age", "tenant_id", "created_at"),
 )
 
 deliveries = Table(

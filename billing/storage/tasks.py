@@ -51,10 +51,13 @@ class Tasks(Shelf):
             tasks.delete().where(self.mine(tasks), tasks.c.kind == kind, tasks.c.subject == subject)
         )
 
-    def finish(self, task: Task) -> None:
-        """Done for good, unless it was asked for again meanwhile."""
-        self._connection.execute(tasks.delete().where(self._held(task), tasks.c.revision == task.revision))
+    def finish(self, task: Task) -> bool:
+        """Done for good, unless it was asked for again meanwhile; False if it was, or was lost or dropped."""
+        as_taken = and_(self._held(task), tasks.c.revision == task.revision)
+        if self._connection.execute(tasks.delete().where(as_taken)).rowcount:
+            return True
         self._release(task, task.created_at)
+        return False
 
     def postpone(self, task: Task, due_at: datetime, *, queue: Queue | None = None) -> None:
         """Let go of it until then, or sooner if it was asked for again meanwhile; perhaps for another queue."""

@@ -132,6 +132,7 @@ class Egress:
         total_seconds: float = 15,
         read_bytes: int = 64 * 1024,
         keep_bytes: int = 4 * 1024,
+        lookups: int = 16,
     ) -> None:
         self._policy = policy
         self._allow_networks = tuple(allow_networks)
@@ -139,7 +140,7 @@ class Egress:
         self._total_seconds = total_seconds
         self._read_bytes = read_bytes
         self._keep_bytes = keep_bytes
-        self._resolver = Resolver()
+        self._resolver = Resolver(lookups)
         self._trust = SharedTrust()
 
     def permitted(self, address: Address) -> bool:

@@ -90,6 +90,8 @@ def _is_address(host: str) -> bool:
 # Endpoints ---------------------------------------------------------------------------------------
 
 DISABLED = "webhook.disabled"
+# The error of a delivery whose URL was removed.
+CANCELLED = "cancelled"
 DisabledReason = Literal["failing", "gone"]
 
 
@@ -193,9 +195,10 @@ def remove(tx: Storage, *, now: datetime) -> bool:
     if before.url is None:
         return False
     tx.webhooks.keep(Endpoint(None, before.event_types), now)
-    tx.deliveries.cancel("cancelled", now)
+    tx.deliveries.cancel(CANCELLED, now)
     tx.tenants.touch(now)
     tx.audit.record("webhook.removed", now=now)
+    _wake(tx, now)
     return True
 
 
@@ -237,7 +240,7 @@ class WebhookShelf(Protocol):
 
 
 class DeliveryShelf(Protocol):
-    def cancel(self, error: str, now: datetime) -> None: ...
+    def cancel(self, error: str, now: datetime) -> bool: ...
 
 
 class TenantShelf(Protocol):

@@ -27,11 +27,12 @@ class EventType:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened; `body` is its envelope, the bytes that are signed and sent."""
+    """Something that happened, or a test; `body` is its envelope, the bytes that are signed and sent."""
 
     id: UUID
     sequence: int
     type: str
+    is_test: bool
     created_at: datetime
     body: bytes
 

@@ -1,7 +1,7 @@
 """What a Schemathesis run is told beside `schemathesis.toml`: who calls, good values, checks of our own.
 
-`st run` loads it in a process of its own, and it reads `BILLING_FUZZ_URL`, `BILLING_FUZZ_AS` and
-`BILLING_FUZZ_STRIPE`, which is `sandbox` or `none`.
+`st run` loads it in a process of its own, and it reads `BILLING_FUZZ_URL`, `BILLING_FUZZ_AS`, `BILLING_FUZZ_STRIPE`,
+which is `sandbox` or `none`, and `BILLING_FUZZ_RECEIVER`, the URL of somebody who takes every webhook.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ URL = os.environ["BILLING_FUZZ_URL"]
 API = f"{URL}/api/v1/auth/tenants"
 CALLER = CALLERS[os.environ["BILLING_FUZZ_AS"]]
 HAS_STRIPE = os.environ["BILLING_FUZZ_STRIPE"] == "sandbox"
+RECEIVER = os.environ["BILLING_FUZZ_RECEIVER"]
 # As in the document's examples, so that they are right and not only well-formed.
 PASSWORD = "SecurePass123!"
 STRONG_PASSWORD = "correct horse battery staple"
@@ -103,8 +104,12 @@ def is_example(case: Case) -> bool:
 
 
 def as_somebody_new(body: Json) -> Json:
-    others = {name: value for name, value in body.items() if name != "webhook_url"}
-    return {**others, "email": f"{uuid4().hex}@acme.example", "password": STRONG_PASSWORD}
+    right = with_a_receiver(body) if "webhook_url" in body else body
+    return {**right, "email": f"{uuid4().hex}@acme.example", "password": STRONG_PASSWORD}
+
+
+def with_a_receiver(body: Json) -> Json:
+    return {**body, "webhook_url": RECEIVER}
 
 
 def as_somebody_known(_body: Json) -> Json:
@@ -144,6 +149,7 @@ CORRECTED_BODIES = {
     "refresh_tokens": with_a_good_token,
     "change_password": with_the_right_password,
     "start_stripe_connect": with_an_allowed_origin,
+    "configure_webhook": with_a_receiver,
 }
 CORRECTED_QUERIES = {"complete_stripe_connect": as_stripe_sends_back} if HAS_STRIPE else {}
 

@@ -24,6 +24,7 @@ from tests import live
 from tests.answers import DOCUMENT
 from tests.conftest import clone
 from tests.contract.callers import CALLERS
+from tests.receivers import Receiver, answers, receiving
 
 ROOT = Path(__file__).parents[2]
 STRIPE = "Stripe Connect"
@@ -43,9 +44,16 @@ def environ(cluster: embedded.Cluster, worker_id: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def server_url(environ: dict[str, str]) -> Iterator[str]:
-    """A server that takes the sandbox for Stripe."""
-    with Sandbox() as stripe, live.serving({**environ, **stripe.environ}) as url:
+    """A server that takes the sandbox for Stripe, and sends webhooks to loopback too."""
+    with Sandbox() as stripe, live.serving({**environ, **stripe.environ, **live.OPEN_LOOPBACK}) as url:
         yield url
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    """Somebody who takes every webhook."""
+    with receiving(answers(204, b"")) as running:
+        yield running
 
 
 @pytest.fixture
@@ -57,15 +65,23 @@ def server_url_without_stripe(environ: dict[str, str]) -> Iterator[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("who", CALLERS)
 def test_the_server_does_what_its_document_says(
-    server_url: str, who: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server_url: str, receiver: Receiver, who: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = fuzz(server_url, who, tmp_path / "report.json")
+    report = fuzz(server_url, who, tmp_path / "report.json", receiver=url_of(receiver))
+    came = [json.loads(one.body) for one in receiver.received]
+    sent = {
+        "tests": sum(is_test(event) for event in came),
+        "others": sum(not is_test(event) for event in came),
+    }
     with capsys.disabled():
-        print(f"\n{who}: {told(report)}")
+        print(f"\n{who}: {told(report)}, {sent['tests']} tests and {sent['others']} other events delivered")
     assert set(of(report["phases"], "status")) == {"success"}
     assert report["operations"]["tested"] == len(BUILT)
     # Some of what is valid was accepted: refusing everything would look as clean.
     assert labels(o for o in BUILT if may_call(who, o)) <= accepted(report)
+    # The worker delivers whoever calls: anybody may register with a URL.
+    assert sent["others"] > 0
+    assert (sent["tests"] > 0) == (who == "owner")
     warnings = {name: places for name, places in report["warnings"].items() if places}
     assert warnings == closed_to(who)
 
@@ -83,16 +99,26 @@ def test_the_server_does_so_where_stripe_is_not_configured(
 
 
 def fuzz(
-    url: str, who: str, report: Path, *, stripe: str = "sandbox", only: str | None = None
+    url: str,
+    who: str,
+    report: Path,
+    *,
+    stripe: str = "sandbox",
+    receiver: str = "https://hooks.acme.example/",
+    only: str | None = None,
 ) -> dict[str, Any]:
     """Run `st` against the server as somebody, for one tag only; its report, once nothing was found."""
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", "--no-color"]
     command += ["--max-examples", str(EXAMPLES), "--report", "json", "--report-json-path", str(report)]
     command += ["--generation-deterministic"] if EXAMPLES == SHORT else []
     command += ["--include-tag", only] if only else []
-    choices = {"BILLING_FUZZ_URL": url, "BILLING_FUZZ_AS": who, "BILLING_FUZZ_STRIPE": stripe}
+    choices = {"URL": url, "AS": who, "STRIPE": stripe, "RECEIVER": receiver}
     # The hooks are imported from the checkout.
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), **choices}
+    environ = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        **{f"BILLING_FUZZ_{name}": value for name, value in choices.items()},
+    }
     done = subprocess.run(
         command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False
     )
@@ -103,6 +129,15 @@ def fuzz(
 
 def told(report: dict[str, Any]) -> str:
     return f"{report['test_cases']['generated']} cases in {report['running_time']:.0f} s"
+
+
+def url_of(receiver: Receiver) -> str:
+    """The receiver by the one name that development opens."""
+    return f"http://localhost:{receiver.port}/in"
+
+
+def is_test(event: dict[str, Any]) -> bool:
+    return event["type"] == "webhook.test" and not event["livemode"]
 
 
 def of(mapping: dict[str, dict[str, Any]], name: str) -> list[Any]:

@@ -1,4 +1,4 @@
-"""A browser and what it complains of, and a server with a sandbox in the place of Stripe."""
+"""A browser and what it complains of, and a server with all that surrounds it on this machine."""
 
 from __future__ import annotations
 
@@ -76,11 +76,14 @@ def page(new_page: Callable[[], Page]) -> Page:
 
 @pytest.fixture(scope="session")
 def place(cluster: embedded.Cluster, worker_id: str) -> Iterator[Place]:
-    """The sandbox has another host name than the server: the way there and back crosses sites, as with Stripe."""
+    """The sandbox has another host name than the server: the way there and back crosses sites, as with Stripe.
+
+    Webhooks may go to loopback.
+    """
     name = f"billing_stripe_{worker_id}"
     clone(cluster, name)
     with Sandbox() as stripe, opened_shop() as shop:
         elsewhere = {key: value.replace("127.0.0.1", "localhost") for key, value in stripe.environ.items()}
         environ = {"DATABASE_URL": database.url(cluster, database.APP, name), "CORS_ALLOWED_ORIGINS": shop}
-        with live.serving({**environ, **elsewhere}) as url:
+        with live.serving({**environ, **elsewhere, **live.OPEN_LOOPBACK}) as url:
             yield Place(url, shop)

@@ -7,7 +7,11 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from playwright.sync_api import Locator, Page
+from playwright.sync_api import Locator, Page, expect
+
+from tests.e2e.places import Place
+from tests.e2e.tenants import Tenant
+from tests.receivers import answers, receiving
 
 pytestmark = pytest.mark.browser
 
@@ -76,6 +80,22 @@ def test_a_newcomer_registers_and_calls_with_both_credentials(
     opened(swagger_ui, "verify_api_key")
     status, verified = executed(swagger_ui, "verify_api_key")
     assert (status, verified["key"]["type"]) == (200, "live_secret")
+    assert complaints == []
+
+
+def test_the_report_of_a_test_delivery_is_shown(page: Page, place: Place, complaints: list[str]) -> None:
+    with receiving(answers(204, b"")) as receiver:
+        tenant = Tenant(place.api)
+        tenant.configure(f"http://localhost:{receiver.port}/")
+        page.goto(f"{place.api}/docs/")
+        authorize(page, "bearerAuth", tenant.access)
+        opened(page, "send_test_webhook")
+        status, report = executed(page, "send_test_webhook")
+    assert (status, report["success"], report["event_sent"]) == (200, True, "webhook.test")
+    shown = block(page, "send_test_webhook").locator(".live-responses-table .response")
+    expect(shown).to_contain_text("The receiver answered 204.")
+    sent = json.loads(receiver.last.body)
+    assert (sent["type"], sent["data"]) == ("webhook.test", {"greeting": "Hello from Acme"})
     assert complaints == []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from billing import settings
 from billing.connections import CALLBACK
 from billing.http.document import resolve
 from billing.stripe_connect import MESSAGES
+from tests import live
 from tests.answers import DOCUMENT
 from tests.conftest import API
 from tests.e2e.places import Place
@@ -25,12 +27,12 @@ ROOT = Path(__file__).parents[2]
 LOCAL = "http://127.0.0.1:8000"
 
 
-def block_of(page: str, heading: str, language: str) -> str:
-    """The first block of code of that language behind a heading."""
+def block_of(page: str, heading: str, language: str, which: int = 0) -> str:
+    """A block of code of that language behind a heading, the first if nothing is said."""
     section = (ROOT / page).read_text().partition(f"## {heading}")[2]
-    match = re.search(rf"```{language}\n(.*?)```", section, re.DOTALL)
-    assert match is not None, f"{page} has no {language} block behind {heading}"
-    return match[1]
+    blocks: list[str] = re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
+    assert len(blocks) > which, f"{page} has no {language} block behind {heading}"
+    return blocks[which]
 
 
 def test_the_tour_of_the_readme(live_server_url: str) -> None:
@@ -78,6 +80,30 @@ def test_the_ways_to_connect_stripe(place: Place, heading: str, statuses: list[s
     assert done.returncode == 0, done.stderr
     _, *said = [json.loads(line) for line in done.stdout.splitlines()]
     assert [one.get("status") or one["tenant"]["stripe_connect_status"] for one in said] == statuses
+
+
+def test_the_recipe_for_webhooks_on_ones_own_machine(place: Place, tmp_path: Path) -> None:
+    page, heading, port = "docs/webhooks.md", "On your own machine", str(live.free_port())
+    (tmp_path / "receiver.py").write_text(block_of(page, heading, "python").replace("9000", port))
+    tour = block_of("README.md", "Five steps", "sh").partition("# 3.")[0].replace("ada@", f"{uuid4()}@")
+    recipe = block_of(page, heading, "sh", which=1).replace("9000", port).replace(LOCAL, place.api)
+    # It is installed; and a busy machine takes longer.
+    recipe = recipe.replace("pip install standardwebhooks\n", "")
+    recipe = recipe.replace(
+        "sleep 1", f"until curl -s -o answer http://127.0.0.1:{port}/; do sleep 0.1; done"
+    )
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", tour.replace(LOCAL, place.api) + recipe],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    _, received, report = done.stdout.splitlines()
+    assert received == "2 webhook.test {}"
+    assert (json.loads(report)["success"], json.loads(report)["status_code"]) == (True, 204)
 
 
 def test_the_first_call_of_existing_clients(live_server_url: str) -> None:

@@ -129,8 +129,9 @@ ATTEMPTS: dict[str, Attempt] = {
     "stripe.find": lambda tx, h: [c for c in [tx.stripe.find()] if c is None or c.id == h.connection.id],
     "stripe.keep": lambda tx, h: tx.stripe.keep(replace(h.connection, ended_at=NOW)),
     "stripe.add_state": lambda tx, h: tx.stripe.add_state(replace(h.state, user_id=h.globex.owner.id)),
-    "stripe.end_states": lambda tx, h: [
-        digest for digest in tx.stripe.end_states(NOW, forgotten_before=LATER) if digest == h.state.digest
+    "stripe.end_states": lambda tx, h: tx.stripe.end_states(NOW),
+    "stripe.forget_states": lambda tx, h: [
+        digest for digest in tx.stripe.forget_states(LATER) if digest == h.state.digest
     ],
     "stripe.lock_state": lambda tx, h: refused(lambda: tx.stripe.lock_state(h.state.id)),
     "stripe.consume_state": lambda tx, h: tx.stripe.consume_state(h.state.id, NOW),
@@ -156,23 +157,24 @@ ATTEMPTS: dict[str, Attempt] = {
         [Settled(h.pending.id, 0, "delivered", None, 200, None, 1, NOW)]
     ),
     "deliveries.next_due": lambda tx, h: (
-        tx.deliveries.cancel("stolen", NOW) or tx.deliveries.next_due(only=None)
+        (tx.deliveries.cancel("stolen", NOW) and None) or tx.deliveries.next_due(only=None)
     ),
-    "deliveries.drop_unwanted": lambda tx, h: tx.deliveries.drop_unwanted([]),
-    "deliveries.cancel": lambda tx, h: tx.deliveries.cancel("stolen", NOW),
+    "deliveries.drop_unwanted": lambda tx, h: tx.deliveries.drop_unwanted([], LATER),
+    "deliveries.cancel": lambda tx, h: tx.deliveries.cancel("stolen", NOW) and None,
     "deliveries.replay": lambda tx, h: tx.deliveries.replay([h.arrived.event_id], NOW),
     "deliveries.recent": lambda tx, h: [
         delivery for delivery in tx.deliveries.recent(100) if delivery.id in (h.arrived.id, h.pending.id)
     ],
     "deliveries.stats": lambda tx, h: tx.deliveries.stats(NOW).delivered_24h or None,
-    "deliveries.prune": lambda tx, h: tx.deliveries.prune(MUCH_LATER),
+    "deliveries.prune": lambda tx, h: tx.deliveries.prune(MUCH_LATER) or None,
     "events.record": lambda tx, h: tx.events.record("webhook.test", {}, now=NOW),
-    "events.keep": lambda tx, h: tx.events.keep("webhook.test", {}, livemode=True, now=NOW) and None,
+    "events.keep_test": lambda tx, h: tx.events.keep_test("webhook.test", {}, now=NOW) and None,
+    "events.tests_since": lambda tx, h: tx.events.tests_since(NOW - timedelta(days=1000)),
     "events.count": lambda tx, h: tx.events.count(chosen(h), wanted=()) or None,
     "events.chosen": lambda tx, h: tx.events.chosen(chosen(h), wanted=(), after=0, most=100),
     "tasks.add": lambda tx, h: tx.tasks.add(CHECK, h.task.id, subject="stolen", due_at=NOW, now=NOW),
     "tasks.drop": lambda tx, h: tx.tasks.drop(CHECK, subject=h.task.subject),
-    "tasks.finish": lambda tx, h: tx.tasks.finish(h.task),
+    "tasks.finish": lambda tx, h: tx.tasks.finish(h.task) or None,
     "tasks.postpone": lambda tx, h: tx.tasks.postpone(h.task, NOW),
     "users.add": lambda tx, h: tx.users.add(replace(h.acme.owner, id=new_id()), password_hash="-"),
 }

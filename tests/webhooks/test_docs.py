@@ -14,21 +14,27 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import requests
 
+from billing.deliveries import MOST_TESTS
+from billing.housekeeping import KEPT
 from billing.ids import new_id
+from billing.keys import TOLD_BEFORE
 from billing.webhooks.delivery import LONGEST_STRETCH, RETRY_DELAYS
+from billing.webhooks.egress import Egress, Failure
 from billing.webhooks.events import CATALOGUE, envelope
 from billing.webhooks.signing import new_secret, signed_headers
+from tests import live
 from tests.answers import DOCUMENT
+from tests.javascript import NODE_MODULES, node
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/webhooks.md").read_text()
-NODE_MODULES = Path(__file__).parent / "js/node_modules"
 
 NO_MATCH, UNTIMELY = "No matching signature found", "Message timestamp too"
 
@@ -69,7 +75,7 @@ def test_the_retries_are_those_of_the_code() -> None:
     assert rows("Retries") == [[str(n), in_words(delay)] for n, delay in enumerate(RETRY_DELAYS, start=1)]
     total = sum(RETRY_DELAYS, timedelta())
     assert timedelta(days=3) < total < timedelta(days=3, hours=6), "a little over three days"
-    assert total * LONGEST_STRETCH < timedelta(days=7), "for how long to keep ids"
+    assert total * LONGEST_STRETCH < KEPT, "for how long to keep ids"
 
 
 def in_words(delay: timedelta) -> str:
@@ -78,6 +84,44 @@ def in_words(delay: timedelta) -> str:
         if count >= 1:
             return f"{count:g} {unit}"
     return "at once"
+
+
+def test_the_limits_are_those_of_the_code() -> None:
+    limits = {name: given.default for name, given in signature(Egress).parameters.items()}
+    said = " ".join(section("Retries").split())
+    assert f"no connection within {limits['connect_seconds']} seconds" in said
+    assert f"no whole answer within {limits['total_seconds']}." in said
+    assert f"{limits['read_bytes'] // 1024} KiB are read" in said
+    assert f"answer 2xx within {limits['total_seconds']} seconds" in PAGE
+    assert f"may send {MOST_TESTS} tests a minute" in " ".join(section("Events").split())
+
+
+def test_the_words_for_failures_are_those_of_the_document_and_of_the_code() -> None:
+    listed = [word.strip("`") for word, _ in rows("Why a delivery failed")]
+    assert listed == words_of("WebhookDelivery")
+    # A test is not waiting for anything.
+    assert [word for word in listed if word != "cancelled"] == words_of("WebhookTestReport")
+    assert set(listed) == {*get_args(Failure), "bad_status", "cancelled"}
+
+
+def words_of(schema: str) -> list[str]:
+    words: list[str] = DOCUMENT["components"]["schemas"][schema]["properties"]["error"]["x-extensible-enum"]
+    return words
+
+
+def test_the_times_are_those_of_the_code() -> None:
+    assert timedelta(days=30) == KEPT
+    assert "deliveries are kept for 30 days." in section("Missed events")
+    assert "Keep ids for at least 30 days." in section("The envelope")
+    assert timedelta(hours=24) == TOLD_BEFORE
+    assert "`api_key.expiring` comes 24 hours before the end" in section("Events")
+
+
+def test_the_recipe_opens_loopback() -> None:
+    opened = " ".join(f"{name}={value}" for name, value in live.OPEN_LOOPBACK.items())
+    assert f"\nOPEN_LOOPBACK := {opened}\n" in (ROOT / "Makefile").read_text()
+    assert snippets("On your own machine", "sh")[0] == "make serve WEBHOOKS=local\n"
+    assert all(f"`{name}={value}`" in PAGE for name, value in live.OPEN_LOOPBACK.items())
 
 
 def test_the_headers_are_those_that_are_sent() -> None:
@@ -192,16 +236,6 @@ SNIPPETS = [
     ("JavaScript, by hand", "js"),
 ]
 in_each_language = pytest.mark.parametrize(("heading", "language"), SNIPPETS, ids=[h for h, _ in SNIPPETS])
-
-
-def node() -> str:
-    """The command, where JavaScript is to be tried."""
-    if os.environ.get("BILLING_TESTS_WITHOUT_NODE") == "1":
-        pytest.skip("BILLING_TESTS_WITHOUT_NODE=1")
-    found = shutil.which("node")
-    if found is None or not NODE_MODULES.exists():
-        pytest.fail("No Node.js or its packages: `make node`, or BILLING_TESTS_WITHOUT_NODE=1 to go without.")
-    return found
 
 
 def command(heading: str, language: str, place: Path) -> list[str]:
@@ -334,6 +368,9 @@ def test_the_receiver_of_the_recipe(receiver: tuple[str, subprocess.Popen[str]],
 
 
 def test_every_snippet_of_the_page_is_known_here() -> None:
-    """One more block in the page is one that nobody runs yet. Two of the recipe start the server and call it."""
+    """One more block in the page is one that nobody runs yet.
+
+    The recipe that calls the server is run by tests/e2e/test_tour.py, the operator's command by tests/test_cli.py.
+    """
     languages = re.findall(r"^```(\w+)$", PAGE, re.MULTILINE)
-    assert sorted(languages) == ["js"] * 2 + ["python"] * 3 + ["sh"] * 4
+    assert sorted(languages) == ["js"] * 2 + ["python"] * 3 + ["sh"] * 5

@@ -1,13 +1,25 @@
-"""Webhook URLs: public names over https, however an address is dressed up."""
+"""Webhook endpoints: URLs are public names over https, however an address is dressed up; and when one is given up."""
 
 from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from billing.errors import WebhookUrlRefused
-from billing.webhooks.endpoints import LONGEST, UrlPolicy
+from billing.errors import WebhookNotConfigured, WebhookUrlRefused
+from billing.ids import new_id
+from billing.webhooks.delivery import TOO_LONG, TOO_MANY
+from billing.webhooks.endpoints import (
+    LONGEST,
+    Endpoint,
+    Secret,
+    UrlPolicy,
+    previous_expiry,
+    reason_to_disable,
+    require_url,
+)
 
 # A busy machine is no failure.
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -244,3 +256,107 @@ def test_anything_else_is_refused_or_good_and_never_repeated(url: str) -> None:
         UNREADABLE,
         "The webhook URL must name a public host.",
     )
+
+
+# How it has been going ---------------------------------------------------------------------------
+
+URL = "https://hooks.acme.example/"
+NOW = datetime(2026, 1, 15, 9, 30, tzinfo=UTC)
+EARLIER = NOW - timedelta(hours=1)
+GOOD_ONE = Endpoint(URL)
+BAD_ONE = Endpoint(URL, failing_since=EARLIER, failed_events=3)
+
+
+@pytest.mark.parametrize(
+    ("before", "delivered", "failed", "first_failures", "since", "events"),
+    [
+        (GOOD_ONE, 1, 0, 0, None, 0),
+        (GOOD_ONE, 0, 0, 0, None, 0),
+        # What fails after a success counts, be it a first attempt or not.
+        (GOOD_ONE, 0, 1, 1, NOW, 1),
+        (GOOD_ONE, 0, 2, 0, NOW, 2),
+        (GOOD_ONE, 0, 16, 16, NOW, 16),
+        # After that an event counts once: at its first attempt.
+        (BAD_ONE, 0, 1, 1, EARLIER, 4),
+        (BAD_ONE, 0, 1, 0, EARLIER, 3),
+        (BAD_ONE, 0, 5, 2, EARLIER, 5),
+        (BAD_ONE, 0, 0, 0, EARLIER, 3),
+        # One success forgives all, those beside it too.
+        (BAD_ONE, 1, 0, 0, None, 0),
+        (BAD_ONE, 1, 15, 15, None, 0),
+        (GOOD_ONE, 1, 15, 15, None, 0),
+    ],
+)
+def test_an_endpoint_after_some_attempts(
+    before: Endpoint, delivered: int, failed: int, first_failures: int, since: datetime | None, events: int
+) -> None:
+    after = before.after(delivered=delivered, failed=failed, first_failures=first_failures, now=NOW)
+    assert after == Endpoint(URL, failing_since=since, failed_events=events)
+
+
+def test_attempts_change_nothing_that_was_configured() -> None:
+    endpoint = Endpoint(URL, ("webhook.test",), "gone", EARLIER, 3)
+    for delivered, failed in ((1, 0), (0, 1), (0, 0)):
+        after = endpoint.after(delivered=delivered, failed=failed, first_failures=failed, now=NOW)
+        assert (after.url, after.event_types, after.disabled_reason) == (URL, ("webhook.test",), "gone")
+
+
+@pytest.mark.parametrize(
+    ("since", "events", "gone", "reason"),
+    [
+        (None, 0, False, None),
+        (None, 0, True, "gone"),
+        (NOW - TOO_LONG, TOO_MANY, False, "failing"),
+        (NOW - TOO_LONG, TOO_MANY, True, "gone"),
+        (NOW - TOO_LONG, TOO_MANY - 1, False, None),
+        (NOW - TOO_LONG, TOO_MANY - 1, True, "gone"),
+        (NOW - TOO_LONG + timedelta(microseconds=1), TOO_MANY, False, None),
+        (NOW - 100 * TOO_LONG, 100 * TOO_MANY, False, "failing"),
+        (NOW, 1000 * TOO_MANY, False, None),
+    ],
+)
+def test_why_to_give_it_up(since: datetime | None, events: int, gone: bool, reason: str | None) -> None:
+    endpoint = Endpoint(URL, failing_since=since, failed_events=events)
+    assert reason_to_disable(endpoint, gone=gone, now=NOW) == reason
+
+
+@pytest.mark.parametrize(
+    ("asked_for", "wanted"),
+    [
+        ((), ()),
+        (("webhook.test",), ("webhook.test", "webhook.disabled")),
+        (("api_key.revoked", "webhook.test"), ("api_key.revoked", "webhook.test", "webhook.disabled")),
+    ],
+)
+def test_none_named_means_all_and_the_news_is_always_wanted(
+    asked_for: tuple[str, ...], wanted: tuple[str, ...]
+) -> None:
+    assert Endpoint(URL, asked_for).wanted == wanted
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "is_active"),
+    [
+        (Endpoint(URL), True),
+        (BAD_ONE, True),
+        (Endpoint(None), False),
+        (Endpoint(URL, (), "gone"), False),
+        (Endpoint(URL, (), "failing"), False),
+    ],
+)
+def test_who_is_active(endpoint: Endpoint, is_active: bool) -> None:
+    assert endpoint.is_active is is_active
+
+
+def test_a_url_is_needed_to_send() -> None:
+    assert require_url(GOOD_ONE) == URL
+    assert require_url(Endpoint(URL, (), "gone")) == URL
+    with pytest.raises(WebhookNotConfigured):
+        require_url(Endpoint(None))
+
+
+def test_the_end_of_the_secret_before() -> None:
+    current, previous = Secret(new_id(), "aaaa", None), Secret(new_id(), "bbbb", NOW)
+    assert previous_expiry([]) is None
+    assert previous_expiry([current]) is None
+    assert previous_expiry([current, previous]) == NOW

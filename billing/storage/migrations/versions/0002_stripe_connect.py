@@ -70,11 +70,13 @@ CREATE TABLE events (
     id uuid NOT NULL,
     sequence bigint NOT NULL,
     type text NOT NULL,
+    is_test boolean NOT NULL DEFAULT false,
     created_at timestamptz NOT NULL,
     body bytea NOT NULL,
     PRIMARY KEY (tenant_id, id)
 );
 CREATE UNIQUE INDEX events_in_order ON events (tenant_id, sequence);
+CREATE INDEX events_by_age ON events (tenant_id, created_at);
 
 CREATE TABLE tasks (
     tenant_id uuid NOT NULL REFERENCES tenants,
@@ -101,17 +103,14 @@ CREATE FUNCTION app.take_tasks(wanted text, at timestamptz, until timestamptz, m
     )
     LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
     AS $$
-        WITH due AS MATERIALIZED (
-            SELECT d.tenant_id, d.kind, d.id FROM public.tasks d
+        -- By row identifier, so that no plan reads the table. Who was served goes to the back of the queue.
+        UPDATE public.tasks t SET leased_until = until, attempts = t.attempts + 1, due_at = at
+        WHERE t.ctid = ANY (ARRAY(
+            SELECT d.ctid FROM public.tasks d
             WHERE d.queue = wanted AND d.due_at <= at AND (d.leased_until IS NULL OR d.leased_until <= at)
             ORDER BY d.due_at LIMIT most FOR UPDATE SKIP LOCKED
-        ), taken AS (
-            UPDATE public.tasks t SET leased_until = until, attempts = t.attempts + 1 FROM due
-            WHERE t.tenant_id = due.tenant_id AND t.kind = due.kind AND t.id = due.id
-            RETURNING t.*
-        )
-        SELECT t.tenant_id, t.kind, t.id, t.subject, t.queue, t.created_at, t.attempts, t.revision
-        FROM taken t ORDER BY t.due_at
+        ))
+        RETURNING t.tenant_id, t.kind, t.id, t.subject, t.queue, t.created_at, t.attempts, t.revision
     $$;
 
 REVOKE ALL ON FUNCTION app.take_tasks FROM PUBLIC;
@@ -119,7 +118,7 @@ GRANT EXECUTE ON FUNCTION app.take_tasks TO billing_app;
 GRANT CREATE ON SCHEMA app TO billing_lookup;
 ALTER FUNCTION app.take_tasks OWNER TO billing_lookup;
 REVOKE CREATE ON SCHEMA app FROM billing_lookup;
-GRANT SELECT, UPDATE (leased_until, attempts) ON tasks TO billing_lookup;
+GRANT SELECT, UPDATE (leased_until, attempts, due_at) ON tasks TO billing_lookup;
 CREATE POLICY worker ON tasks TO billing_lookup USING (true) WITH CHECK (true);
 """
 

@@ -1,0 +1,1 @@
+"""Webhooks: how many deliveries a worker makes, what each costs, and how soon they arrive."""

@@ -1,0 +1,57 @@
+"""`python -m benchmarks.webhooks`: measures for some four minutes, and prints a table."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import version
+
+import click
+
+from benchmarks.webhooks.measurements import Latency, Throughput, latency, throughput
+from benchmarks.webhooks.processes import Installation, installed
+from billing.cli.console import table
+
+COLUMNS = ("measured", "deliveries/s", "worker cpu us", "postgresql cpu us", "p50 ms", "p99 ms")
+
+
+@click.command()
+@click.option("--events", default=10_000, show_default=True, help="How many the throughput is measured with.")
+@click.option("--seconds", default=30.0, show_default=True, help="How long a latency is measured.")
+def main(events: int, seconds: float) -> None:
+    """Measure one `billing worker` on a durable PostgreSQL and receivers that take 50 ms."""
+    with installed() as installation:
+        click.echo(surroundings(installation))
+        rows = [many(throughput(installation, endpoints=each, events=events)) for each in (100, 4)]
+        rows += [
+            soon(latency(installation, beside=each, seconds=seconds)) for each in ("-", "silent", "refusing")
+        ]
+    click.echo(table(COLUMNS, rows))
+
+
+def surroundings(installation: Installation) -> str:
+    load = f"{os.getloadavg()[0]:.1f}"
+    return (
+        f"{os.cpu_count()} cores, {platform.machine()}, load before {load}; Python {platform.python_version()}, "
+        f"PostgreSQL {installation.postgres_version}, requests {version('requests')}"
+    )
+
+
+def many(measured: Throughput) -> list[str]:
+    figures = (measured.deliveries_a_second, measured.worker_micros, measured.postgres_micros)
+    return [
+        f"{measured.events} events, {measured.endpoints} endpoints",
+        *map("{:.0f}".format, figures),
+        "",
+        "",
+    ]
+
+
+def soon(measured: Latency) -> list[str]:
+    beside = "alone" if measured.beside == "-" else f"beside 100 that are {measured.beside}"
+    figures = f"{measured.p50:.0f}", f"{measured.p99:.0f}"
+    return [f"{measured.events} events to one endpoint, {beside}", "", "", "", *figures]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Receivers in a process of their own: one that takes 50 ms and answers, one that never answers, one that refuses.
+
+Prints their three ports as JSON. A line on stdin is answered by what has been seen so far. It ends with its stdin.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import socket
+import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from typing import cast
+
+import uvloop
+
+TAKES_SECONDS = 0.05
+ANSWER = b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n"
+LENGTH = re.compile(rb"\r\ncontent-length: *([0-9]+)", re.IGNORECASE)
+NUMBER = re.compile(rb'"number":([0-9]+)')
+BACKLOG = 4096
+
+
+@dataclass
+class Seen:
+    """Requests that arrived: how many, when the first and the last, and when each that bears a number; monotonic."""
+
+    count: int = 0
+    first: float = 0.0
+    last: float = 0.0
+    numbered: dict[int, float] = field(default_factory=dict)
+
+    def note(self, body: bytes) -> None:
+        self.last = time.monotonic()
+        self.first = self.first or self.last
+        self.count += 1
+        if number := NUMBER.search(body):
+            self.numbered.setdefault(int(number[1]), self.last)
+
+
+class Healthy(asyncio.Protocol):
+    """Answers one request, after a while, and ends the connection."""
+
+    def __init__(self, seen: Seen) -> None:
+        self._seen = seen
+        self._data = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is one in all but its class.
+
+    def data_received(self, data: bytes) -> None:
+        self._data += data
+        head, end, body = self._data.partition(b"\r\n\r\n")
+        length = LENGTH.search(head)
+        if end and length and len(body) >= int(length[1]):
+            self._seen.note(body)
+            asyncio.get_running_loop().call_later(TAKES_SECONDS, self._answer)
+
+    def _answer(self) -> None:
+        self._transport.write(ANSWER)
+        self._transport.close()
+
+
+def listening() -> list[socket.socket]:
+    """A port of loopback, of both kinds where there are two: a name is called at all of its addresses."""
+    first = socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)
+    found = [first]
+    with suppress(OSError):
+        address = ("::1", first.getsockname()[1])
+        found.append(socket.create_server(address, family=socket.AF_INET6, backlog=BACKLOG))
+    return found
+
+
+def refusing() -> socket.socket:
+    """A port that is taken, and at which nobody listens."""
+    taken = socket.socket()
+    taken.bind(("127.0.0.1", 0))
+    return taken
+
+
+async def receive() -> None:
+    loop = asyncio.get_running_loop()
+    seen = Seen()
+    answering, silent, refused = listening(), listening(), refusing()
+    for listener in answering:
+        await loop.create_server(lambda: Healthy(seen), sock=listener)
+    for listener in silent:
+        await loop.create_server(asyncio.Protocol, sock=listener)
+    ports = [answering[0], silent[0], refused]
+    print(json.dumps([each.getsockname()[1] for each in ports]), flush=True)
+    while await loop.run_in_executor(None, sys.stdin.readline):
+        print(json.dumps(asdict(seen)), flush=True)
+
+
+if __name__ == "__main__":
+    uvloop.run(receive())

@@ -1,0 +1,140 @@
+"""What of a change to the document breaks a client that was written for an earlier one.
+
+`python -m contract.breaking REVISION` compares the working tree with it. Redocly judges all but who may call, which
+the document says in its own words (`x-roles`), and which of several ways in are left.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from billing.http.document import load
+from contract.programs import DOCUMENT, ROOT, ran
+
+PATIENCE_SECONDS = 120
+METHODS = ("get", "put", "post", "delete", "patch", "head", "options")
+ANYBODY = frozenset[str]()
+
+Json = dict[str, Any]
+
+
+class NoBase(Exception):
+    """There is no earlier document to compare with."""
+
+
+def breaks_between(base: Path, revision: Path) -> list[str]:
+    """What breaks, a sentence each; none if nothing does."""
+    before, after = load(base), load(revision)
+    return sorted({*_of_redocly(base, revision), *_of_access(before, after)})
+
+
+# Redocly's rules -----------------------------------------------------------------------------------
+
+
+def _of_redocly(base: Path, revision: Path) -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as place:
+        report = Path(place) / "report.json"
+        arguments = ("--format", "json", "--fail-on", "none", "--output", str(report))
+        done = ran("redocly", "diff", str(base), str(revision), *arguments, seconds=PATIENCE_SECONDS)
+        assert done.returncode == 0 and report.exists(), f"redocly diff failed:\n{done.stdout}{done.stderr}"
+        changes = json.loads(report.read_bytes())["changes"]
+    for change in changes:
+        where = change["path"].removeprefix("#/").replace("~1", "/").replace("paths//", "/")
+        for verdict in change["verdicts"]:
+            # Who may call is said below, of every operation alike.
+            if verdict["impact"] == "major" and verdict["ruleId"] != "security-requirement-changed":
+                yield f"{where}: {verdict['message']}"
+
+
+# Who may call --------------------------------------------------------------------------------------
+
+
+def _of_access(before: Json, after: Json) -> Iterator[str]:
+    now = dict(_operations(after))
+    for name, said in _operations(before):
+        if name in now:
+            yield from (f"{name}: {text}" for text in _access_lost(said, now[name], before, after))
+
+
+def _operations(document: Json) -> Iterator[tuple[str, Json]]:
+    """Each as `METHOD /path/`, by which a client calls it."""
+    for path, item in document["paths"].items():
+        for method in METHODS:
+            if method in item:
+                yield f"{method.upper()} {path}", item[method]
+
+
+def _access_lost(said: Json, now: Json, before: Json, after: Json) -> Iterator[str]:
+    old, new = _ways_in(said, before), _ways_in(now, after)
+    if ANYBODY in old and ANYBODY not in new:
+        yield "it needs credentials now."
+    else:
+        # A way in that asks for no more than an old one serves those who had that.
+        lost = [way for way in old if not any(other <= way for other in new)]
+        yield from (f"it no longer takes {' with '.join(sorted(way))}." for way in lost)
+    if roles := _roles(said) - _roles(now):
+        yield f"it is closed to {', '.join(sorted(roles))}."
+
+
+def _ways_in(said: Json, document: Json) -> list[frozenset[str]]:
+    """The sets of schemes of which one is enough; the empty one is anybody's."""
+    security: list[Json] = (said if "security" in said else document).get("security", [])
+    return [frozenset(way) for way in security] or [ANYBODY]
+
+
+def _roles(said: Json) -> set[str]:
+    return set(said.get("x-roles", ()))
+
+
+# The check -----------------------------------------------------------------------------------------
+
+
+def check() -> str:
+    """Raises `AssertionError` unless every break that the tests plant is named, and nothing harmless is."""
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "tests/contract/test_breaking.py"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False
+    )
+    said = done.stdout.strip().splitlines()
+    assert done.returncode == 0 and "skipped" not in said[-1], done.stdout[-3000:]
+    return said[-1].partition(" in ")[0]
+
+
+# The command ---------------------------------------------------------------------------------------
+
+
+def document_of(revision: str) -> bytes:
+    """The document as it was; raises `NoBase`."""
+    command = ["git", "show", f"{revision}:{DOCUMENT.relative_to(ROOT)}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+    if done.returncode:
+        raise NoBase(done.stderr.decode().strip())
+    return done.stdout
+
+
+def main(arguments: list[str]) -> int:
+    """1 if something breaks, 2 if there is nothing to compare with."""
+    if len(arguments) != 1 or not arguments[0]:
+        print("usage: make diff BASE=<revision>", file=sys.stderr)
+        return 2
+    try:
+        earlier = document_of(arguments[0])
+    except NoBase as error:
+        print(error, file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as place:
+        base = Path(place) / "billing.yaml"
+        base.write_bytes(earlier)
+        breaks = breaks_between(base, DOCUMENT)
+    print("\n".join([*breaks, f"{len(breaks)} breaking changes since {arguments[0]}"]))
+    return 1 if breaks else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

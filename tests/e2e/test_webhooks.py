@@ -1,0 +1,127 @@
+"""Webhooks as tenants have them: a running server with its worker, and receivers made with the public libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from billing.webhooks.events import CATALOGUE
+from tests import answers
+from tests.e2e.places import Place
+from tests.e2e.tenants import RECEIVERS, Arrival, Receiver, Tenant, receiving
+
+
+@pytest.fixture(params=RECEIVERS)
+def receiver_in_each_language(request: pytest.FixtureRequest) -> Iterator[Receiver]:
+    with receiving(request.param) as running:
+        yield running
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with receiving("python") as running:
+        yield running
+
+
+def listening(place: Place, receiver: Receiver) -> Tenant:
+    """A tenant whose receiver has heard of the registration."""
+    tenant = Tenant(place.api, webhook_url=receiver.url)
+    receiver.hold(tenant.secret)
+    assert checked(receiver.next()) == ("tenant.registered", 1)
+    return tenant
+
+
+def checked(arrival: Arrival) -> tuple[str, int]:
+    """The type and the number of an event that was verified and is what the document says."""
+    assert all(arrival.verified) and arrival.status in (204, 410)
+    answers.check_event(arrival.event)
+    assert arrival.event["id"] == arrival.headers["webhook-id"]
+    return arrival.event["type"], arrival.event["sequence"]
+
+
+def test_an_event_arrives_and_verifies(place: Place, receiver_in_each_language: Receiver) -> None:
+    tenant = listening(place, receiver_in_each_language)
+    tenant.regenerate()
+    arrival = receiver_in_each_language.next()
+    assert checked(arrival) == ("api_key.regenerated", 2)
+    assert (arrival.signatures, arrival.event["data"]["key_type"]) == (1, "test")
+
+
+def test_a_rotated_secret(place: Place, receiver_in_each_language: Receiver) -> None:
+    receiver = receiver_in_each_language
+    tenant = listening(place, receiver)
+    old, new = tenant.secret, tenant.configure(receiver.url, regenerate_secret=True)["webhook_secret"]
+    receiver.hold(old, new)
+    tenant.regenerate()
+    arrival = receiver.next()
+    assert (arrival.signatures, arrival.verified) == (2, [True, True])
+    assert checked(arrival) == ("api_key.regenerated", 2)
+
+
+def test_a_secret_rotated_at_once(place: Place, receiver_in_each_language: Receiver) -> None:
+    receiver = receiver_in_each_language
+    tenant = listening(place, receiver)
+    answer = tenant.configure(receiver.url, regenerate_secret=True, secret_grace_seconds=0)
+    receiver.hold(tenant.secret, answer["webhook_secret"])
+    tenant.regenerate()
+    arrival = receiver.next()
+    assert (arrival.signatures, arrival.verified) == (1, [False, True])
+    assert arrival.event["sequence"] == 2
+
+
+def test_every_event_of_the_catalogue_arrives_and_none_is_missing(place: Place, receiver: Receiver) -> None:
+    tenant = listening(place, receiver)
+    tenant.change_password()
+    # Both of the old keys are told of when half of the grace is over.
+    tenant.regenerate(grace_period_seconds=6)
+    found = [checked(receiver.next()) for _ in range(4)]
+    tenant.revoke()
+    tenant.visit_stripe("leave")
+    tenant.visit_stripe("finish")
+    tenant.delete("/stripe/disconnect/")
+    assert tenant.post("/webhooks/test/")["success"]
+    found += [checked(receiver.next()) for _ in range(5)]
+    tenant.configure(receiver.gone_url)
+    tenant.regenerate()
+    found += [checked(receiver.next()) for _ in range(2)]
+    assert sorted(number for _, number in found) == list(range(2, 13))
+    assert {name for name, _ in found} | {"tenant.registered"} == {one.name for one in CATALOGUE}
+    assert tenant.get("/webhooks/config/")["disabled_reason"] == "gone"
+
+
+def test_a_test_is_sent_whatever_was_chosen_and_while_the_webhook_is_disabled(
+    place: Place, receiver: Receiver
+) -> None:
+    tenant = listening(place, receiver)
+    tenant.configure(receiver.gone_url, event_types=["api_key.revoked"])
+    assert tenant.post("/webhooks/test/")["status_code"] == 410
+    assert checked(receiver.next()) == ("webhook.test", 2)
+    assert tenant.get("/webhooks/config/")["status"] == "active", "a test has disabled it"
+    tenant.revoke()
+    assert {checked(receiver.next()), checked(receiver.next())} == {
+        ("api_key.revoked", 3),
+        ("webhook.disabled", 4),
+    }
+    assert tenant.post("/webhooks/test/")["status_code"] == 410
+    assert checked(receiver.next()) == ("webhook.test", 5)
+    assert tenant.delivered().count("webhook.test") == 2
+
+
+def test_a_filter_leaves_out_the_others(place: Place, receiver: Receiver) -> None:
+    tenant = listening(place, receiver)
+    tenant.configure(receiver.url, event_types=["api_key.revoked"])
+    tenant.regenerate()
+    tenant.revoke()
+    assert checked(receiver.next()) == ("api_key.revoked", 3)
+    assert "api_key.regenerated" not in tenant.delivered()
+
+
+def test_a_removed_webhook_is_silent_until_it_is_configured_again(place: Place, receiver: Receiver) -> None:
+    tenant = listening(place, receiver)
+    tenant.delete("/webhooks/config/")
+    tenant.regenerate()
+    assert "webhook_secret" not in tenant.configure(receiver.url)
+    tenant.revoke()
+    assert checked(receiver.next()) == ("api_key.revoked", 3)
+    assert "api_key.regenerated" not in tenant.delivered()

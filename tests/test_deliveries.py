@@ -1,0 +1,985 @@
+"""Deliveries: what an endpoint is sent, when again, when no more, and how much of it at a time."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from ipaddress import ip_network
+from typing import Any
+from uuid import UUID
+
+import pytest
+from sqlalchemy import Engine, Select, select, text
+from standardwebhooks import Webhook, WebhookVerificationError
+
+from billing import deliveries as module
+from billing import tenants
+from billing.deliveries import BATCH, IN_FLIGHT, PAUSE, Deliveries
+from billing.ids import new_id
+from billing.keys import KeyDigests
+from billing.settings import Settings
+from billing.storage.store import Store, TenantTx
+from billing.storage.tables import deliveries, events, tasks
+from billing.tasks import LEASE, Queue, Task
+from billing.webhooks import endpoints
+from billing.webhooks.delivery import DELIVER, JITTER, RETRY_DELAYS, TOO_LONG, TOO_MANY, Begun, Settled
+from billing.webhooks.egress import Egress
+from billing.webhooks.endpoints import DISABLED, Endpoint, UrlPolicy
+from tests.clock import TurnedClock
+from tests.receivers import Received, Receiver, Visit, head, receiving
+
+LOOPBACK = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
+DEVELOPMENT = UrlPolicy(allow_http=True, allow_localhost=True)
+TEST, REVOKED = "webhook.test", "api_key.revoked"
+DAY = timedelta(days=1)
+# Ample, for a busy machine; what waits for it all ends sooner.
+PATIENCE_SECONDS = 10
+# For what must not come about, or only later.
+MOMENT_SECONDS = 0.15
+
+
+# A tenant, its worker, its receiver --------------------------------------------------------------
+
+
+class Answering:
+    """A receiver that answers every request alike, until it is told otherwise."""
+
+    def __init__(self, status: int = 200, **headers: str) -> None:
+        self.status = status
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+    def __call__(self, visit: Visit) -> None:
+        while visit.receive():
+            visit.send(head(self.status, {"Content-Length": "0", **self.headers}))
+
+
+class Gate(Answering):
+    """A receiver that answers as many as it lets go, and counts who waits."""
+
+    def __init__(self, status: int = 200) -> None:
+        super().__init__(status)
+        self.inside = 0
+        self.most_inside = 0
+        self._let_go = threading.Semaphore(0)
+        self._lock = threading.Lock()
+
+    def __call__(self, visit: Visit) -> None:
+        visit.receive()
+        self._count(1)
+        while not self._let_go.acquire(timeout=0.05):
+            if visit.receiver.stopped.is_set():
+                return
+        self._count(-1)
+        visit.send(head(self.status, {"Content-Length": "0", "Connection": "close"}))
+
+    def _count(self, more: int) -> None:
+        with self._lock:
+            self.inside += more
+            self.most_inside = max(self.most_inside, self.inside)
+
+    def let_go(self, number: int = 1) -> None:
+        self._let_go.release(number)
+
+
+def url_of(receiver: Receiver) -> str:
+    """The receiver by the one name that development opens: an address is no URL of a webhook."""
+    return f"http://localhost:{receiver.port}/in"
+
+
+def types_of(receiver: Receiver) -> list[str]:
+    return [json.loads(received.body)["type"] for received in receiver.received]
+
+
+def ids_of(receiver: Receiver) -> list[str]:
+    return [received.headers["webhook-id"] for received in receiver.received]
+
+
+@dataclass
+class Bench:
+    """A tenant with an endpoint, and a worker that delivers when it is told to."""
+
+    store: Store
+    clock: TurnedClock
+    tenant_id: UUID
+    secret: str
+    deliveries: Deliveries
+
+    def all(self, query: Select[Any]) -> Sequence[Any]:
+        """What is really stored, as rows."""
+        with self.tx() as tx:
+            return tx.deliveries._connection.execute(query).all()
+
+    @contextmanager
+    def tx(self) -> Iterator[TenantTx]:
+        with self.store.tenant(self.tenant_id) as tx:
+            yield tx
+
+    # What the tenant does.
+
+    def configure(self, url: str, event_types: Sequence[str] | None = None, **more: Any) -> str:
+        """The new secret, if one was asked for."""
+        given = {"regenerate_secret": False, "grace": DAY, **more}
+        with self.store.tenant(self.tenant_id, exclusive=True) as tx:
+            made = endpoints.configure(tx, url=url, event_types=event_types, now=self.clock(), **given)
+        return made.new_secret or ""
+
+    def remove(self) -> None:
+        with self.store.tenant(self.tenant_id, exclusive=True) as tx:
+            endpoints.remove(tx, now=self.clock())
+
+    def record(self, number: int = 1, type: str = TEST) -> None:
+        for _ in range(number):
+            with self.tx() as tx:
+                tx.events.record(type, {}, now=self.clock())
+
+    # What the worker does.
+
+    def take(self, queue: Queue = "webhooks") -> list[Task]:
+        return [task for task in self.store.take_due(queue, self.clock(), most=100) if task.kind == DELIVER]
+
+    def deliver(self) -> list[Queue]:
+        """Do what is due in either queue, once; from which it was taken."""
+        due = [*self.take("webhooks"), *self.take("slow_webhooks")]
+        for task in due:
+            self.deliveries.deliver(task)
+        return [task.queue for task in due]
+
+    def deliver_all(self) -> None:
+        """Do what is due, until nothing is."""
+        for _ in range(3 * BATCH):
+            if not self.deliver():
+                return
+        raise AssertionError("It never ends.")
+
+    # What is kept.
+
+    def rows(self) -> list[Any]:
+        return list(self.all(select(deliveries).order_by(deliveries.c.id)))
+
+    def statuses(self) -> list[tuple[str, int]]:
+        return [(row.status, row.attempts) for row in self.rows()]
+
+    def endpoint(self) -> Endpoint:
+        with self.tx() as tx:
+            return tx.webhooks.find()
+
+    def waiting(self) -> list[tuple[Queue, datetime]]:
+        """The queue in which the endpoint waits, and until when, if it does."""
+        ours = select(tasks.c.queue, tasks.c.due_at).where(tasks.c.kind == DELIVER)
+        return [tuple(row) for row in self.all(ours)]
+
+    def sequences(self) -> list[int]:
+        return [row.sequence for row in self.all(select(events.c.sequence).order_by(events.c.sequence))]
+
+
+@pytest.fixture
+def bench(store: Store, settings: Settings) -> Bench:
+    clock = TurnedClock()
+    with store.tenant(new_id()) as tx:
+        details = {"company_name": "Acme", "email": "ada@acme.example"}
+        digests = KeyDigests(settings.key_peppers)
+        made = tenants.register(tx, details, password_hash="-", digests=digests, now=clock())
+    return Bench(store, clock, made.tenant.id, made.webhook_secret, sender(store, clock))
+
+
+def sender(store: Store, clock: TurnedClock, total_seconds: float = PATIENCE_SECONDS) -> Deliveries:
+    egress = Egress(DEVELOPMENT, LOOPBACK, total_seconds=total_seconds)
+    return Deliveries(store, egress, clock, threads=2 * IN_FLIGHT)
+
+
+@contextmanager
+def beside(do: Callable[[], object]) -> Iterator[Future[object]]:
+    """Do something in a thread, which has ended well when the block has."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(do)
+        yield future
+        future.result(PATIENCE_SECONDS)
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not holds():
+        assert time.monotonic() < deadline, "It never came about."
+        time.sleep(0.005)
+
+
+# Delivered ---------------------------------------------------------------------------------------
+
+
+def test_an_event_is_sent_as_it_is_stored_and_signed(bench: Bench) -> None:
+    with receiving(Answering(204)) as receiver:
+        bench.configure(url_of(receiver))
+        bench.record()
+        assert bench.deliver() == ["webhooks"]
+
+    [event] = bench.all(select(events).where(events.c.type == TEST))
+    assert (receiver.last.method, receiver.last.path) == ("POST", "/in")
+    assert receiver.last.body == bytes(event.body)
+    assert receiver.last.headers["webhook-id"] == str(event.id)
+    assert receiver.last.headers["content-type"] == "application/json"
+    assert Webhook(bench.secret).verify(receiver.last.body, dict(receiver.last.headers))["sequence"] == 2
+    [row] = bench.rows()
+    assert (row.status, row.attempts, row.http_status, row.error) == ("delivered", 1, 204, None)
+    assert row.next_attempt_at is None
+    assert row.settled_at == bench.clock()
+    assert row.duration_ms >= 0
+    assert bench.waiting() == []
+
+
+def test_a_tenant_without_a_url_has_events_and_no_deliveries(bench: Bench) -> None:
+    bench.record(2)
+
+    assert bench.deliver() == []
+    assert bench.rows() == []
+    assert bench.sequences() == [1, 2, 3]
+
+
+def test_what_happened_before_there_was_a_url_is_not_sent(bench: Bench) -> None:
+    bench.record(2)
+    with receiving(Answering()) as receiver:
+        bench.configure(url_of(receiver))
+        bench.deliver_all()
+        bench.record()
+        bench.deliver_all()
+
+    assert [json.loads(received.body)["sequence"] for received in receiver.received] == [4]
+
+
+def test_more_than_a_batch_is_sent_each_once(bench: Bench) -> None:
+    with receiving(Answering()) as receiver:
+        bench.configure(url_of(receiver))
+        with bench.tx() as tx:
+            for _ in range(BATCH + 1):
+                tx.events.record(TEST, {}, now=bench.clock())
+        assert bench.deliver() == ["webhooks"]
+        assert len(receiver.received) == BATCH
+        bench.deliver_all()
+
+    assert len(set(ids_of(receiver))) == len(receiver.received) == BATCH + 1
+    assert set(bench.statuses()) == {("delivered", 1)}
+    assert bench.waiting() == []
+
+
+def test_each_tenants_events_go_to_its_own_endpoint(bench: Bench, store: Store, settings: Settings) -> None:
+    with store.tenant(new_id()) as tx:
+        details = {"company_name": "Globex", "email": "ada@globex.example"}
+        digests = KeyDigests(settings.key_peppers)
+        made = tenants.register(tx, details, password_hash="-", digests=digests, now=bench.clock())
+    globex = replace(bench, tenant_id=made.tenant.id)
+    with receiving(Answering()) as ours, receiving(Answering(500)) as theirs:
+        bench.configure(url_of(ours))
+        globex.configure(url_of(theirs))
+        bench.record(type=REVOKED)
+        globex.record(type=TEST)
+        assert bench.deliver() == ["webhooks", "webhooks"]
+
+    assert (types_of(ours), types_of(theirs)) == ([REVOKED], [TEST])
+    assert bench.endpoint().failing_since is None
+    assert globex.endpoint().failing_since is not None
+
+
+# Retried -----------------------------------------------------------------------------------------
+
+
+def test_what_fails_comes_again_by_the_table_and_is_given_up_after_the_last(bench: Bench) -> None:
+    with receiving(Answering(500)) as receiver:
+        bench.configure(url_of(receiver))
+        bench.record()
+        for attempt in range(1, len(RETRY_DELAYS)):
+            bench.deliver_all()
+            [row] = bench.rows()
+            assert (row.status, row.attempts, row.http_status) == ("pending", attempt, 500)
+            assert (row.error, row.settled_at) == ("bad_status", None)
+            wait = row.next_attempt_at - bench.clock()
+            assert abs(wait / RETRY_DELAYS[attempt] - 1) <= JITTER + 0.001
+            assert bench.waiting() == [("slow_webhooks", row.next_attempt_at)]
+            bench.clock.now = row.next_attempt_at - timedelta(milliseconds=1)
+            assert bench.deliver() == []
+            bench.clock.now = row.next_attempt_at
+        bench.deliver_all()
+        bench.clock.turn(days=30)
+        assert bench.deliver() == []
+
+    [row] = bench.rows()
+    assert (row.status, row.attempts, row.next_attempt_at) == ("failed", len(RETRY_DELAYS), None)
+    assert row.settled_at is not None
+    assert bench.waiting() == []
+    assert len(receiver.received) == len(RETRY_DELAYS)
+
+
+def test_every_attempt_has_the_same_id_and_bytes_and_is_signed_anew(bench: Bench) -> None:
+    with receiving(Answering(503)) as receiver:
+        bench.configure(url_of(receiver))
+        bench.record()
+        for _ in range(3):
+            bench.deliver_all()
+            bench.clock.now = bench.rows()[0].next_attempt_at
+
+    assert len({received.body for received in receiver.received}) == 1
+    assert len(set(ids_of(receiver))) == 1
+    assert len({received.headers["webhook-timestamp"] for received in receiver.received}) == 3
+    for received in receiver.received:
+        assert signature(bench.secret, received) == received.headers["webhook-signature"]
+
+
+def signature(secret: str, received: Received) -> str:
+    """By the library, at the time that the attempt says: the test's clock is not the library's."""
+    at = datetime.fromtimestamp(int(received.headers["webhook-timestamp"]), tz=None).astimezone()
+    return Webhook(secret).sign(received.headers["webhook-id"], at, received.body.decode())
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 400, 404, 500])
+def test_all_but_2xx_is_a_failure_and_a_redirect_is_not_followed(bench: Bench, status: int) -> None:
+    with receiving(Answering()) as elsewhere, receiving(Answering(status, Location=url_of(elsewhere))) as to:
+        bench.configure(url_of(to))
+        bench.record()
+        bench.deliver()
+
+    assert elsewhere.received == []
+    [row] = bench.rows()
+    assert (row.status, row.http_status, row.error) == ("pending", status, "bad_status")
+
+
+def test_a_later_success_ends_it_and_forgives(bench: Bench) -> None:
+    answering = Answering(500)
+    with receiving(answering) as receiver:
+        bench.configure(url_of(receiver))
+        bench.record()
+        bench.deliver()
+        assert bench.endpoint().failing_since == bench.clock()
+        answering.status = 200
+        bench.clock.turn(seconds=7)
+        bench.deliver()
+
+    [row] = bench.rows()
+    assert (row.status, row.attempts, row.http_status, row.error) == ("delivered", 2, 200, None)
+    assert (bench.endpoint().failing_since, bench.endpoint().failed_events) == (None, 0)
+
+
+def test_who_does_not_answer_in_time_gets_a_minute(bench: Bench) -> None:
+    bench.deliveries = sender(bench.store, bench.clock, total_seconds=0.3)
+    with receiving(Gate()) as receiver:
+        bench.configure(url_of(receiver))
+        bench.record()
+        bench.deliver()
+        receiver.stopped.set()
+
+    [row] = bench.rows()
+    assert (row.status, row.http_status, row.error) == ("pending", None, "timeout")
+    assert row.next_attempt_at == bench.clock() + timedelta(seconds=60)
+
+
+def test_retry_after_is_heard(bench: Bench) -> None:
+    with receiving(Answering(503, Retry_After="9")) as receiver:
+        bench.configure(url_of(receiver))
+        bench.record()
+        bench.deliver()
+
+    assert bench.rows()[0].next_attempt_at == bench.clock() + timedelta(seconds=9)
+
+
+def test_nobody_there_is_a_failure_of_connection(bench: Bench) -> None:
+    with receiving(Answering()) as receiver:
+        pass
+    bench.configure(url_of(receiver))
+    bench.record()
+    bench.deliver()
+
+    [row] = bench.rows()
+    assert (row.status, row.http_status, row.error) == ("pending", None, "connection_failed")
+
+
+@pytest.mark.parametrize("status", [600, 999])
+def test_a_status_that_http_does_not_have_is_a_failure(bench: Bench, status: int) -> None:
+    with receiving(Answering(status)) as receiver:
+        bench.configure(url_of(receiver))
+        bench.record()
+        bench.deliver()
+
+    [row] = bench.rows()
+    assert (row.status, row.http_status, row.error) == ("pending", None, "connection_broken")
+
+
+# Who fails ---------------------------------------------------------------------------------------
+
+
+def test_the_first_failure_leaves_the_rest_untried(bench: Bench) -> None:
+    with receiving(Answering(500)) as receiver:
+        bench.configure(url_of(receiver))
+        bench.record(5)
+        bench.deliver()
+
+    assert len(receiver.received) == 1
+    assert sorted(bench.statuses()) == [("pending", 0)] * 4 + [("pending", 1)]
+
+
+def test_a_failing_endpoint_waits_in_another_queue_until_it_succeeds(bench: Bench) -> None:
+    answering = Answering(500)
+    with receiving(answering) as receiver:
+        bench.configure(url_of(receiver))
+        bench.record(2)
+        assert bench.deliver() == ["webhooks"]
+        assert bench.deliver() == []
+        bench.clock.now += PAUSE
+        assert bench.deliver() == ["slow_webhooks"]
+        # A new event does not bring it back.
+        bench.record()
+        assert bench.deliver() == ["slow_webhooks"]
+        answering.status = 200
+        bench.clock.turn(seconds=5 * 1.2)
+        assert bench.deliver() == ["slow_webhooks"]
+        assert set(bench.statuses()) == {("delivered", 2)}
+        bench.record()
+        assert bench.deliver() == ["webhooks"]
+
+
+def test_a_success_after_a_failure_of_the_same_batch_forgives_it(bench: Bench) -> None:
+    gate = Gate()
+    with receiving(gate) as receiver:
+        bench.configure(url_of(receiver))
+        bench.record(3)
+        with beside(bench.deliver):
+            eventually(lambda: gate.inside == 1)
+            gate.let_go()
+            eventually(lambda: gate.inside == 2)
+            gate.status = 500
+            gate.let_go()
+            eventually(lambda: bench.endpoint().failing_since is not None)
+            gate.status = 200
+            gate.let_go()
+
+    assert sorted(bench.statuses()) == [("delivered", 1), ("delivered", 1), ("pending", 1)]
+    assert (bench.endpoint().failing_since, bench.endpoint().failed_events) == (None, 0)
+    assert [queue for queue, _ in bench.waiting()] == ["webhooks"]
+
+
+def test_410_disables_at_once_and_the_news_is_sent_once(bench: Bench) -> None:
+    with receiving(Answering(410)) as receiver:
+        bench.configure(url_of(receiver))
+        bench.record(3)
+        bench.deliver_all()
+
+        assert bench.endpoint().disabled_reason == "gone"
+        assert types_of(receiver) == [TEST, DISABLED]
+        news = json.loads(receiver.last.body)
+        assert news["data"] == {
+            "webhook_url": url_of(receiver),
+            "disabled_reason": "gone",
+            "failing_since": None,
+        }
+        # And then there is silence: what is pending is kept, what happens now is not for it.
+        assert sorted(bench.statuses()) == [("failed", 1), ("failed", 1), ("pending", 0), ("pending", 0)]
+        bench.record()
+        bench.clock.turn(days=30)
+        bench.deliver_all()
+
+    assert len(receiver.received) == 2
+    assert len(bench.rows()) == 4
+    assert bench.sequences() == [1, 2, 3, 4, 5, 6]
+
+
+def test_410_while_others_are_in_flight_disables_once(bench: Bench) -> None:
+    gate = Gate()
+    with receiving(gate) as receiver:
+        bench.configure(url_of(receiver))
+        bench.record(8)
+        with beside(bench.deliver):
+            eventually(lambda: gate.inside == 1)
+            gate.let_go()
+            eventually(lambda: gate.inside == 2)
+            gate.status = 410
+            gate.let_go(2)
+        gate.let_go(BATCH)
+        bench.deliver_all()
+
+    assert types_of(receiver) == [TEST] * 3 + [DISABLED]
+    assert sorted(bench.statuses()) == [("delivered", 1)] + [("failed", 1)] * 3 + [("pending", 0)] * 5
+
+
+@pytest.mark.parametrize(
+    ("number", "age", "reason"),
+    [
+        (TOO_MANY, TOO_LONG, "failing"),
+        (TOO_MANY, TOO_LONG - timedelta(seconds=1), None),
+        (TOO_MANY - 1, TOO_LONG, None),
+    ],
+)
+def test_failing_for_five_days_and_ten_events_disables(
+    bench: Bench, number: int, age: timedelta, reason: str | None
+) -> None:
+    answering = Answering(500)
+    with receiving(answering) as receiver:
+        bench.configure(url_of(receiver))
+        bench.record(number)
+        since = bench.clock()
+        for _ in range(number):
+            bench.deliver()
+            bench.clock.now += PAUSE
+        assert (bench.endpoint().failing_since, bench.endpoint().failed_events) == (since, number)
+        tried = len(receiver.received)
+        bench.clock.now = since + age
+        bench.deliver()
+        assert bench.endpoint().disabled_reason == reason
+        answering.status = 200
+        bench.clock.now += PAUSE
+        bench.deliver_all()
+
+    if reason is None:
+        assert DISABLED not in types_of(receiver)
+        assert bench.endpoint().failing_since is None
+    else:
+        assert types_of(receiver)[tried:] == [TEST, DISABLED]
+        news = json.loads(receiver.last.body)["data"]
+        assert news["disabled_reason"] == "failing"
+        assert datetime.fromisoformat(news["failing_since"]) == since
+        assert bench.statuses()[-1] == ("delivered", 1)
+        assert [status for status, _ in bench.statuses()[:-1]] == ["pending"] * number
+
+
+def test_the_news_comes_to_one_who_did_not_ask_for_it_and_is_tried_once(bench: Bench) -> None:
+    answering = Answering(410)
+    with receiving(answering) as receiver:
+        bench.configure(url_of(receiver), [TEST])
+        bench.record()
+        bench.deliver()
+        answering.status = 500
+        bench.deliver_all()
+        bench.clock.turn(days=1)
+        bench.deliver_all()
+
+    assert types_of(receiver) == [TEST, DISABLED]
+    assert bench.statuses() == [("failed", 1), ("failed", 1)]
+
+
+def test_configured_again_it_gets_what_was_pending_and_what_is_new(bench: Bench) -> None:
+    answering = Answering(410)
+    with receiving(answering) as receiver:
+        bench.configure(url_of(receiver))
+        bench.record(3)
+        bench.deliver_all()
+        bench.record(type=REVOKED)  # Nobody listens.
+        answering.status = 200
+        bench.configure(url_of(receiver))
+        assert bench.endpoint() == Endpoint(url_of(receiver))
+        bench.record()
+        bench.deliver_all()
+
+    assert types_of(receiver) == [TEST, DISABLED, TEST, TEST, TEST]
+    assert sorted(bench.statuses()) == [("delivered", 1)] * 3 + [("failed", 1)] * 2
+
+
+# What is changed meanwhile -----------------------------------------------------------------------
+
+
+def test_the_filter_is_the_one_at_the_time_of_sending(bench: Bench) -> None:
+    with receiving(Answering()) as receiver:
+        bench.configure(url_of(receiver))
+        bench.record(type=REVOKED)
+        bench.record(type=TEST)
+        bench.configure(url_of(receiver), [TEST])
+        bench.record(type=REVOKED)
+        bench.deliver_all()
+        assert types_of(receiver) == [TEST]
+        bench.configure(url_of(receiver), [])
+        bench.record(type=REVOKED)
+        bench.deliver_all()
+
+    assert types_of(receiver) == [TEST, REVOKED]
+    assert bench.statuses() == [("delivered", 1)] * 2
+    assert bench.sequences() == [1, 2, 3, 4, 5]
+
+
+def test_what_is_removed_while_it_is_due_is_not_sent(bench: Bench) -> None:
+    with receiving(Answering()) as receiver:
+        bench.configure(url_of(receiver))
+        bench.record(2)
+        bench.remove()
+        bench.deliver_all()
+
+    assert receiver.received == []
+    assert [(row.status, row.error) for row in bench.rows()] == [("failed", "cancelled")] * 2
+    assert bench.waiting() == []
+
+
+@pytest.mark.parametrize("status", [200, 500])
+def test_what_is_removed_while_it_is_in_flight_stays_cancelled(bench: Bench, status: int) -> None:
+    gate = Gate(status)
+    with receiving(gate) as receiver:
+        bench.configure(url_of(receiver))
+        bench.record(3)
+        with beside(bench.deliver):
+            eventually(lambda: gate.inside == 1)
+            bench.remove()
+            gate.let_go(3)
+
+    assert [(row.status, row.error) for row in bench.rows()] == [("failed", "cancelled")] * 3
+    assert bench.endpoint() == Endpoint(None)
+    bench.deliver_all()
+    assert bench.waiting() == []
+
+
+@pytest.mark.parametrize("status", [500, 410])
+def test_what_fails_at_the_old_url_is_not_the_new_ones_blame(bench: Bench, status: int) -> None:
+    gate = Gate(status)
+    with receiving(gate) as old, receiving(Answering()) as new:
+        bench.configure(url_of(old))
+        bench.record(2)
+        with beside(bench.deliver):
+            eventually(lambda: gate.inside == 1)
+            bench.configure(url_of(new))
+            gate.let_go()
+        assert bench.endpoint() == Endpoint(url_of(new))
+        bench.clock.turn(seconds=7)
+        bench.deliver_all()
+
+    assert len(old.received) == 1
+    assert len(new.received) == (2 if status == 500 else 1)
+    assert DISABLED not in types_of(new)
+
+
+def test_until_the_grace_is_over_both_secrets_sign_the_new_one_first(bench: Bench) -> None:
+    with receiving(Answering()) as receiver:
+        new = bench.configure(url_of(receiver), regenerate_secret=True, grace=timedelta(hours=1))
+        bench.record()
+        bench.deliver()
+        for secret in (bench.secret, new):
+            assert Webhook(secret).verify(receiver.last.body, dict(receiver.last.headers))
+        signatures = [signature(secret, receiver.last) for secret in (new, bench.secret)]
+        assert receiver.last.headers["webhook-signature"] == " ".join(signatures)
+
+        bench.clock.turn(hours=1)
+        bench.record()
+        bench.deliver()
+        assert receiver.last.headers["webhook-signature"] == signature(new, receiver.last)
+
+
+def test_without_a_grace_the_old_secret_signs_no_more(bench: Bench) -> None:
+    with receiving(Answering()) as receiver:
+        new = bench.configure(url_of(receiver), regenerate_secret=True, grace=timedelta())
+        bench.record()
+        bench.deliver()
+
+    headers = dict(receiver.last.headers)
+    assert Webhook(new).verify(receiver.last.body, headers)
+    with pytest.raises(WebhookVerificationError):
+        Webhook(bench.secret).verify(receiver.last.body, headers)
+
+
+# One worker an endpoint --------------------------------------------------------------------------
+
+
+def test_while_one_worker_has_an_endpoint_no_other_gets_it(bench: Bench) -> None:
+    gate = Gate()
+    with receiving(gate) as receiver:
+        bench.configure(url_of(receiver))
+        bench.record()
+        with beside(bench.deliver):
+            eventually(lambda: gate.inside == 1)
+            bench.record()
+            assert bench.deliver() == []
+            gate.let_go(2)
+        bench.deliver_all()
+
+    assert len(set(ids_of(receiver))) == len(receiver.received) == 2
+
+
+def test_an_event_recorded_while_a_batch_is_in_flight_is_sent_next(bench: Bench) -> None:
+    gate = Gate()
+    with receiving(gate) as receiver:
+        bench.configure(url_of(receiver))
+        bench.record()
+        with beside(bench.deliver):
+            eventually(lambda: gate.inside == 1)
+            bench.record(type=REVOKED)
+            gate.let_go(2)
+        assert bench.deliver() == ["webhooks"]
+
+    assert types_of(receiver) == [TEST, REVOKED]
+
+
+def test_an_event_that_is_committed_while_the_task_is_finished_is_sent_next(
+    bench: Bench, superuser: Engine
+) -> None:
+    with receiving(Answering()) as receiver:
+        bench.configure(url_of(receiver))
+        bench.record()
+        [task] = bench.take()
+        with ThreadPoolExecutor(1) as pool:
+            with bench.tx() as tx:
+                tx.events.record(REVOKED, {}, now=bench.clock())
+                delivering = pool.submit(bench.deliveries.deliver, task)
+                eventually(lambda: waits_for_a_lock(superuser))
+            delivering.result(PATIENCE_SECONDS)
+        assert bench.deliver() == ["webhooks"]
+
+    assert types_of(receiver) == [TEST, REVOKED]
+    assert bench.waiting() == []
+
+
+def waits_for_a_lock(superuser: Engine) -> bool:
+    query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    with superuser.connect() as connection:
+        return bool(connection.scalar(text(query)))
+
+
+def test_what_a_worker_died_of_comes_again_when_its_lease_ends(bench: Bench) -> None:
+    with receiving(Answering()) as receiver:
+        bench.configure(url_of(receiver))
+        bench.record()
+        [task] = bench.take()
+        bench.deliveries._begin(task.tenant_id)  # And never heard of again.
+        assert bench.deliver() == []
+        bench.clock.now += LEASE
+        assert bench.deliver() == ["webhooks"]
+
+    assert bench.statuses() == [("delivered", 2)]
+    assert len(receiver.received) == 1
+
+
+# How much at a time ------------------------------------------------------------------------------
+
+
+def test_an_unknown_endpoint_gets_one_then_twice_as_much_and_never_more_than_the_bound(bench: Bench) -> None:
+    gate = Gate()
+    with receiving(gate) as receiver:
+        bench.configure(url_of(receiver))
+        bench.record(3 * IN_FLIGHT)
+        with beside(bench.deliver):
+            for let_go, window in enumerate((1, 2, 4, 8, IN_FLIGHT, IN_FLIGHT)):
+                begun = let_go + window
+                eventually(lambda begun=begun: len(receiver.received) == begun)
+                time.sleep(MOMENT_SECONDS)
+                assert (len(receiver.received), gate.inside) == (begun, window)
+                gate.let_go()
+            gate.let_go(3 * IN_FLIGHT)
+        assert gate.most_inside == IN_FLIGHT
+        assert set(bench.statuses()) == {("delivered", 1)}
+
+        # One that is known to be good gets as much at once.
+        gate.most_inside = 0
+        bench.record(IN_FLIGHT + 1)
+        drain(gate)
+        with beside(bench.deliver):
+            eventually(lambda: gate.inside == IN_FLIGHT)
+            gate.let_go(IN_FLIGHT + 1)
+        assert gate.most_inside == IN_FLIGHT
+
+
+def drain(gate: Gate) -> None:
+    while gate._let_go.acquire(blocking=False):
+        pass
+
+
+def test_one_that_failed_is_unknown_again(bench: Bench) -> None:
+    gate = Gate()
+    with receiving(gate) as receiver:
+        bench.configure(url_of(receiver))
+        for status in (200, 500):
+            gate.status = status
+            bench.record()
+            gate.let_go()
+            bench.deliver()
+        bench.clock.turn(seconds=7)
+        bench.record(3)
+        with beside(bench.deliver):
+            eventually(lambda: gate.inside == 1)
+            time.sleep(MOMENT_SECONDS)
+            assert gate.inside == 1
+            gate.status = 200
+            gate.let_go(4)
+
+
+def test_one_that_was_sent_nothing_is_still_unknown(bench: Bench) -> None:
+    gate = Gate()
+    with receiving(gate) as receiver:
+        bench.configure(url_of(receiver), [TEST])
+        bench.record(type=REVOKED)
+        assert bench.deliver() == ["webhooks"]
+        bench.record(2)
+        with beside(bench.deliver):
+            eventually(lambda: gate.inside == 1)
+            time.sleep(MOMENT_SECONDS)
+            assert gate.inside == 1
+            gate.let_go(2)
+
+
+def test_what_cannot_be_begun_within_the_lease_goes_back(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with receiving(Answering()) as receiver:
+        bench.configure(url_of(receiver))
+        bench.record(3)
+        with monkeypatch.context() as busy:
+            busy.setattr(module, "BEGUN_WITHIN_SECONDS", -1)  # No thread was free until now.
+            assert bench.deliver() == ["webhooks"]
+        assert bench.statuses() == [("pending", 0)] * 3
+        bench.deliver_all()
+
+    assert len(receiver.received) == 3
+    assert bench.endpoint().failing_since is None
+
+
+# Stopping ----------------------------------------------------------------------------------------
+
+
+def test_stop_settles_what_is_in_flight_and_gives_the_rest_back(bench: Bench) -> None:
+    gate = Gate()
+    with receiving(gate) as receiver:
+        bench.configure(url_of(receiver))
+        bench.record(5)
+        with beside(bench.deliver):
+            eventually(lambda: gate.inside == 1)
+            bench.deliveries.stop()
+            gate.let_go()
+        assert sorted(bench.statuses()) == [("delivered", 1)] + [("pending", 0)] * 4
+        assert len(receiver.received) == 1
+
+        # Another worker need not wait for the lease.
+        bench.deliveries = sender(bench.store, bench.clock)
+        gate.let_go(4)
+        assert bench.deliver() == ["webhooks"]
+    assert bench.statuses() == [("delivered", 1)] * 5
+
+
+def test_after_stop_nothing_is_begun(bench: Bench) -> None:
+    with receiving(Answering()) as receiver:
+        bench.configure(url_of(receiver))
+        bench.record(2)
+        bench.deliveries.stop()
+        bench.deliver()
+
+    assert receiver.received == []
+    assert bench.statuses() == [("pending", 0)] * 2
+
+
+# What is kept of attempts ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def begun(bench: Bench) -> Begun:
+    """An attempt that is being made, the first of a delivery."""
+    bench.configure("https://hooks.acme.example/")
+    bench.record()
+    with bench.tx() as tx:
+        [begun] = tx.deliveries.begin(bench.clock(), only=None, most=BATCH)
+    return begun
+
+
+def settled(begun: Begun, now: datetime, *, attempt: int = 1) -> Settled:
+    return Settled(begun.id, attempt, "delivered", None, 204, None, 5, now)
+
+
+def test_an_attempt_that_is_not_the_last_settles_nothing(bench: Bench, begun: Begun) -> None:
+    with bench.tx() as tx:
+        [again] = tx.deliveries.begin(bench.clock(), only=None, most=BATCH)
+        assert (again.id, again.attempt) == (begun.id, 2)
+    for attempt, expected in ((1, "pending"), (3, "pending"), (2, "delivered")):
+        with bench.tx() as tx:
+            tx.deliveries.settle([settled(begun, bench.clock(), attempt=attempt)])
+        assert bench.statuses() == [(expected, 2)]
+
+
+def test_what_has_ended_is_settled_no_more(bench: Bench, begun: Begun) -> None:
+    with bench.tx() as tx:
+        tx.deliveries.cancel("cancelled", bench.clock())
+        tx.deliveries.settle([settled(begun, bench.clock())])
+        tx.deliveries.give_back([begun])
+    [row] = bench.rows()
+    assert (row.status, row.attempts, row.error, row.http_status) == ("failed", 1, "cancelled", None)
+
+
+def test_what_is_given_back_was_not_attempted(bench: Bench, begun: Begun) -> None:
+    with bench.tx() as tx:
+        tx.deliveries.give_back([begun])
+        assert tx.deliveries.next_due(only=None) == bench.clock()
+    assert bench.statuses() == [("pending", 0)]
+
+
+def test_many_are_settled_each_in_its_own_way(bench: Bench, begun: Begun) -> None:
+    bench.record(2)
+    later = bench.clock() + DAY
+    with bench.tx() as tx:
+        tx.deliveries.give_back([begun])
+        first, second, third = sorted(
+            tx.deliveries.begin(bench.clock(), only=None, most=BATCH), key=lambda one: one.id
+        )
+        tx.deliveries.settle(
+            [
+                settled(first, bench.clock()),
+                Settled(second.id, 1, "pending", later, None, "timeout", 15000, None),
+                Settled(third.id, 1, "failed", None, 410, "bad_status", 7, bench.clock()),
+            ]
+        )
+    assert [(row.status, row.next_attempt_at, row.http_status, row.error) for row in bench.rows()] == [
+        ("delivered", None, 204, None),
+        ("pending", later, None, "timeout"),
+        ("failed", None, 410, "bad_status"),
+    ]
+    assert [row.duration_ms for row in bench.rows()] == [5, 15000, 7]
+
+
+def test_the_first_due_are_begun_first_and_no_more_than_asked_for(bench: Bench, begun: Begun) -> None:
+    with bench.tx() as tx:
+        tx.deliveries.settle(
+            [Settled(begun.id, 1, "pending", bench.clock() + DAY, 500, "bad_status", 1, None)]
+        )
+    bench.clock.turn(seconds=1)
+    bench.record(2)
+    with bench.tx() as tx:
+        first = tx.deliveries.begin(bench.clock(), only=None, most=2)
+        assert begun.id not in {one.id for one in first}
+        assert tx.deliveries.begin(bench.clock(), only=DISABLED, most=2) == []
+
+
+def test_what_ended_can_begin_anew(bench: Bench, begun: Begun) -> None:
+    with bench.tx() as tx:
+        tx.deliveries.settle([Settled(begun.id, 1, "failed", None, 410, "bad_status", 7, bench.clock())])
+    bench.clock.turn(hours=1)
+    with receiving(Answering()) as receiver:
+        bench.configure(url_of(receiver))
+        bench.record()
+        with bench.tx() as tx:
+            tx.deliveries.replay([begun.event_id], bench.clock())
+        [row] = [row for row in bench.rows() if row.id == begun.id]
+        assert (row.status, row.attempts, row.next_attempt_at) == ("pending", 0, bench.clock())
+        assert row.settled_at is None
+        bench.deliver_all()
+
+    assert set(bench.statuses()) == {("delivered", 1)}
+    assert receiver.received[0].body == begun.body or receiver.last.body == begun.body
+
+
+def test_what_waits_begins_sooner_and_keeps_its_count(bench: Bench, begun: Begun) -> None:
+    waiting = Settled(begun.id, 1, "pending", bench.clock() + DAY, 500, "bad_status", 7, None)
+    with bench.tx() as tx:
+        tx.deliveries.settle([waiting])
+        tx.deliveries.replay([begun.event_id], bench.clock())
+    [row] = bench.rows()
+    assert (row.status, row.attempts, row.next_attempt_at) == ("pending", 1, bench.clock())
+
+
+# With others at the same rows --------------------------------------------------------------------
+
+
+def test_removing_while_a_failure_is_settled_does_not_deadlock(
+    bench: Bench, superuser: Engine, begun: Begun
+) -> None:
+    """Whoever removes holds the endpoint and wants the deliveries: whoever settles must not hold those first."""
+    batch = replace(
+        bench.deliveries._begin(bench.tenant_id), url="https://hooks.acme.example/", begun=[begun]
+    )
+    attempt = module.Attempt(500, None, 5)
+    with ThreadPoolExecutor(1) as pool, bench.store.tenant(bench.tenant_id, exclusive=True) as tx:
+        tx.webhooks.find(lock=True)
+        ended = [(replace(begun, attempt=2), attempt)]
+        settling = pool.submit(bench.deliveries._settle, batch, ended)
+        eventually(lambda: settling.done() or waits_for_a_lock(superuser))
+        endpoints.remove(tx, now=bench.clock())
+    assert settling.result(PATIENCE_SECONDS) is False
+    assert [(row.status, row.error) for row in bench.rows()] == [("failed", "cancelled")]

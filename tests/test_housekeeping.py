@@ -1,0 +1,318 @@
+"""Housekeeping: what is forgotten, what is sealed anew, and who is told in time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+import pytest
+from sqlalchemy import Engine, text
+
+from billing import keys, sessions, tenants
+from billing.encryption import Unreadable, Vault
+from billing.housekeeping import KEPT, Housekeeping
+from billing.ids import new_id
+from billing.keyrings import Keyring, new_keyring
+from billing.keys import EXPIRING, KeyDigests
+from billing.settings import Settings
+from billing.storage.store import Store
+from billing.tasks import Task
+from billing.tenants import HOUSEKEEPING, TIDIED_EVERY, Registered
+from billing.tokens import Tokens
+from billing.webhooks.delivery import Delivery, Status
+from tests.clock import TurnedClock
+from tests.conftest import TestDatabase
+
+TEST = "webhook.test"
+DAY, HOUR = timedelta(days=1), timedelta(hours=1)
+URL = "https://hooks.acme.example/"
+
+
+@pytest.fixture
+def clock() -> TurnedClock:
+    return TurnedClock()
+
+
+@pytest.fixture
+def digests(settings: Settings) -> KeyDigests:
+    return KeyDigests(settings.key_peppers)
+
+
+@pytest.fixture
+def acme(store: Store, digests: KeyDigests, clock: TurnedClock) -> Registered:
+    return register(store, digests, clock, "Acme", webhook_url=URL)
+
+
+def register(store: Store, digests: KeyDigests, clock: TurnedClock, name: str, **more: str) -> Registered:
+    details = {"company_name": name, "email": f"ada@{name}.example", **more}
+    with store.tenant(new_id()) as tx:
+        return tenants.register(tx, details, password_hash="-", digests=digests, now=clock())
+
+
+def due(store: Store, clock: TurnedClock, kind: str) -> list[Task]:
+    return [task for task in store.take_due("general", clock(), most=100) if task.kind == kind]
+
+
+def rows_of(superuser: Engine, query: str, **values: Any) -> list[Any]:
+    with superuser.connect() as connection:
+        return list(connection.execute(text(query), values).all())
+
+
+# Tidying -----------------------------------------------------------------------------------------
+
+
+def tidy(store: Store, clock: TurnedClock) -> None:
+    for task in due(store, clock, HOUSEKEEPING):
+        Housekeeping(store, clock).tidy(task)
+
+
+def test_each_tenant_is_tidied_once_a_day(store: Store, clock: TurnedClock, acme: Registered) -> None:
+    assert due(store, clock, HOUSEKEEPING) == []
+    for _ in range(3):
+        clock.now += TIDIED_EVERY - timedelta(seconds=1)
+        assert due(store, clock, HOUSEKEEPING) == []
+        clock.turn(seconds=1)
+        [task] = due(store, clock, HOUSEKEEPING)
+        assert task.tenant_id == acme.tenant.id
+        Housekeeping(store, clock).tidy(task)
+
+
+def deliver(store: Store, acme: Registered, clock: TurnedClock, *, age: timedelta, status: Status) -> UUID:
+    """An event and its delivery that ended so long ago, or waits since then."""
+    then = clock() - age
+    with store.tenant(acme.tenant.id) as tx:
+        event = tx.events.keep_test(TEST, {}, now=then)
+        is_pending = status == "pending"
+        delivery = Delivery(
+            new_id(), event.id, TEST, status, 1, then if is_pending else None, 200, None, 5, then
+        )
+        tx.deliveries.add(replace(delivery, settled_at=None if is_pending else then))
+    return event.id
+
+
+def test_what_ended_a_month_ago_is_forgotten_and_nothing_else(
+    store: Store, superuser: Engine, clock: TurnedClock, acme: Registered
+) -> None:
+    clock.now += TIDIED_EVERY
+    moment = timedelta(seconds=1)
+    for status in ("delivered", "failed"):
+        deliver(store, acme, clock, age=KEPT + moment, status=status)
+    kept = {
+        deliver(store, acme, clock, age=KEPT - moment, status="delivered"),
+        deliver(store, acme, clock, age=KEPT - moment, status="failed"),
+        deliver(store, acme, clock, age=10 * KEPT, status="pending"),
+    }
+    tidy(store, clock)
+
+    query = "SELECT event_id FROM deliveries WHERE event_type = :type"
+    assert {row.event_id for row in rows_of(superuser, query, type=TEST)} == kept
+    assert {
+        row.id for row in rows_of(superuser, "SELECT id FROM events WHERE type = :type", type=TEST)
+    } == kept
+
+
+def test_an_old_event_stays_while_a_delivery_of_it_does(
+    store: Store, superuser: Engine, clock: TurnedClock, acme: Registered
+) -> None:
+    clock.now += TIDIED_EVERY
+    event_id = deliver(store, acme, clock, age=10 * KEPT, status="delivered")
+    with superuser.begin() as connection:
+        late = {"then": clock() - KEPT + timedelta(seconds=1), "id": event_id}
+        connection.execute(text("UPDATE deliveries SET settled_at = :then WHERE event_id = :id"), late)
+    tidy(store, clock)
+
+    assert rows_of(superuser, "SELECT 1 FROM events WHERE id = :id", id=event_id)
+
+
+def test_events_that_nobody_listened_to_are_forgotten_and_numbers_go_on(
+    store: Store, superuser: Engine, digests: KeyDigests, clock: TurnedClock
+) -> None:
+    silent = register(store, digests, clock, "Globex").tenant.id
+    clock.now += KEPT + timedelta(seconds=1)
+    tidy(store, clock)
+    with store.tenant(silent) as tx:
+        tx.events.record(TEST, {}, now=clock())
+
+    rows = rows_of(superuser, "SELECT sequence FROM events WHERE tenant_id = :id", id=silent)
+    assert [row.sequence for row in rows] == [2]
+
+
+def test_one_tenants_day_leaves_anothers_things_alone(
+    store: Store, superuser: Engine, digests: KeyDigests, clock: TurnedClock, acme: Registered
+) -> None:
+    clock.now += TIDIED_EVERY
+    globex = register(store, digests, clock, "Globex", webhook_url=URL)
+    theirs = deliver(store, globex, clock, age=10 * KEPT, status="delivered")
+    tidy(store, clock)
+
+    assert rows_of(superuser, "SELECT 1 FROM events WHERE id = :id", id=theirs)
+
+
+def test_sessions_that_ended_a_month_ago_are_forgotten(
+    store: Store, superuser: Engine, settings: Settings, clock: TurnedClock, acme: Registered
+) -> None:
+    tokens = Tokens(settings.jwt_keys, settings.public_base_url)
+    with store.tenant(acme.tenant.id) as tx:
+        sessions.start(tx, acme.owner, tokens=tokens, now=clock())
+        tx.sessions.end_all(acme.owner.id, clock())
+        sessions.start(tx, acme.owner, tokens=tokens, now=clock())
+    clock.now += KEPT
+    tidy(store, clock)
+    assert len(rows_of(superuser, "SELECT 1 FROM sessions")) == 2
+    clock.now += DAY
+    tidy(store, clock)
+    [left] = rows_of(superuser, "SELECT ended_at FROM sessions")
+    assert left.ended_at is None
+
+
+# Secrets -----------------------------------------------------------------------------------------
+
+
+def sealed(superuser: Engine) -> list[tuple[str, str]]:
+    query = "SELECT last4, sealed FROM webhook_secrets ORDER BY expires_at DESC NULLS FIRST"
+    return [(row.last4, row.sealed) for row in rows_of(superuser, query)]
+
+
+@pytest.fixture
+def rotated(settings: Settings, test_database: TestDatabase, store: Store) -> Iterator[Store]:
+    """The store after somebody has put a new encryption key before the old one."""
+    new = Keyring.parse(new_keyring("new"))
+    store_with_both = Store(Vault(Keyring({**new.keys, **settings.encryption_keys.keys})), connections=2)
+    store_with_both.open(test_database.app_url)
+    yield store_with_both
+    store_with_both.close()
+
+
+def test_secrets_under_an_old_encryption_key_are_sealed_anew_and_open_still(
+    store: Store, rotated: Store, superuser: Engine, clock: TurnedClock, acme: Registered
+) -> None:
+    clock.now += TIDIED_EVERY
+    with store.tenant(acme.tenant.id) as tx:
+        tx.webhooks.retire_secrets(clock(), expires_at=clock() + HOUR)
+        tx.webhooks.add_secret("whsec_" + "AAAA" * 8, clock())
+        before = tx.webhooks.signing_secrets(clock())
+    was_sealed = sealed(superuser)
+    tidy(rotated, clock)
+
+    assert before[1] == acme.webhook_secret
+    now_sealed = sealed(superuser)
+    assert [last4 for last4, _ in now_sealed] == [last4 for last4, _ in was_sealed]
+    assert all(text.startswith("new:") for _, text in now_sealed)
+    with rotated.tenant(acme.tenant.id) as tx:
+        assert tx.webhooks.signing_secrets(clock()) == before
+    with store.tenant(acme.tenant.id) as tx, pytest.raises(Unreadable):
+        tx.webhooks.signing_secrets(clock())
+
+
+def test_secrets_under_the_present_key_are_left_alone(
+    store: Store, superuser: Engine, clock: TurnedClock, acme: Registered
+) -> None:
+    before = sealed(superuser)
+    clock.now += TIDIED_EVERY
+    tidy(store, clock)
+    assert sealed(superuser) == before
+
+
+def test_a_secret_that_ended_is_forgotten(
+    store: Store, superuser: Engine, clock: TurnedClock, acme: Registered
+) -> None:
+    clock.now += TIDIED_EVERY
+    with store.tenant(acme.tenant.id) as tx:
+        tx.webhooks.retire_secrets(clock(), expires_at=clock() + DAY)
+        tx.webhooks.add_secret("whsec_" + "AAAA" * 8, clock())
+    tidy(store, clock)
+    assert len(sealed(superuser)) == 2
+    clock.now += DAY
+    tidy(store, clock)
+    assert [last4 for last4, _ in sealed(superuser)] == ["AAAA"]
+
+
+# Keys about to end -------------------------------------------------------------------------------
+
+
+def regenerate(
+    store: Store, acme: Registered, digests: KeyDigests, clock: TurnedClock, grace: timedelta
+) -> None:
+    with store.tenant(acme.tenant.id, exclusive=True) as tx:
+        keys.regenerate(tx, "live", grace=grace, digests=digests, now=clock())
+
+
+def tell(store: Store, clock: TurnedClock) -> int:
+    tasks = due(store, clock, EXPIRING)
+    for task in tasks:
+        Housekeeping(store, clock).tell_of_end(task)
+    return len(tasks)
+
+
+def told(superuser: Engine) -> int:
+    return len(rows_of(superuser, "SELECT 1 FROM events WHERE type = 'api_key.expiring'"))
+
+
+@pytest.mark.parametrize(
+    ("grace", "before"),
+    [
+        (timedelta(days=7), timedelta(hours=24)),
+        (timedelta(hours=48), timedelta(hours=24)),
+        (timedelta(hours=1), timedelta(minutes=30)),
+        (timedelta(seconds=2), timedelta(seconds=1)),
+    ],
+)
+def test_that_a_key_is_about_to_end_is_told_once_and_in_time(
+    store: Store,
+    superuser: Engine,
+    digests: KeyDigests,
+    clock: TurnedClock,
+    acme: Registered,
+    grace: timedelta,
+    before: timedelta,
+) -> None:
+    regenerate(store, acme, digests, clock, grace)
+    clock.now += grace - before - timedelta(milliseconds=1)
+    assert tell(store, clock) == 0
+    clock.turn(milliseconds=1)
+    assert tell(store, clock) == 2
+    assert told(superuser) == 2
+    clock.now += DAY
+    assert tell(store, clock) == 0
+    assert told(superuser) == 2
+
+
+def test_without_a_grace_there_is_nothing_to_tell(
+    store: Store, superuser: Engine, digests: KeyDigests, clock: TurnedClock, acme: Registered
+) -> None:
+    regenerate(store, acme, digests, clock, timedelta())
+    clock.now += 30 * DAY
+    assert tell(store, clock) == 0
+
+
+def test_a_key_that_was_revoked_is_not_told_of(
+    store: Store, superuser: Engine, digests: KeyDigests, clock: TurnedClock, acme: Registered
+) -> None:
+    regenerate(store, acme, digests, clock, 2 * DAY)
+    with store.tenant(acme.tenant.id, exclusive=True) as tx:
+        keys.revoke(tx, "live", reason=None, now=clock())
+    clock.now += DAY
+    assert tell(store, clock) == 2
+    assert told(superuser) == 0
+
+
+def test_a_key_that_ended_sooner_is_not_told_of(
+    store: Store, superuser: Engine, digests: KeyDigests, clock: TurnedClock, acme: Registered
+) -> None:
+    regenerate(store, acme, digests, clock, 2 * DAY)
+    regenerate(store, acme, digests, clock, timedelta())
+    clock.now += DAY
+    assert tell(store, clock) == 2
+    assert told(superuser) == 0
+
+
+def test_a_worker_that_comes_too_late_tells_nothing(
+    store: Store, superuser: Engine, digests: KeyDigests, clock: TurnedClock, acme: Registered
+) -> None:
+    regenerate(store, acme, digests, clock, 2 * DAY)
+    clock.now += 2 * DAY
+    assert tell(store, clock) == 2
+    assert told(superuser) == 0
