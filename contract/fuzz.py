@@ -9,7 +9,7 @@ import sys
 
 from contract.programs import ROOT
 
-EXAMPLES = 30
+EXAMPLES = 60
 PATIENCE_SECONDS = 720
 CASES = re.compile(r"^[\w, ]+: (\d+) cases in \d+ s", re.MULTILINE)
 

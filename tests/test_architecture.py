@@ -19,12 +19,8 @@ FLOORS = (
     (4, "billing.handlers billing.security billing.http billing.connections billing.worker"),
     (4, "billing.deliveries billing.housekeeping"),
     (3, "billing.storage billing.gateway"),
-    (
-        2,
-        "billing.tenants billing.users billing.tokens billing.keys billing.sessions billing.webhooks.endpoints "
-        "billing.stripe_connect",
-    ),
-    (2, "billing.webhooks.egress billing.webhooks.replay"),
+    (2, "billing.tenants billing.users billing.tokens billing.keys billing.sessions billing.stripe_connect"),
+    (2, "billing.webhooks.endpoints billing.webhooks.egress billing.webhooks.replay"),
     (1, "billing.passwords billing.encryption billing.ports billing.actors"),
     (1, "billing.webhooks.delivery billing.webhooks.events billing.webhooks.signing"),
     (1, "billing.outbound"),

@@ -15,6 +15,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 import orjson
 import pytest
+import stripe as library
 import structlog
 from jsonschema_rs import Draft202012Validator
 
@@ -207,8 +208,8 @@ def test_what_is_missing_is_named(
     key = new_key() if has_key else None
     with receiving(answers(200, b"{}")) as receiver:
         half = gateway_to(f"http://127.0.0.1:{receiver.port}", secret_key=key, client_id=client_id)
-        assert refusal_of(lambda: half.require_configured("oauth")) == for_oauth
-        assert refusal_of(lambda: half.require_configured("account_link")) == for_links
+        assert refusal_of(lambda: half.require_configured()) == for_oauth
+        assert refusal_of(lambda: half.require_configured(for_oauth=False)) == for_links
         assert refusal_of(lambda: authorize_url(half)) == for_oauth
         assert refusal_of(lambda: half.complete("ac_1")) == for_oauth
         assert refusal_of(lambda: half.revoke(ID)) == for_oauth
@@ -694,16 +695,12 @@ class Seconds:
 
 
 def fail(fuse: Fuse) -> None:
-    with suppress(ZeroDivisionError, StripeUnavailable), fuse:
-        _ = 1 / 0
+    with suppress(StripeUnavailable), fuse:
+        raise StripeUnavailable from library.APIConnectionError("-")
 
 
 def is_open(fuse: Fuse) -> bool:
-    try:
-        fuse.__enter__()
-    except StripeUnavailable:
-        return True
-    return False
+    return fuse._clock() < fuse._open_until
 
 
 def test_the_fuse_blows_after_three_failures_in_a_row() -> None:
@@ -737,6 +734,37 @@ def test_a_blown_fuse_is_tried_again_after_a_quarter_of_a_minute() -> None:
     for _ in range(2):
         fail(fuse)
     assert not is_open(fuse)
+
+
+def test_a_refusal_says_nothing_of_other_accounts() -> None:
+    fuse = Fuse(Seconds())
+    for _ in range(5):
+        with suppress(StripeUnavailable), fuse:
+            raise StripeUnavailable from library.InvalidRequestError("-", None, http_status=404)
+    assert not is_open(fuse)
+
+
+def test_while_somebody_waits_too_long_nobody_else_does() -> None:
+    clock = Seconds()
+    fuse, waiting, over = Fuse(clock), threading.Event(), threading.Event()
+
+    def wait() -> None:
+        with fuse:
+            waiting.set()
+            over.wait(10)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(wait)
+        assert waiting.wait(10)
+        clock.now += Fuse.PATIENCE_SECONDS
+        with fuse:
+            pass
+        clock.now += 0.1
+        with pytest.raises(StripeUnavailable), fuse:
+            pass
+        over.set()
+    with fuse:
+        pass
 
 
 def test_a_failure_passes_through_the_fuse() -> None:

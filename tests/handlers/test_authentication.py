@@ -309,6 +309,24 @@ def test_change_password_ends_every_other_session(acme: Account) -> None:
     assert refresh(acme.client, new["refresh"]).status_code == 200
 
 
+def test_change_password_leaves_one_living_session(acme: Account, superuser: Engine) -> None:
+    # Their tokens are of an older version, and would be refused even so.
+    log_in(acme.client, acme.email)
+    change_password(acme)
+    with superuser.connect() as connection:
+        living = connection.scalar(text("SELECT count(*) FROM sessions WHERE ended_at IS NULL"))
+    assert living == 1
+
+
+def test_the_audit_log_has_what_an_account_went_through(acme: Account, superuser: Engine) -> None:
+    log_in(acme.client, acme.email)
+    change_password(acme)
+    with superuser.connect() as connection:
+        actions = list(connection.scalars(text("SELECT action FROM audit_log ORDER BY sequence")))
+    assert actions[0] == "tenant.registered"
+    assert actions[-2:] == ["user.logged_in", "user.password_changed"]
+
+
 def test_change_password_changes_the_password(acme: Account) -> None:
     change_password(acme)
     assert log_in(acme.client, acme.email).status_code == 401
