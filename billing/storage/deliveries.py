@@ -47,7 +47,7 @@ class Deliveries(Shelf):
         self.insert(deliveries, values_of(delivery, deliveries))
 
     def begin(self, now: datetime, *, only: str | None, most: int) -> list[Begun]:
-        """Count one more attempt of what has been due longest, and get what is to be sent, the oldest event first.
+        """Count one more attempt of what has been due longest, and get what is to be sent, in that order.
 
         `only` leaves out every other type of event.
         """
@@ -64,10 +64,12 @@ class Deliveries(Shelf):
                 deliveries.c.event_type,
                 deliveries.c.attempts,
                 events.c.body,
+                deliveries.c.next_attempt_at,
             )
         )
-        # The rows come in no order; ids are made in that of the events.
-        return sorted((Begun(*row) for row in begun), key=lambda one: one.event_id)
+        # The rows come in no order. Of those due at once the oldest event is first: ids are in that of the events.
+        in_order = sorted(begun, key=lambda row: (row.next_attempt_at, row.event_id))
+        return [Begun(*row[:-1]) for row in in_order]
 
     def give_back(self, begun: Sequence[Begun]) -> None:
         """Not to count attempts that were not made after all. What was begun again meanwhile stays as it is."""

@@ -685,7 +685,7 @@ def test_thirty_endpoints_that_never_answer_do_not_keep_another_waiting(
             bench.record(healthy)
             time.sleep(0.1)
         eventually(lambda: len(well.received) == len(bench.rows(healthy)))
-        assert dead.connections > 30
+        assert dead.connections >= 30
     percentiles = quantiles(waits, n=100)
     with capsys.disabled():
         print(

@@ -107,7 +107,8 @@ def test_the_first_due_are_taken_first(store: Store, acme: UUID, globex: UUID) -
 
 
 def test_who_was_served_goes_to_the_back(store: Store, acme: UUID, globex: UUID) -> None:
-    first, second = add(store, acme, due_at=NOW - timedelta(hours=1)), add(store, globex)
+    first = add(store, acme, due_at=NOW - timedelta(hours=1))
+    second = add(store, globex, due_at=NOW - timedelta(minutes=1))
     [task] = take(store, most=1)
     add(store, acme, id=first)  # Asked for again meanwhile, so it is due at once.
     postpone(store, task, NOW)
