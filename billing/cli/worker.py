@@ -36,7 +36,7 @@ SLOW_THREADS = 32
 CONNECTIONS = 16
 # A task may ask Stripe twice, eight seconds each.
 END_SECONDS = 20
-AWAKE_EVERY_SECONDS = 0.5
+AWAKE_EVERY_SECONDS = 0.2
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 30.0
 
@@ -73,6 +73,7 @@ class Crew:
     """A worker for each queue. Endpoints that fail or take long have one of their own: the others need not wait."""
 
     def __init__(self, settings: Settings, store: Store) -> None:
+        self._is_asked = False
         self._prompt = deliveries_for(settings, store, utc_now, threads=SENDING_THREADS)
         self._slow = deliveries_for(settings, store, utc_now, threads=SLOW_THREADS)
         connections, house = connections_for(settings, store, utc_now), Housekeeping(store, utc_now)
@@ -112,18 +113,21 @@ class Crew:
         with ThreadPoolExecutor(len(self._workers), thread_name_prefix="worker") as pool:
             running = [pool.submit(worker.run) for worker in self._workers]
             # A signal that another thread got is handled here, and only while we are awake.
-            while not wait(running, AWAKE_EVERY_SECONDS, return_when=FIRST_COMPLETED).done:
+            while not self._is_asked and not wait(running, AWAKE_EVERY_SECONDS, FIRST_COMPLETED).done:
                 pass
-            self.stop()
-        for worker in running:
-            worker.result()
+            for deliveries in (self._prompt, self._slow):
+                deliveries.stop()
+            for worker in self._workers:
+                worker.stop()
+        for one in running:
+            one.result()
 
     def stop(self) -> None:
-        """Take nothing more; what is in flight is finished."""
-        for deliveries in (self._prompt, self._slow):
-            deliveries.stop()
-        for worker in self._workers:
-            worker.stop()
+        """Have it take nothing more, and finish what is in flight.
+
+        It only leaves word: a signal may come while a lock is held that more would need, as in a stop before it.
+        """
+        self._is_asked = True
 
 
 def stop_at_end_of_input(crew: Crew) -> None:
