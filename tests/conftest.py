@@ -83,7 +83,7 @@ def clone(cluster: embedded.Cluster, name: str) -> None:
     with engine.connect() as connection:
         # One at a time: a template must have no other user.
         connection.execute(text("SELECT pg_advisory_lock(1)"))
-        connection.exec_driver_sql(f'DROP DATABASE IF EXISTS "{name}"')
+        connection.exec_driver_sql(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
         connection.exec_driver_sql(f'CREATE DATABASE "{name}" TEMPLATE {TEMPLATE} OWNER {database.OWNER}')
     engine.dispose()
 

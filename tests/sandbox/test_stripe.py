@@ -22,13 +22,14 @@ import stripe
 from jsonschema_rs import Draft4Validator
 from stripe import StripeClient, oauth_error
 
+from billing.storage import database, embedded
 from sandbox.__main__ import bound_to_parent
 from sandbox.accounts import Status
 from sandbox.faults import Fault
 from sandbox.stripe import Sandbox
 from tests import live
 from tests.clock import TurnedClock
-from tests.conftest import TestDatabase
+from tests.conftest import clone
 from tests.sandbox.platform import client_of
 
 ROOT = Path(__file__).parents[2]
@@ -829,8 +830,16 @@ def test_says_that_it_is_a_sandbox_and_ends_as_the_server_does(tmp_path: Path) -
     assert ended.returncode == 2
 
 
-def test_ctrl_c_lets_a_request_in_flight_finish(test_database: TestDatabase) -> None:
-    with sandbox_serving(test_database) as (process, port), connection(port) as caller:
+@pytest.fixture
+def database_url(cluster: embedded.Cluster, worker_id: str) -> str:
+    """A database of its own: the server's worker outlasts the test, and must not tidy up what others look at."""
+    name = f"billing_sandbox_{worker_id}"
+    clone(cluster, name)
+    return database.url(cluster, database.APP, name)
+
+
+def test_ctrl_c_lets_a_request_in_flight_finish(database_url: str) -> None:
+    with sandbox_serving(database_url) as (process, port), connection(port) as caller:
         caller.sendall(HALF_A_LOGIN)
         assert b" 100 " in caller.recv(1000)
         # As a terminal does it: to the whole group. Twice would mean at once.
@@ -843,19 +852,19 @@ def test_ctrl_c_lets_a_request_in_flight_finish(test_database: TestDatabase) -> 
 
 
 @pytest.mark.skipif(not bound_to_parent(), reason="nothing here binds a process to its parent")
-def test_server_ends_with_a_sandbox_that_is_killed(test_database: TestDatabase) -> None:
-    with sandbox_serving(test_database) as (process, port):
+def test_server_ends_with_a_sandbox_that_is_killed(database_url: str) -> None:
+    with sandbox_serving(database_url) as (process, port):
         process.kill()
         process.wait()
         assert_free(port)
 
 
 @contextmanager
-def sandbox_serving(database: TestDatabase) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+def sandbox_serving(database_url: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     port = live.free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "sandbox", "serve", "--port", str(port)],
-        env={**os.environ, "DATABASE_URL": database.app_url},
+        env={**os.environ, "DATABASE_URL": database_url},
         start_new_session=True,
     )
     try:
