@@ -8,7 +8,7 @@ WORKERS ?= 2
 JS     := tests/webhooks/js
 CONTRACT_JS   := contract/node
 CONTRACT_VENV := .venv-contract
-IS_NODE_RECENT := node -e 'const [a, b] = process.versions.node.split("."); process.exit(a * 100 + +b < 2019)'
+IS_NODE_RECENT := node -e 'const [a, b] = process.versions.node.split("."); process.exit(a * 100 + +b < 2019 ? 1 : 0)'
 JAKARTA       := /usr/share/java/jakarta-annotation-api.jar
 
 # Webhooks may go to this machine, and in clear. Production refuses both settings.
