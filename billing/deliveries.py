@@ -7,8 +7,9 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from statistics import median
@@ -89,9 +90,9 @@ class Deliveries:
             _let_go(tx, task, sent, self._clock())
 
     def _begin(self, tenant_id: UUID) -> Batch:
-        now = self._clock()
         with self._store.tenant(tenant_id) as tx:
             endpoint = tx.webhooks.find(lock=True)
+            now = self._clock()
             if endpoint.url is None:
                 return Batch(tenant_id, endpoint, "", ())
             if endpoint.wanted:
@@ -254,11 +255,30 @@ class Tester:
         self._egress = egress
         self._clock = clock
         self._most = most
+        # Whose test is in flight: one at a time, or one tenant's slow receiver would be everybody's wait.
+        self._busy: set[UUID] = set()
+        self._lock = threading.Lock()
 
     def send(self, tenant_id: UUID, event_type: str, data: dict[str, object]) -> Report:
         """Send one event now, and never again; raises `WebhookNotConfigured` and `RateLimited`."""
-        now = self._clock()
+        with self._alone(tenant_id):
+            return self._send(tenant_id, event_type, data)
+
+    @contextmanager
+    def _alone(self, tenant_id: UUID) -> Iterator[None]:
+        with self._lock:
+            if self._most is not None and tenant_id in self._busy:
+                raise RateLimited("A test is on its way already.")
+            self._busy.add(tenant_id)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._busy.discard(tenant_id)
+
+    def _send(self, tenant_id: UUID, event_type: str, data: dict[str, object]) -> Report:
         with self._store.tenant(tenant_id, exclusive=True) as tx:
+            now = self._clock()
             url = endpoints.require_url(tx.webhooks.find())
             self._require_rate(tx.events.tests_since(now - MINUTE), now)
             secrets = tx.webhooks.signing_secrets(now)

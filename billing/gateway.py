@@ -132,7 +132,7 @@ class Gateway:
     def create_account(self, tenant: Tenant, *, idempotency_key: str) -> Account:
         """Make an account for a tenant; the same key gives the same account."""
         self.require_configured(for_oauth=False)
-        with _in_our_words("accounts.create"):
+        with self._fuse, _in_our_words("accounts.create"):
             made = self._stripe.v1.accounts.create(
                 {
                     "type": "standard",
@@ -147,7 +147,7 @@ class Gateway:
     def account_link(self, account_id: str, *, return_url: str) -> str:
         """Where an owner's browser goes to fill in Stripe's form; good for some minutes."""
         self.require_configured(for_oauth=False)
-        with _in_our_words("account_links.create"):
+        with self._fuse, _in_our_words("account_links.create"):
             made = self._stripe.v1.account_links.create(
                 {
                     "type": "account_onboarding",

@@ -50,8 +50,12 @@ class Tasks(Protocol):
         due_at: datetime,
         now: datetime,
         queue: Queue = "general",
+        moved: bool = False,
     ) -> None:
-        """Have the worker do something. One that was added already is done at the earlier of the two times."""
+        """Have the worker do something. One that was added already is done at the earlier of the two times.
+
+        It stays in the queue it is in, unless it is `moved`.
+        """
 
     def drop(self, kind: str, *, subject: str) -> None:
         """Have the worker leave it. One that is doing it at this moment will not do it again."""

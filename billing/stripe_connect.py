@@ -210,8 +210,11 @@ def returning(url: str, outcome: Connected | BillingError) -> str:
     if isinstance(outcome, BillingError):
         told = {"stripe": "error", "code": outcome.code()}
     parts = urlsplit(url)
-    query = "&".join(part for part in (parts.query, urlencode(told)) if part)
-    return urlunsplit(parts._replace(query=query))
+    # Not what an earlier ending left there: of two the page would read the first.
+    others = [
+        part for part in parts.query.split("&") if part and part.partition("=")[0] not in ("stripe", "code")
+    ]
+    return urlunsplit(parts._replace(query="&".join([*others, urlencode(told)])))
 
 
 # Starting ----------------------------------------------------------------------------------------
@@ -321,7 +324,9 @@ def _unfit(grant: Grant, current: Connection | None, *, livemode: bool) -> Billi
 
 
 def _give_back(tx: Storage, account_id: str, *, now: datetime) -> None:
-    # The account remains this tenant's until Stripe knows: nobody else's connection to it may be cut.
+    # The account remains this tenant's until Stripe knows: nobody else's connection to it may be cut. So there is
+    # one task for it, the last: with two, the account would be free after the first.
+    tx.tasks.drop(DEAUTHORIZE, subject=account_id)
     tx.tasks.add(DEAUTHORIZE, new_id(), subject=account_id, due_at=now, now=now)
 
 

@@ -983,3 +983,13 @@ def test_removing_while_a_failure_is_settled_does_not_deadlock(
         endpoints.remove(tx, now=bench.clock())
     assert settling.result(PATIENCE_SECONDS) is False
     assert [(row.status, row.error) for row in bench.rows()] == [("failed", "cancelled")]
+
+
+def test_configuring_brings_a_failing_endpoint_back_to_the_others(bench: Bench) -> None:
+    with receiving(Answering(500)) as old, receiving(Answering()) as new:
+        bench.configure(url_of(old))
+        bench.record()
+        assert bench.deliver() == ["webhooks"]
+        assert [queue for queue, _ in bench.waiting()] == ["slow_webhooks"]
+        bench.configure(url_of(new))
+        assert [queue for queue, _ in bench.waiting()] == ["webhooks"]

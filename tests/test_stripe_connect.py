@@ -315,6 +315,11 @@ def connected() -> Connected:
         ("https://app.acme.example/a?b#c", "https://app.acme.example/a?b&stripe=connected#c"),
         ("https://app.acme.example//a", "https://app.acme.example//a?stripe=connected"),
         ("http://localhost:3000/", "http://localhost:3000/?stripe=connected"),
+        # What an earlier ending left there would be read first.
+        (
+            "https://app.acme.example/?stripe=error&a=b&code=x&",
+            "https://app.acme.example/?a=b&stripe=connected",
+        ),
     ],
 )
 def test_returning_with_a_connection(url: str, returned: str) -> None:

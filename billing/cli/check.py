@@ -22,6 +22,7 @@ COLUMNS = ("verdict", "operation", "status", "ms", "note")
 EMAIL_DOMAIN = "billing-check.example"
 WEBHOOK_URL = f"https://hooks.{EMAIL_DOMAIN}/billing"
 # A test delivery is given 15 seconds, and Stripe 8 a question.
+MOST_REFERENCES = 32
 CALL_SECONDS = 40
 
 # What comes of reading a document, or an answer that it allows, which is not ours at all.
@@ -104,7 +105,10 @@ def check(base_url: str, webhook_url: str | None, as_json: bool) -> None:
 
 def origin_of(base_url: str) -> str:
     """The base URL without its last slash; raises `click.BadParameter` for what is no http or https URL."""
-    parts = urlsplit(base_url)
+    try:
+        parts = urlsplit(base_url)
+    except ValueError:
+        parts = urlsplit("")
     if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
         raise click.BadParameter("must be like https://billing.example.com", param_hint="BASE_URL")
     return base_url.rstrip("/")
@@ -229,12 +233,14 @@ class Deployment:
         return read
 
     def _resolved(self, node: Json) -> Json:
-        while "$ref" in node:
+        for _ in range(MOST_REFERENCES):
+            if "$ref" not in node:
+                return node
             found: Any = self._document_read
             for part in node["$ref"].removeprefix("#/").split("/"):
                 found = found[part]
             node = found
-        return node
+        raise Wrong("the document's references lead nowhere")
 
 
 def _require_headers(headers: CaseInsensitiveDict[str], said: Mapping[str, Json]) -> None:

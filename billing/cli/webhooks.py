@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import get_args
 from uuid import UUID
 
@@ -50,15 +50,17 @@ class Moment(click.ParamType[datetime]):
         if ago := AGO.fullmatch(value):
             return utc_now() - int(ago[1]) * UNITS[ago[2]]
         moment = time_of(value)
-        if moment is None or moment.tzinfo is None:
+        if moment is None:
             self.fail("must be like 2026-01-15T09:30:00Z, or 90m, 2h, 3d for so long ago.", param, ctx)
         return moment
 
 
 def time_of(text: str) -> datetime | None:
+    """The time in UTC, None where the text is none, or has no offset."""
     try:
-        return datetime.fromisoformat(text)
-    except ValueError:
+        moment = datetime.fromisoformat(text)
+        return moment.astimezone(UTC) if moment.tzinfo else None
+    except (ValueError, OverflowError):
         return None
 
 

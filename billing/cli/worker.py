@@ -30,7 +30,7 @@ GENERAL_THREADS = 8
 CHECKING_THREADS = 8
 # One thread an endpoint, and more for what is in flight to it. Nearly all of them wait.
 ENDPOINT_THREADS = 128
-SENDING_THREADS = 256
+SENDING_THREADS = 512
 SLOW_THREADS = 32
 # Threads share them: they are in a transaction for a few milliseconds at a time.
 CONNECTIONS = 16

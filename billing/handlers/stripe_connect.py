@@ -60,7 +60,9 @@ def _page(outcome: Connected | BillingError) -> Reply:
         return replies.page(outcome.title(), text, status=status_of(type(outcome)))
     status = outcome.connection.status
     title = "There is more to do at Stripe." if status == "pending" else "The Stripe account is connected."
-    return replies.page(title, stripe_connect.MESSAGES[status])
+    # Whose page it was that led here, the person may have been deceived about.
+    text = f"It belongs to {outcome.tenant.company_name} on this platform. {stripe_connect.MESSAGES[status]}"
+    return replies.page(title, text)
 
 
 @runs_in(Lane.STRIPE)

@@ -22,7 +22,7 @@ T = TypeVar("T")
 PASSWORD_THREADS = 2
 # More than one wave of callers: once Stripe has kept somebody waiting the others are answered at once.
 STRIPE_THREADS = 16
-WEBHOOK_THREADS = 8
+WEBHOOK_THREADS = 16
 LONGEST_WAIT_SECONDS = 2
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Connection, and_, case, func
+from sqlalchemy import ColumnElement, Connection, and_, case, func, literal
 from sqlalchemy.dialects.postgresql import insert
 
 from billing.storage.shelf import Shelf, columns_of
@@ -28,8 +28,12 @@ class Tasks(Shelf):
         due_at: datetime,
         now: datetime,
         queue: Queue = "general",
+        moved: bool = False,
     ) -> None:
-        """Have the worker do something. One that was added already is done at the earlier of the two times."""
+        """Have the worker do something. One that was added already is done at the earlier of the two times.
+
+        It stays in the queue it is in, unless it is `moved`.
+        """
         new = insert(tasks).values(
             tenant_id=self._tenant_id,
             kind=kind,
@@ -42,6 +46,8 @@ class Tasks(Shelf):
             revision=0,
         )
         again = {"due_at": func.least(tasks.c.due_at, due_at), "revision": tasks.c.revision + 1}
+        if moved:
+            again["queue"] = literal(queue)
         key = [tasks.c.tenant_id, tasks.c.kind, tasks.c.id]
         self._connection.execute(new.on_conflict_do_update(index_elements=key, set_=again))
 

@@ -174,7 +174,9 @@ def configure(
 
 
 def _wake(tx: Storage, now: datetime) -> None:
-    tx.tasks.add(DELIVER, tx.tenant_id, subject=str(tx.tenant_id), due_at=now, now=now, queue="webhooks")
+    # However it did before, it begins anew.
+    key = str(tx.tenant_id)
+    tx.tasks.add(DELIVER, tx.tenant_id, subject=key, due_at=now, now=now, queue="webhooks", moved=True)
 
 
 def _renew_secret(tx: Storage, now: datetime, *, grace: timedelta) -> str:

@@ -394,6 +394,8 @@ def test_a_browser_gets_a_page(acme: Account, stripe: Sandbox) -> None:
     assert answer.headers["cache-control"] == "no-store"
     assert "default-src 'none'" in answer.headers["content-security-policy"]
     assert "The Stripe account is connected." in answer.text
+    # The person may have been sent to Stripe by somebody else than they think.
+    assert "It belongs to Acme Inc." in answer.text
 
 
 @pytest.mark.parametrize(
@@ -611,6 +613,20 @@ def test_a_grant_that_does_not_serve_is_given_back(
     assert work(worker) == [DEAUTHORIZE]
     assert not stripe.accounts[account_id].is_connected
     assert reconnect(acme, stripe, account_id).status_code == 200
+
+
+def test_an_account_given_back_twice_is_one_thing_to_tell(
+    acme: Account, stripe: Sandbox, superuser: Engine, worker: Worker
+) -> None:
+    # With two, the first to be told would free the account, and the second cut whoever had taken it.
+    account_id = connect(acme, stripe)
+    disconnect(acme)
+    stripe.faults.once("token", Fault.READ_ONLY)
+    url = stripe.approve(start(acme).json()["url"], account_id=account_id)
+    assert refusal(call_back(acme.client, url)) == (403, "access-denied")
+    assert tasks(superuser) == [(DEAUTHORIZE, account_id)]
+    assert work(worker) == [DEAUTHORIZE]
+    assert tasks(superuser) == []
 
 
 def test_502_for_an_account_that_is_none(acme: Account, stripe: Sandbox, superuser: Engine) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -29,7 +31,7 @@ from billing.webhooks.endpoints import Endpoint, disable
 from tests.clock import TurnedClock
 from tests.conftest import API, Account, CheckedClient, bearer, register
 from tests.http.test_logs import restored
-from tests.receivers import Names, Receiver, Visit, answers, head, receiving, resets
+from tests.receivers import Names, Receiver, Visit, answers, hangs, head, receiving, resets
 
 __all__ = ["restored"]
 
@@ -729,3 +731,30 @@ def test_the_secret_is_nowhere_but_where_it_was_just_made(
     for secret in (new, secret_of(local)):
         assert secret not in everything
         assert secret.removeprefix("whsec_") not in everything
+
+
+# How many tests ----------------------------------------------------------------------------------
+
+
+def test_429_after_ten_tests_within_a_minute(local: Account, clock: TurnedClock) -> None:
+    with receiving(answers()) as receiver:
+        configure(local, url_of(receiver))
+        for _ in range(deliveries.MOST_TESTS):
+            assert send_test(local)["success"]
+        refused = local.post("/webhooks/test/", {})
+        assert (refused.status_code, refused.json()["code"]) == (429, "rate-limited")
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        clock.turn(seconds=int(refused.headers["retry-after"]))
+        assert send_test(local)["success"]
+    assert len(receiver.received) == deliveries.MOST_TESTS + 1
+
+
+def test_429_while_another_test_is_on_its_way(local: Account) -> None:
+    with receiving(hangs) as receiver, ThreadPoolExecutor(1) as pool:
+        configure(local, url_of(receiver))
+        first = pool.submit(local.post, "/webhooks/test/", {})
+        until = time.monotonic() + 10
+        while not receiver.connections and time.monotonic() < until:
+            time.sleep(0.01)
+        assert local.post("/webhooks/test/", {}).status_code == 429
+        assert first.result().json()["error"] == "timeout"
