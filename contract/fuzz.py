@@ -17,7 +17,15 @@ CASES = re.compile(r"^[\w, ]+: (\d+) cases in \d+ s", re.MULTILINE)
 def check() -> str:
     """How many cases were tried; raises `AssertionError` with what was found."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--no-header", "tests/contract/test_schemathesis.py"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "--no-header",
+            "--show-capture=no",
+            "tests/contract/test_schemathesis.py",
+        ],
         cwd=ROOT,
         env={**os.environ, "BILLING_FUZZ_EXAMPLES": str(EXAMPLES)},
         capture_output=True,
