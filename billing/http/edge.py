@@ -32,7 +32,7 @@ class Edge:
     """ASGI middleware around everything else.
 
     It leaves `request_id` and `client_address` in `scope["state"]`, and reads for its log line what others
-    leave there: `operation_id` and `tenant_id`.
+    leave there: `operation_id` and `tenant_id`. What they add to `answer_headers` the answer bears, whatever it is.
     """
 
     def __init__(self, app: ASGIApp, *, trusted_proxies: Sequence[Network] = ()) -> None:
@@ -47,8 +47,9 @@ class Edge:
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         state["client_address"] = client_address(scope, self.trusted_proxies)
+        state["answer_headers"] = [(b"x-request-id", request_id.encode())]
         with structlog.contextvars.bound_contextvars(request_id=request_id):
-            await self._answer(scope, receive, Signature(send, request_id))
+            await self._answer(scope, receive, Signature(send, state["answer_headers"]))
 
     async def _answer(self, scope: Scope, receive: Receive, signature: Signature) -> None:
         started = perf_counter()
@@ -61,9 +62,9 @@ class Edge:
 class Signature:
     """Signs an answer with what every answer bears, and remembers its status."""
 
-    def __init__(self, send: Send, request_id: str) -> None:
+    def __init__(self, send: Send, headers: Headers) -> None:
         self._send = send
-        self._request_id = (b"x-request-id", request_id.encode())
+        self._headers = headers
         self.status: int | None = None
 
     async def send(self, message: Message) -> None:
@@ -78,7 +79,7 @@ class Signature:
         missing = [header for header in SECURITY_HEADERS if header[0] not in present]
         # RFC 9110, section 15.5.9: the rest of the slow request is not waited for.
         closing = [(b"connection", b"close")] if self.status == 408 else []
-        return [*others, *missing, *closing, self._request_id]
+        return [*others, *missing, *closing, *self._headers]
 
 
 class Failsafe:

@@ -116,6 +116,14 @@ def test_an_answer_bears_one_request_id_and_the_security_headers() -> None:
     assert header(sent, b"content-type") == [b"text/html"]
 
 
+def test_what_was_said_on_the_way_is_on_every_answer() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        scope["state"]["answer_headers"].append((b"ratelimit", b"r=1"))
+        raise RuntimeError
+
+    assert header(through(Edge(app)), b"ratelimit") == [b"r=1"]
+
+
 def test_a_page_may_choose_its_own_referrer_policy() -> None:
     sent = through(Edge(answering(headers=[(b"Referrer-Policy", b"same-origin")])))
     assert [value for name, value in sent[0]["headers"] if name.lower() == b"referrer-policy"] == [
