@@ -48,8 +48,12 @@ class Edge:
         state["request_id"] = request_id
         state["client_address"] = client_address(scope, self.trusted_proxies)
         state["answer_headers"] = [(b"x-request-id", request_id.encode())]
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
+        # By hand: `bound_contextvars` costs four microseconds more.
+        bound = structlog.contextvars.bind_contextvars(request_id=request_id)
+        try:
             await self._answer(scope, receive, Signature(send, state["answer_headers"]))
+        finally:
+            structlog.contextvars.reset_contextvars(**bound)
 
     async def _answer(self, scope: Scope, receive: Receive, signature: Signature) -> None:
         started = perf_counter()

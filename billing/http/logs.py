@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
+from datetime import UTC, datetime
 
 import orjson
 import structlog
@@ -56,8 +56,7 @@ SECRETS = [
 def configure(*, tty: bool, level: str | int = "INFO") -> None:
     """Send every event, structlog's and the standard library's alike, to stderr as one redacted line."""
     sink = Sink()
-    stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
-    finish: list[Processor] = [render_exception, clean, stamp, renderer(tty=tty)]
+    finish: list[Processor] = [render_exception, clean, *(PEOPLES if tty else PROGRAMS)]
     structlog.configure(
         processors=[structlog.contextvars.merge_contextvars, structlog.processors.add_log_level, *finish],
         wrapper_class=structlog.make_filtering_bound_logger(level_number(level)),
@@ -102,20 +101,30 @@ def level_number(level: str | int) -> int:
     return level if isinstance(level, int) else logging.getLevelNamesMapping()[level.upper()]
 
 
-def renderer(*, tty: bool) -> Processor:
-    """The last step: an event becomes a line."""
-    if tty:
-        return structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
-    return structlog.processors.JSONRenderer(serializer=to_json)
+def stamp(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Say when; orjson writes the time five times as fast as structlog's processor does."""
+    event["timestamp"] = datetime.now(UTC)
+    return event
 
 
-def to_json(event: EventDict, **_: Any) -> str:
+def to_json(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
     """One line of JSON; the event is plain data by now."""
-    return orjson.dumps(event).decode()
+    return orjson.dumps(event, option=orjson.OPT_UTC_Z).decode()
+
+
+# The last steps: an event becomes a line, for people at a terminal or for programs.
+PEOPLES: list[Processor] = [
+    structlog.processors.TimeStamper(fmt="iso", utc=True),
+    structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback),
+]
+PROGRAMS: list[Processor] = [stamp, to_json]
 
 
 def redact(text: str) -> str:
     """The text with every secret in it replaced, and with nothing that UTF-8 cannot say."""
+    # Most of what is logged is a number, an id or a word: no shape of a secret is without another character.
+    if text.isascii() and text.replace("-", "").isalnum():
+        return text
     lowered = text.lower()
     for marker, shape, replacement in SECRETS:
         if marker in lowered:
