@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sqlalchemy import Connection, create_engine, text
+from sqlalchemy import URL, Connection, create_engine, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
@@ -17,6 +18,7 @@ from billing.storage import embedded, schema
 OWNER, APP = "billing_owner", "billing_app"
 NAME = "billing"
 DRIVER = "postgresql+psycopg2"
+SEVERAL_HOSTS = re.compile(r"(?P<before>[^:/@]+://(?:[^@]*@)?)(?P<hosts>[^/?@]*,[^/?@]*)(?P<after>(?:[/?].*)?)")
 
 
 @dataclass
@@ -135,9 +137,22 @@ def _password(cluster: embedded.Cluster, role: str) -> str:
 
 def _with_driver(setting: str, text: str) -> str:
     try:
-        url = make_url(text)
+        url = _parsed(text)
     except (ArgumentError, ValueError):
         url = None  # The library's words could quote the password.
     if url is None or url.drivername not in ("postgresql", "postgres", DRIVER):
         raise SettingsError(f"{setting} must be like postgresql://user:password@host:5432/billing.")
     return url.set(drivername=DRIVER).render_as_string(hide_password=False)
+
+
+def _parsed(text: str) -> URL:
+    """The address; several hosts as libpq writes them, `one:5432,other:5432`, become what SQLAlchemy reads.
+
+    Of several hosts the one that takes writes is meant, unless the address asks for another.
+    """
+    several = SEVERAL_HOSTS.fullmatch(text)
+    if several is None:
+        return make_url(text)
+    url = make_url(several["before"] + several["after"])
+    url = url.update_query_pairs([("host", host) for host in several["hosts"].split(",")])
+    return url.update_query_dict({"target_session_attrs": "read-write", **url.query})

@@ -1,0 +1,44 @@
+"""Addresses of databases, as people write them."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy import make_url
+from sqlalchemy.dialects.postgresql.psycopg2 import PGDialect_psycopg2
+
+from billing.settings import Settings, new_secrets
+from billing.storage.database import open_database
+
+SECRETS = new_secrets()
+
+
+def libpq(url: str) -> dict[str, str]:
+    """What libpq is told of the DATABASE_URL."""
+    settings = Settings.load({"DATABASE_URL": url, **SECRETS}, dotenv=None)
+    _, arguments = PGDialect_psycopg2().create_connect_args(make_url(open_database(settings).app_url))
+    return arguments
+
+
+WRITES = {"target_session_attrs": "read-write"}
+ADA = {"user": "me", "password": "a,b", "dbname": "billing"}
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("postgresql://me:a,b@one:5433/billing", {**ADA, "host": "one", "port": 5433}),
+        ("postgresql://me:a,b@one,two/billing", {**ADA, **WRITES, "host": "one,two", "port": ","}),
+        ("postgres://me:a%2Cb@one:1,two:2/billing", {**ADA, **WRITES, "host": "one,two", "port": "1,2"}),
+        (
+            "postgresql://one:1,two:2/billing?connect_timeout=1",
+            {"dbname": "billing", **WRITES, "connect_timeout": "1", "host": "one,two", "port": "1,2"},
+        ),
+        (
+            "postgresql://one:1,two:2/billing?target_session_attrs=prefer-standby",
+            {"dbname": "billing", "target_session_attrs": "prefer-standby", "host": "one,two", "port": "1,2"},
+        ),
+    ],
+)
+def test_libpq_is_told_of_every_host(url: str, told: dict[str, str]) -> None:
+    """Of several hosts the one that takes writes is meant, unless the address says otherwise."""
+    assert libpq(url) == told
