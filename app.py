@@ -62,6 +62,7 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> ASGIApp:
         lanes=Lanes(threads_of(settings)),
         allowed_origins=settings.cors_allowed_origins,
         trusted_proxies=settings.trusted_proxies,
+        compiled=settings.compiled_operations,
     )
 
 

@@ -59,6 +59,7 @@ class Settings:
     webhook_allow_http: bool
     rate_limits: bool
     worker_threads: int
+    compiled_operations: bool
 
     @classmethod
     def load(
@@ -140,6 +141,7 @@ class _Reader:
             webhook_allow_http=self.development_only("WEBHOOK_ALLOW_HTTP", self.switch),
             rate_limits=self.choice("RATE_LIMITS", "on", "off") == "on",
             worker_threads=self.whole("WORKER_THREADS", 8, lowest=1, highest=64),
+            compiled_operations=self.choice("COMPILED_OPERATIONS", "on", "off") == "on",
         )
 
     def choice(self, name: str, *allowed: str) -> str:

@@ -267,8 +267,8 @@ IN_THE_ANSWERS = (
     Wrong(
         "answers may be kept by a cache",
         "billing/http/replies.py",
-        'headers = {"cache-control": "no-store", **self.headers}',
-        "headers = {**self.headers}",
+        "headers = [NO_STORE, ",
+        "headers = [",
         (EXAMPLES,),
     ),
     Wrong(
@@ -340,7 +340,7 @@ IN_WHO_MAY = (
     Wrong(
         "a good key makes up for a bad token",
         "billing/http/access.py",
-        'if not given or "authorization" in request.headers:',
+        'if not given or values(scope["headers"], b"authorization"):',
         "if not given:",
         ("tests/http/test_access.py",),
     ),

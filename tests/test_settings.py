@@ -58,6 +58,7 @@ DEFAULTS: dict[str, Any] = {
     "webhook_allow_cidrs": (),
     "webhook_allow_http": False,
     "worker_threads": 8,
+    "compiled_operations": True,
     "rate_limits": True,
     "stripe_secret_key": None,
     "stripe_connect_client_id": None,
@@ -101,6 +102,7 @@ def test_every_setting_has_a_default_here_or_is_a_secret_or_the_state_directory(
         *(("WEBHOOK_ALLOW_HTTP", text, True) for text in ("on", "ON", "true", "1")),
         *(("WEBHOOK_ALLOW_HTTP", text, False) for text in ("off", "false", "0", "")),
         ("WORKER_THREADS", "64", 64),
+        ("COMPILED_OPERATIONS", "off", False),
         ("STRIPE_SECRET_KEY", "sk_test_hunter2", "sk_test_hunter2"),
         ("STRIPE_SECRET_KEY", "rk_live_hunter2", "rk_live_hunter2"),
         ("STRIPE_CONNECT_CLIENT_ID", "ca_acme", "ca_acme"),
@@ -118,6 +120,7 @@ BAD = {
     "PORT": ["-1", "65536", "80.0", "http", "٨٠", "1e3", " 80", "8_0"],
     "PASSWORD_COST": ["3", "17", "twelve"],
     "WORKER_THREADS": ["0", "65", "many"],
+    "COMPILED_OPERATIONS": ["no", "OFF", "2"],
     "PUBLIC_BASE_URL": [
         "billing.example",
         "ftp://billing.example",

@@ -1,8 +1,8 @@
-"""Security as Connexion asks for it: two schemes that find the caller, and a gate that looks at roles."""
+"""Access: two schemes that find the caller, and a gate that looks at roles; also as Connexion asks for them."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,49 +10,72 @@ from connexion.lifecycle import ConnexionRequest
 from connexion.security import NO_VALUE, ApiKeySecurityHandler, BearerSecurityHandler
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from billing.errors import TokenInvalid
+from billing.errors import CredentialsMissing, TokenInvalid
 from billing.http.document import Operation
 from billing.http.lanes import Lane, Lanes
 from billing.security import Caller, Doorkeeper, require_allowed
 
 API_KEY = "apiKeyAuth"
 Verify = Callable[[ConnexionRequest], Awaitable[Any]]
+Headers = Iterable[tuple[bytes, bytes]]
 
 
-def security_map(doorkeeper: Doorkeeper, lanes: Lanes) -> dict[str, type]:
-    """Connexion's handler classes by scheme. Nothing of Python stands in the document.
+class Access:
+    """Who sends a request, and whether they may."""
 
-    Both are asynchronous, with threads of their own: a synchronous one would hold the event loop. If
-    `Authorization` is present it alone counts: Connexion would let a good key make up for a bad token
-    (spec-first/connexion#1767).
-    """
+    def __init__(self, doorkeeper: Doorkeeper, lanes: Lanes) -> None:
+        self._doorkeeper = doorkeeper
+        self._lanes = lanes
 
-    async def found(
-        request: ConnexionRequest, find: Callable[[str], Caller], credential: str
-    ) -> dict[str, Any]:
-        caller = await lanes.run(Lane.SECURITY, partial(find, credential))
-        request.scope["state"].update(caller=caller, tenant_id=caller.tenant_id)
-        return {"sub": str(caller.tenant_id)}  # Connexion wants a mapping; we keep the caller ourselves.
+    async def admit(self, scope: Scope, operation: Operation) -> None:
+        """Leave the caller in the state; raises `Unauthenticated`, or `Forbidden` for one who may not do this."""
+        by_key = self.by_api_key if API_KEY in operation.schemes else nobody
+        if not (await self.by_bearer(scope) or await by_key(scope)):
+            raise CredentialsMissing
+        require_allowed_in(scope, operation)
 
-    async def by_bearer(request: ConnexionRequest) -> Any:
-        credential = bearer_credential(request.headers.getlist("authorization"))
+    async def by_bearer(self, scope: Scope) -> bool:
+        """Find the caller by `Authorization`; False where there is no such header.
+
+        If it is present it alone counts: Connexion would let a good key make up for a bad token
+        (spec-first/connexion#1767).
+        """
+        credential = bearer_credential(values(scope["headers"], b"authorization"))
         if credential is None:
-            return NO_VALUE
+            return False
         if not credential:
             raise TokenInvalid
-        return await found(request, doorkeeper.by_bearer, credential)
+        await self._found(scope, self._doorkeeper.by_bearer, credential)
+        return True
 
-    async def by_api_key(request: ConnexionRequest) -> Any:
-        given = request.headers.getlist("x-api-key")
-        if not given or "authorization" in request.headers:
-            return NO_VALUE
+    async def by_api_key(self, scope: Scope) -> bool:
+        """Find the caller by `X-API-Key`; False where it is absent, or does not count."""
+        given = values(scope["headers"], b"x-api-key")
+        if not given or values(scope["headers"], b"authorization"):
+            return False
         # Blanks around a field value are no part of it (RFC 9110, section 5.5).
-        return await found(request, doorkeeper.by_key, ",".join(given).strip(" \t"))
+        await self._found(scope, self._doorkeeper.by_key, ",".join(given).strip(" \t"))
+        return True
 
-    return {
-        "bearer": _handler(BearerSecurityHandler, by_bearer),
-        "apiKey": _handler(ApiKeySecurityHandler, by_api_key),
-    }
+    async def _found(self, scope: Scope, find: Callable[[str], Caller], credential: str) -> None:
+        caller = await self._lanes.run(Lane.SECURITY, partial(find, credential))
+        scope["state"].update(caller=caller, tenant_id=caller.tenant_id)
+
+
+async def nobody(_scope: Scope) -> bool:
+    """For an operation that takes no API key beside a token."""
+    return False
+
+
+def require_allowed_in(scope: Scope, operation: Operation) -> None:
+    """May this caller do this? What the document says of it."""
+    caller = scope["state"]["caller"]
+    require_allowed(caller, roles=operation.roles, keys_allowed=API_KEY in operation.schemes)
+
+
+def values(headers: Headers, name: bytes) -> list[str]:
+    """All values of a header, in their order."""
+    return [value.decode("latin-1") for key, value in headers if key == name]
 
 
 def bearer_credential(authorization: Sequence[str]) -> str | None:
@@ -68,7 +91,22 @@ def bearer_credential(authorization: Sequence[str]) -> str | None:
     return credential.strip()
 
 
-def _handler(base: type, verify: Verify) -> type:
+# As Connexion's stack asks for it -----------------------------------------------------------------
+
+
+def security_map(access: Access) -> dict[str, type]:
+    """Connexion's handler classes by scheme. Nothing of Python stands in the document."""
+    return {
+        "bearer": _handler(BearerSecurityHandler, access.by_bearer),
+        "apiKey": _handler(ApiKeySecurityHandler, access.by_api_key),
+    }
+
+
+def _handler(base: type, find: Callable[[Scope], Awaitable[bool]]) -> type:
+    async def verify(request: ConnexionRequest) -> Any:
+        # Connexion wants a mapping; the caller is in the state.
+        return {"sub": ""} if await find(request.scope) else NO_VALUE
+
     def get_fn(*_: object) -> Verify:
         return verify
 
@@ -86,9 +124,8 @@ class Gate:
         self.operations = operations
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (caller := scope["state"].get("caller")) is not None:
-            operation = self.operations[operation_id_of(scope)]
-            require_allowed(caller, roles=operation.roles, keys_allowed=API_KEY in operation.schemes)
+        if scope["type"] == "http" and "caller" in scope["state"]:
+            require_allowed_in(scope, self.operations[operation_id_of(scope)])
         await self.app(scope, receive, send)
 
 

@@ -1,4 +1,4 @@
-"""Connexion, cured: our guard, errors, security, validation and pages around its routing."""
+"""Connexion, cured: our guard, errors, security, validation and pages around its routing; and a way past it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from starlette.types import ASGIApp
 from billing import errors
 from billing.errors import BillingError
 from billing.http import problems
-from billing.http.access import Gate, NameOperation, security_map
+from billing.http.access import Access, Gate, NameOperation, security_map
 from billing.http.cors import Cors
 from billing.http.document import Operation, operations
 from billing.http.edge import Edge, Network
 from billing.http.guard import Guard
 from billing.http.lanes import Lanes
+from billing.http.operations import Operations, compile_all
 from billing.http.pages import beside
 from billing.http.validation import Rules, validator_map
 from billing.http.wiring import ByOperationId, endpoints
@@ -57,17 +58,21 @@ def build(
     lanes: Lanes,
     allowed_origins: Collection[str],
     trusted_proxies: Sequence[Network],
+    compiled: bool = True,
 ) -> ASGIApp:
     """The whole ASGI application; raises at once what is wrong with the document or a handler."""
     listed = operations(document)
+    rules = {o.operation_id: Rules(document, o) for o in listed}
+    answering = endpoints(listed, services, lanes)
+    access = Access(doorkeeper, lanes)
     app = connexion.AsyncApp(
         "billing",
         lifespan=lifespan,
         middlewares=MIDDLEWARES,
         swagger_ui_options=SwaggerUIOptions(swagger_ui=False, serve_spec=False),
-        resolver=ByOperationId(endpoints(listed, services, lanes)),
-        validator_map=validator_map({o.operation_id: Rules(document, o) for o in listed}),
-        security_map=security_map(doorkeeper, lanes),
+        resolver=ByOperationId(listed, answering),
+        validator_map=validator_map(rules),
+        security_map=security_map(access),
     )
     app.add_middleware(Guard, position=MiddlewarePosition.BEFORE_SWAGGER)
     app.add_middleware(beside, position=MiddlewarePosition.BEFORE_ROUTING, routes=routes)
@@ -78,7 +83,8 @@ def build(
         app.add_error_handler(kind, answer_with(allowed_methods(listed)))
     app.add_api(document)
     start(app)
-    return Edge(Cors(app, allowed_origins), trusted_proxies=trusted_proxies)
+    runs = compile_all(listed, access=access, rules=rules, endpoints=answering) if compiled else {}
+    return Edge(Cors(Operations(app, runs), allowed_origins), trusted_proxies=trusted_proxies)
 
 
 def start(app: connexion.AsyncApp) -> None:
@@ -112,7 +118,7 @@ def answer_with(allow: Mapping[str, str]) -> Callable[..., Any]:
 
     async def answer(request: ConnexionRequest, error: Exception) -> ConnexionResponse:
         ours = in_our_words(error)
-        rendered = problems.render(ours, request_id=request.scope["state"]["request_id"])
+        rendered = problems.answer_to(ours, request.scope)
         headers = {name.decode(): value.decode() for name, value in rendered.headers}
         if isinstance(ours, errors.MethodNotAllowed):
             headers["allow"] = allow.get(request.scope["path"]) or allow_of(error)
@@ -132,8 +138,6 @@ def allow_of(error: Exception) -> str:
 def in_our_words(error: Exception) -> BillingError:
     """The error as a fact of ours. What is none of ours is logged, and told as an internal error."""
     if isinstance(error, BillingError):
-        if error.__cause__ is not None:
-            log.warning(error.code(), cause=type(error.__cause__).__name__)
         return error
     status = getattr(error, "status", None) or getattr(error, "status_code", None)
     if isinstance(error, ProblemException | HTTPException) and status in BY_STATUS:

@@ -130,9 +130,7 @@ class Exchange:
 
 async def apologise(send: Send, request_id: str) -> None:
     """Send the 500 problem."""
-    rendered = problems.render(errors.InternalError(), request_id=request_id)
-    await send({"type": "http.response.start", "status": rendered.status, "headers": rendered.headers})
-    await send({"type": "http.response.body", "body": rendered.body})
+    await problems.render(errors.InternalError(), request_id=request_id).send(send)
 
 
 def request_id_of(headers: Headers) -> str:

@@ -1,4 +1,4 @@
-"""The gate before Connexion: it reads a request whole and hands on what Connexion cannot trip over."""
+"""The gate before everything that looks at a request: it is read whole, or refused."""
 
 from __future__ import annotations
 
@@ -19,46 +19,31 @@ Headers = Iterable[tuple[bytes, bytes]]
 
 # Said anew for the buffered body, or meaningless without one.
 BODY_HEADERS = frozenset({b"content-type", b"content-length", b"content-encoding", b"transfer-encoding"})
+FRAMING = frozenset({b"content-length", b"transfer-encoding"})
 
 
-class Guard:
-    """ASGI middleware for `MiddlewarePosition.BEFORE_SWAGGER`, inside the error handlers: it raises errors.
-
-    As it comes, Connexion answers 500 to a body without Content-Type, to `Application/JSON` in capitals, to
-    other charsets and to invalid UTF-8, 400 to a chunked one (spec-first/connexion#2020), and has no limit.
-    """
+class Intake:
+    """Reads requests, within bounds of size and time."""
 
     def __init__(
         self,
-        app: ASGIApp,
         *,
         max_body_bytes: int = MAX_BODY_BYTES,
         body_timeout_seconds: float = BODY_TIMEOUT_SECONDS,
     ) -> None:
-        self.app = app
         self.max_body_bytes = max_body_bytes
         self.body_timeout_seconds = body_timeout_seconds
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        match scope["type"]:
-            case "http":
-                await self._admit(scope, receive, send)
-            case "websocket":
-                # Closing before accepting is how ASGI says 403; no operation speaks websocket.
-                await send({"type": "websocket.close"})
-            case _:
-                await self.app(scope, receive, send)
-
-    async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def take(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The body, once the request is one that we can read; None when the client went away."""
         check_target(scope)
+        if not may_have_body(scope):
+            return b""
         self._check_declared_length(scope["headers"])
         body = await self._read(receive)
-        if body is None:  # The client went away: nobody is left to answer.
-            return
         if body:
             check_content(scope["headers"], body)
-        headers = headers_for(scope["headers"], body)
-        await self.app({**scope, "headers": headers}, replay(body, receive), send)
+        return body
 
     def _check_declared_length(self, headers: Headers) -> None:
         for declared in values(headers, b"content-length"):
@@ -87,6 +72,35 @@ class Guard:
                 return bytes(body)
 
 
+class Guard:
+    """ASGI middleware for `MiddlewarePosition.BEFORE_SWAGGER`, inside the error handlers: it raises errors.
+
+    As it comes, Connexion answers 500 to a body without Content-Type, to `Application/JSON` in capitals, to
+    other charsets and to invalid UTF-8, 400 to a chunked one (spec-first/connexion#2020), and has no limit.
+    """
+
+    def __init__(self, app: ASGIApp, *, intake: Intake | None = None) -> None:
+        self.app = app
+        self.intake = intake or Intake()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        match scope["type"]:
+            case "http":
+                await self._admit(scope, receive, send)
+            case "websocket":
+                # Closing before accepting is how ASGI says 403; no operation speaks websocket.
+                await send({"type": "websocket.close"})
+            case _:
+                await self.app(scope, receive, send)
+
+    async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await self.intake.take(scope, receive)
+        if body is None:  # The client went away: nobody is left to answer.
+            return
+        headers = headers_for(scope["headers"], body)
+        await self.app({**scope, "headers": headers}, replay(body, receive), send)
+
+
 def check_target(scope: Scope) -> None:
     """Raise unless the path and the query, decoded, are text that a router and a database can hold."""
     # `*`, or an absolute form (RFC 9112, section 3.2) that the server did not reduce to a path, has no slash.
@@ -106,6 +120,12 @@ def is_text(raw: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return b"\0" not in decoded
+
+
+def may_have_body(scope: Scope) -> bool:
+    """Whether there may be one: HTTP/1.1 announces it, in one of two headers (RFC 9112, section 6.3)."""
+    is_announced = any(name in FRAMING for name, _ in scope["headers"])
+    return is_announced or scope.get("http_version") not in ("1.1", "1.0")
 
 
 def check_content(headers: Headers, body: bytes) -> None:

@@ -46,9 +46,9 @@ def runs_in(lane: Lane) -> Callable[[Handler], Handler]:
     return mark
 
 
-def lane_of(handler: Callable[..., object]) -> Lane:
-    """The lane a handler was marked with; `GENERAL` if it was not."""
-    lane: Lane = getattr(handler, "lane", Lane.GENERAL)
+def lane_of(handler: Callable[..., object], *, waits: bool) -> Lane | None:
+    """The lane a handler was marked with; else `GENERAL` if it waits for anything, and none if it does not."""
+    lane: Lane | None = getattr(handler, "lane", Lane.GENERAL if waits else None)
     return lane
 
 

@@ -18,6 +18,7 @@ from billing import errors
 from billing.errors import BillingError
 from billing.http import problems
 from billing.http.document import Representation, Served
+from billing.http.replies import Rendered
 from billing.http.templates import HTML_HEADERS, new_environment
 
 PRODUCT = "Billing control plane"
@@ -211,7 +212,7 @@ def _example(error: type[BillingError], public_base_url: str) -> str:
     return f"{_head(answer)}\n\n{orjson.dumps(body, option=orjson.OPT_INDENT_2).decode()}"
 
 
-def _head(answer: problems.Rendered) -> str:
+def _head(answer: Rendered) -> str:
     shown = [
         f"{name.decode()}: {value.decode()}" for name, value in answer.headers if name != b"content-length"
     ]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import orjson
+import structlog
+from starlette.types import Scope
 
 from billing import errors
 from billing.errors import BillingError
+from billing.http.replies import Rendered
 from billing.ids import new_id
+
+log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.http")
 
 MEDIA_TYPE = "application/problem+json"
 # What every error answer bears: a problem may tell of credentials, and no cache should keep it.
@@ -35,15 +39,6 @@ STATUSES: dict[type[BillingError], int] = {
 }
 
 
-@dataclass(frozen=True)
-class Rendered:
-    """An answer, ready to be sent."""
-
-    status: int
-    headers: list[tuple[bytes, bytes]]
-    body: bytes
-
-
 def configure(base_url: str) -> None:
     """Set the origin that `type` points to; called once, where the application is made."""
     global BASE_URL
@@ -53,6 +48,13 @@ def configure(base_url: str) -> None:
 def status_of(error: type[BillingError]) -> int:
     """The HTTP status of an error's family."""
     return next(STATUSES[family] for family in error.__mro__ if family in STATUSES)
+
+
+def answer_to(error: BillingError, scope: Scope) -> Rendered:
+    """The answer to a request that ended in an error; where a cause is known, a line says what kind it was."""
+    if error.__cause__ is not None:
+        log.warning(error.code(), cause=type(error.__cause__).__name__)
+    return render(error, request_id=scope["state"]["request_id"])
 
 
 def render(error: BillingError, *, request_id: str) -> Rendered:

@@ -8,11 +8,34 @@ from typing import Any
 
 import orjson
 from starlette.responses import Response
+from starlette.types import Send
 
 from billing.http.templates import HTML_HEADERS, new_environment
 
 JSON = orjson.OPT_UTC_Z
+NO_STORE = (b"cache-control", b"no-store")
+IN_JSON = (b"content-type", b"application/json")
+HTML = (b"content-type", b"text/html; charset=utf-8")
 PAGE = new_environment().get_template("callback.html")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """An answer in bytes, as ASGI sends it."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+    async def send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status, "headers": self.headers})
+        await send({"type": "http.response.body", "body": self.body})
+
+    def response(self) -> Response:
+        """The same for who wants an object of Starlette's."""
+        response = Response(self.body, self.status)
+        response.raw_headers = self.headers
+        return response
 
 
 @dataclass(frozen=True)
@@ -27,12 +50,17 @@ class Reply:
         """The same reply with one more header."""
         return replace(self, headers={**self.headers, name: value})
 
-    def response(self) -> Response:
+    def rendered(self) -> Rendered:
         """The bytes. Nothing that this API answers is for a cache to keep."""
-        headers = {"cache-control": "no-store", **self.headers}
-        if not isinstance(self.body, str):
-            return Response(orjson.dumps(self.body, option=JSON), self.status, headers, "application/json")
-        return Response(self.body, self.status, headers, "text/html" if self.body else None)
+        is_page = isinstance(self.body, str)
+        body = self.body.encode() if isinstance(self.body, str) else orjson.dumps(self.body, option=JSON)
+        headers = [NO_STORE, (b"content-length", b"%d" % len(body))]
+        if body:
+            headers.append(HTML if is_page else IN_JSON)
+        headers.extend(
+            (name.lower().encode(), value.encode("latin-1")) for name, value in self.headers.items()
+        )
+        return Rendered(self.status, headers, body)
 
 
 def ok(body: Mapping[str, Any]) -> Reply:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import connexion
@@ -18,14 +19,14 @@ from billing.errors import MethodNotAllowed
 from billing.http.browsers import browser_of
 from billing.http.document import Operation
 from billing.http.lanes import Lanes, lane_of
-from billing.http.replies import Reply
+from billing.http.replies import Rendered, Reply
 from billing.security import Caller
 
 HANDLERS = "billing.handlers"
 # What a handler may ask for by name beside the services: all of it belongs to one request.
 OF_THE_REQUEST = frozenset({"body", "caller", "actor", "browser"})
 
-Endpoint = Callable[[], Any]
+Endpoint = Callable[[Scope], Awaitable[Rendered]]
 
 
 class WiringError(Exception):
@@ -35,7 +36,7 @@ class WiringError(Exception):
 def endpoints(
     operations: Sequence[Operation], services: Mapping[str, object], lanes: Lanes
 ) -> dict[str, Endpoint]:
-    """What Connexion calls for each operation; raises `WiringError` at start rather than at the first request."""
+    """What answers each operation; raises `WiringError` at start rather than at the first request."""
     return {o.operation_id: _endpoint(o, handler_of(o), services, lanes) for o in operations}
 
 
@@ -63,15 +64,17 @@ def _endpoint(
     from_query = {parameter["name"] for parameter in operation.query}
     if missing := from_request - OF_THE_REQUEST - from_query:
         raise WiringError(f"Nobody has what {operation.operation_id} asks for: {', '.join(sorted(missing))}.")
-    lane = lane_of(handler)
+    lane = lane_of(handler, waits=bool(from_services))
 
-    async def endpoint() -> Response:
-        scope = connexion.context.scope
-        if operation.no_head and scope["method"] == "HEAD":
-            raise MethodNotAllowed
+    async def endpoint(scope: Scope) -> Rendered:
         given = {name: of_the_request(scope, name) for name in from_request}
-        reply = await lanes.run(lane, lambda: handler(**from_services, **given))
-        return _with_key_expiry(reply, caller_of(scope)).response()
+        # One that asks for no service has nothing to wait for, and needs no thread.
+        reply = (
+            handler(**given)
+            if lane is None
+            else await lanes.run(lane, partial(handler, **from_services, **given))
+        )
+        return _with_key_expiry(reply, caller_of(scope)).rendered()
 
     return endpoint
 
@@ -114,9 +117,19 @@ def _with_key_expiry(reply: Reply, caller: Caller | None) -> Reply:
 class ByOperationId(Resolver):  # type: ignore[misc]  # Connexion has no types
     """Gives Connexion our endpoints, so that no Python path stands in the document."""
 
-    def __init__(self, endpoints: Mapping[str, Endpoint]) -> None:
+    def __init__(self, operations: Sequence[Operation], endpoints: Mapping[str, Endpoint]) -> None:
         super().__init__()
-        self._endpoints = endpoints
+        self._functions = {o.operation_id: _for_connexion(o, endpoints[o.operation_id]) for o in operations}
 
     def resolve(self, operation: Any) -> Resolution:
-        return Resolution(self._endpoints[operation.operation_id], operation.operation_id)
+        return Resolution(self._functions[operation.operation_id], operation.operation_id)
+
+
+def _for_connexion(operation: Operation, endpoint: Endpoint) -> Callable[[], Awaitable[Response]]:
+    async def function() -> Response:
+        scope = connexion.context.scope
+        if operation.no_head and scope["method"] == "HEAD":
+            raise MethodNotAllowed
+        return (await endpoint(scope)).response()
+
+    return function

@@ -18,7 +18,7 @@ from starlette.types import Message, Receive, Scope, Send
 from billing import errors
 from billing.http import problems
 from billing.http.edge import Edge
-from billing.http.guard import MAX_BODY_BYTES, Guard
+from billing.http.guard import MAX_BODY_BYTES, Guard, Intake
 from tests.rawhttp import Address, Connection, chunked, exchange, request, serving
 
 JSON = (b"content-type", b"application/json")
@@ -59,7 +59,7 @@ async def pass_through(
         raise AssertionError(f"The guard itself answers nothing: {message}")
 
     scope = {"type": "http", "method": "POST", "path": "/", "raw_path": b"/", "query_string": b""} | target
-    await Guard(app, **guard)({**scope, "headers": headers}, receive, send)
+    await Guard(app, intake=Intake(**guard))({**scope, "headers": headers}, receive, send)
     return seen[0] if seen else None
 
 
@@ -306,7 +306,7 @@ async def refuse(_request: ConnexionRequest, error: Exception) -> ConnexionRespo
 @pytest.fixture(scope="module")
 def address() -> Iterator[Address]:
     app = connexion.AsyncApp(__name__)
-    app.add_middleware(Guard, MiddlewarePosition.BEFORE_SWAGGER, body_timeout_seconds=0.5)
+    app.add_middleware(Guard, MiddlewarePosition.BEFORE_SWAGGER, intake=Intake(body_timeout_seconds=0.5))
     app.add_error_handler(errors.BillingError, refuse)
     app.add_error_handler(404, refuse)
     app.add_api(DOCUMENT, resolver=connexion.Resolver(lambda _: echo))

@@ -189,12 +189,13 @@ def test_a_handler_is_general_unless_it_was_marked() -> None:
     def marked() -> str:
         return "itself"
 
-    assert (lane_of(marked), marked()) == (Lane.PASSWORDS, "itself")
-    assert lane_of(lambda: None) is Lane.GENERAL
+    assert (lane_of(marked, waits=False), marked()) == (Lane.PASSWORDS, "itself")
+    assert lane_of(lambda: None, waits=True) is Lane.GENERAL
+    assert lane_of(lambda: None, waits=False) is None
 
 
 def test_the_handlers_that_hash_are_those_marked() -> None:
     for name, handler in inspect.getmembers(authentication, inspect.isfunction):
         if handler.__module__ == authentication.__name__:
             hashes = "passwords" in inspect.signature(handler).parameters
-            assert (lane_of(handler) is Lane.PASSWORDS) == hashes, name
+            assert (lane_of(handler, waits=True) is Lane.PASSWORDS) == hashes, name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -13,12 +14,14 @@ from typing import Any
 import pytest
 from connexion.context import _scope
 from starlette.responses import Response
+from starlette.types import Scope
 
 from billing.actors import Actor
+from billing.errors import MethodNotAllowed
 from billing.http import wiring
 from billing.http.document import Operation, load, operations
 from billing.http.lanes import Lane, Lanes, runs_in
-from billing.http.replies import Reply, created, ok
+from billing.http.replies import Rendered, Reply, created, ok
 from billing.http.wiring import WiringError, endpoints, handler_of
 from billing.ids import new_id
 from billing.keys import ApiKey
@@ -49,11 +52,10 @@ def wired(handlers: ModuleType, handler: Handler, *, query: tuple[str, ...] = ()
     return endpoints(listed, services, Lanes({Lane.GENERAL: 1, Lane.PASSWORDS: 1}))["get_thing"]
 
 
-def ask(endpoint: Callable[[], Any], **state: Any) -> Response:
+def ask(endpoint: Callable[..., Any], **state: Any) -> Response:
     async def story() -> Response:
-        _scope.set({"type": "http", "state": {"query": {}, **state}})
-        response: Response = await endpoint()
-        return response
+        rendered: Rendered = await endpoint({"type": "http", "headers": [], "state": {"query": {}, **state}})
+        return rendered.response()
 
     return asyncio.run(story())
 
@@ -158,9 +160,15 @@ def test_a_handler_runs_in_its_lane(handlers: ModuleType, monkeypatch: pytest.Mo
         return real(self, lane, call)
 
     monkeypatch.setattr(Lanes, "run", run)
-    ask(wired(handlers, lambda: ok({})))
+    ask(wired(handlers, lambda store: ok({}), store="a store"))
     ask(wired(handlers, runs_in(Lane.PASSWORDS)(lambda: ok({}))))
     assert lanes == [Lane.GENERAL, Lane.PASSWORDS]
+
+
+def test_a_handler_that_asks_for_no_service_needs_no_thread(handlers: ModuleType) -> None:
+    threads: list[threading.Thread] = []
+    ask(wired(handlers, lambda: threads.append(threading.current_thread()) or ok({})))
+    assert threads == [threading.current_thread()]
 
 
 # X-Key-Expires-At --------------------------------------------------------------------------------
@@ -184,7 +192,18 @@ def test_a_key_in_its_grace_period_says_when_it_ends(
 
 
 def test_connexion_is_given_our_endpoints(handlers: ModuleType) -> None:
-    async def endpoint() -> None: ...
+    listed = [operation("get_thing", no_head=True)]
 
-    resolution = wiring.ByOperationId({"get_thing": endpoint}).resolve(operation("get_thing"))
-    assert (resolution.function, resolution.operation_id) == (endpoint, "get_thing")
+    async def endpoint(_: Scope) -> Rendered:
+        return ok({}).rendered()
+
+    resolution = wiring.ByOperationId(listed, {"get_thing": endpoint}).resolve(listed[0])
+
+    async def ask_by(method: str) -> Response:
+        _scope.set({"type": "http", "method": method})
+        response: Response = await resolution.function()
+        return response
+
+    assert asyncio.run(ask_by("GET")).body == b"{}"
+    with pytest.raises(MethodNotAllowed):
+        asyncio.run(ask_by("HEAD"))
