@@ -8,6 +8,7 @@ WORKERS ?= 2
 JS     := tests/webhooks/js
 CONTRACT_JS   := contract/node
 CONTRACT_VENV := .venv-contract
+BENCH_VENV    := .venv-bench
 IS_NODE_RECENT := node -e 'const [a, b] = process.versions.node.split("."); process.exit(a * 100 + +b < 2019 ? 1 : 0)'
 JAKARTA       := /usr/share/java/jakarta-annotation-api.jar
 
@@ -19,7 +20,7 @@ LOCK := $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashe
 LOCK_PROJECT := $(LOCK) pyproject.toml --extra build
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format types unit browser node openssl fuzz lock clean bench-webhooks sdk contract diff contract-tools compilers
+.PHONY: help serve test check format types unit browser node openssl fuzz lock clean bench bench-tools bench-webhooks sdk contract diff contract-tools compilers
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +61,14 @@ openssl: ## Install openssl where that can be done (Debian, as root)
 	  || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq openssl >/dev/null; } \
 	  || { echo "Install openssl, or set BILLING_TESTS_WITHOUT_OPENSSL=1 to leave its tests out."; exit 1; }
 
+bench: bench-tools ## Measure requests beside Starlette, FastAPI and Django, for under 28 minutes; ARGS="--quick" for three
+	$(BIN)/python -m benchmarks.requests $(ARGS)
+
+bench-tools: $(VENV)/.test $(BENCH_VENV)/.installed ## Install what the measurements need; wrk where that can be done (Debian, as root)
+	@command -v wrk >/dev/null \
+	  || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq wrk >/dev/null; } \
+	  || { echo "Install wrk."; exit 1; }
+
 bench-webhooks: $(VENV)/.test ## Measure deliveries and their latency, for some four minutes
 	$(BIN)/python -m benchmarks.webhooks $(ARGS)
 
@@ -84,9 +93,10 @@ lock: $(VENV)/.test ## Renew the locks from pyproject.toml
 	$(LOCK_PROJECT) -o requirements.lock
 	$(LOCK_PROJECT) --extra test -c requirements.lock -o requirements-dev.lock
 	$(LOCK) --group contract -c requirements-dev.lock -o requirements-contract.lock
+	$(LOCK) --group bench -c requirements-dev.lock -o requirements-bench.lock
 
 clean: ## Remove the environment and what tools left behind
-	rm -rf $(VENV) $(CONTRACT_VENV) $(JS)/node_modules $(CONTRACT_JS)/node_modules dist/sdk .mypy_cache .ruff_cache .pytest_cache .hypothesis .schemathesis
+	rm -rf $(VENV) $(CONTRACT_VENV) $(BENCH_VENV) $(JS)/node_modules $(CONTRACT_JS)/node_modules dist/sdk .mypy_cache .ruff_cache .pytest_cache .hypothesis .schemathesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed.")'
@@ -125,4 +135,10 @@ $(CONTRACT_VENV)/.installed: requirements-contract.lock | $(BIN)/python
 	@echo "Installing the generators for Python, Java and Go …"
 	@$(PYTHON) -m venv $(CONTRACT_VENV)
 	@$(CONTRACT_VENV)/bin/python -m pip --disable-pip-version-check -q install --require-hashes -r requirements-contract.lock
+	@touch $@
+
+$(BENCH_VENV)/.installed: requirements-bench.lock | $(BIN)/python
+	@echo "Installing what is measured beside us …"
+	@$(PYTHON) -m venv $(BENCH_VENV)
+	@$(BENCH_VENV)/bin/python -m pip --disable-pip-version-check -q install --require-hashes -r requirements-bench.lock
 	@touch $@

@@ -8,8 +8,9 @@ from importlib.metadata import version
 
 import click
 
+from benchmarks.installation import Installation, installed
 from benchmarks.webhooks.measurements import Latency, Throughput, latency, throughput
-from benchmarks.webhooks.processes import Installation, installed
+from benchmarks.webhooks.processes import OPENED
 from billing.cli.console import table
 
 COLUMNS = ("measured", "deliveries/s", "worker cpu us", "postgresql cpu us", "p50 ms", "p99 ms")
@@ -20,7 +21,7 @@ COLUMNS = ("measured", "deliveries/s", "worker cpu us", "postgresql cpu us", "p5
 @click.option("--seconds", default=30.0, show_default=True, help="How long a latency is measured.")
 def main(events: int, seconds: float) -> None:
     """Measure one `billing worker` on a durable PostgreSQL and receivers that take 50 ms."""
-    with installed() as installation:
+    with installed(**OPENED) as installation:
         click.echo(surroundings(installation))
         rows = [many(throughput(installation, endpoints=each, events=events)) for each in (100, 4)]
         rows += [

@@ -8,14 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
-from benchmarks.webhooks.processes import (
-    Installation,
-    Receivers,
-    cpu_seconds,
-    eventually,
-    receiving,
-    working,
-)
+from benchmarks.installation import Installation, cpu_seconds, eventually
+from benchmarks.webhooks.processes import Receivers, receiving, working
 from billing import tenants
 from billing.clock import utc_now
 from billing.ids import new_id

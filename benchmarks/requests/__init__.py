@@ -1,0 +1,1 @@
+"""Requests: what one costs us, and what it costs those whom a user would take instead."""

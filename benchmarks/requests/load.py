@@ -1,0 +1,134 @@
+"""The load: wrk, which is told each request as bytes; and what a window of it cost."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.installation import Installation
+from benchmarks.requests.cases import Case, Request
+from benchmarks.requests.servers import Server
+
+# The requests in turn. What comes back is counted by wrk itself: reading answers here would cost it more than sending.
+SCRIPT = """
+local requests = {%(requests)s}
+local turn = 0
+request = function()
+  turn = turn %% #requests + 1
+  return requests[turn]
+end
+done = function(summary, latency)
+  local errors = summary.errors
+  io.write(string.format(
+    '\\n{"requests": %%d, "micros": %%d, "refused": %%d, "broken": %%d, "p50": %%.1f, "p99": %%.1f}\\n',
+    summary.requests, summary.duration, errors.status, errors.connect + errors.read + errors.write + errors.timeout,
+    latency:percentile(50), latency:percentile(99)))
+end
+"""
+REFUSALS = range(400, 600)
+CORES = sorted(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one server did in a few seconds: CPU in µs a request, latencies in ms."""
+
+    requests_a_second: float
+    server_micros: float
+    postgres_micros: float
+    p50: float
+    p99: float
+
+
+class WrongAnswer(Exception):
+    """A server answered what it should not: its figures would mean nothing."""
+
+
+def apart(installation: Installation, servers: Iterable[Server]) -> None:
+    """Give the servers one core, and PostgreSQL and ourselves, who start wrk, the others, if there are any."""
+    if len(CORES) > 1:
+        for pid in [pid for server in servers for pid in server.pids]:
+            pin(pid, CORES[:1])
+        for pid in [*installation.postgres_processes, os.getpid()]:
+            pin(pid, CORES[1:])
+
+
+def pin(pid: int, cores: Sequence[int]) -> None:
+    """With all of its threads."""
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        os.sched_setaffinity(int(thread.name), cores)
+
+
+def measure(
+    installation: Installation,
+    server: Server,
+    case: Case,
+    requests: Sequence[Request],
+    *,
+    clients: int,
+    seconds: int,
+) -> Window:
+    """Warm the server up for a second, then measure; raises `WrongAnswer`."""
+    server.forget_log()
+    require_right(server, case, requests[0])
+    script = Path(installation.environ["BILLING_STATE_DIR"], "requests.lua")
+    script.write_text(SCRIPT % {"requests": ",\n".join(json.dumps(each.raw()) for each in requests)})
+    wrk(server, script, clients=clients, seconds=1)
+    before = server.cpu_seconds(), installation.postgres_seconds()
+    counted = wrk(server, script, clients=clients, seconds=seconds)
+    after = server.cpu_seconds(), installation.postgres_seconds()
+    refused = counted["requests"] if case.statuses[0] in REFUSALS else 0
+    if counted["broken"] or counted["refused"] != refused or not counted["requests"]:
+        raise WrongAnswer(f"{server.name}, {case.name}, {clients} clients: {counted}")
+    cpu = [1e6 * (end - begin) / counted["requests"] for begin, end in zip(before, after, strict=True)]
+    return Window(
+        1e6 * counted["requests"] / counted["micros"],
+        cpu[0],
+        cpu[1],
+        counted["p50"] / 1000,
+        counted["p99"] / 1000,
+    )
+
+
+def wrk(server: Server, script: Path, *, clients: int, seconds: int) -> dict[str, float]:
+    """What wrk counted."""
+    command = [
+        "wrk",
+        "-t1",
+        f"-c{clients}",
+        f"-d{seconds}s",
+        "--timeout",
+        "10s",
+        "-s",
+        str(script),
+        server.url,
+    ]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    counted: dict[str, float] = json.loads(ran.stdout.splitlines()[-1])
+    return counted
+
+
+def require_right(server: Server, case: Case, request: Request) -> object:
+    """The answer to one request; raises `WrongAnswer` unless it has the status of the case."""
+    status, answer = answer_to(server, request)
+    if status not in case.statuses:
+        raise WrongAnswer(
+            f"{server.name}, {case.name}: {status} {answer!r}\n{server.log.read_text()[-2000:]}"
+        )
+    return answer
+
+
+def answer_to(server: Server, request: Request) -> tuple[int, object]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    body = None if request.body is None else json.dumps(request.body)
+    headers = dict(request.headers) | ({"Content-Type": "application/json"} if body else {})
+    connection.request(request.method, request.path, body, headers)
+    answer = connection.getresponse()
+    found = answer.status, json.loads(answer.read())
+    connection.close()
+    return found

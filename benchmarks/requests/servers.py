@@ -1,0 +1,190 @@
+"""The servers that are measured: ours as `billing serve` runs it, and the peers; one process each."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.installation import STOP_SECONDS, Installation, children_of, cpu_seconds
+from benchmarks.requests.population import PEER, Population
+from billing.storage.database import NAME
+
+ROOT = Path(__file__).parents[2]
+BENCH_BIN = ROOT / ".venv-bench/bin"
+START_SECONDS = 60
+OURS = "ours"
+
+# uvicorn's own defaults, which are uvloop, httptools, and a line in the log for each request.
+UVICORN = ("-m", "uvicorn", "--host", "127.0.0.1", "--port", "{port}", "--workers", "1")
+GUNICORN = ("-m", "gunicorn", "--bind", "127.0.0.1:{port}", "--workers", "1", "--threads", "8")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """An alternative: its name in the tables, how it is started, and without lines for requests in its log."""
+
+    title: str
+    arguments: Sequence[str]
+    quiet: Sequence[str]
+
+
+PEERS = {
+    "starlette": Peer(
+        "Starlette + asyncpg", (*UVICORN, "benchmarks.peers.starlette_asyncpg:app"), ("--no-access-log",)
+    ),
+    "fastapi": Peer(
+        "FastAPI + asyncpg", (*UVICORN, "benchmarks.peers.fastapi_asyncpg:app"), ("--no-access-log",)
+    ),
+    "fastapi-sqlalchemy": Peer(
+        "FastAPI + SQLAlchemy", (*UVICORN, "benchmarks.peers.fastapi_sqlalchemy:app"), ("--no-access-log",)
+    ),
+    "django": Peer(
+        "Django REST Framework",
+        (*GUNICORN, "--access-logfile", "-", "benchmarks.peers.drf.wsgi:application"),
+        ("--access-logfile", ""),
+    ),
+}
+TITLES = {OURS: "ours", **{name: peer.title for name, peer in PEERS.items()}}
+
+
+@dataclass(frozen=True)
+class Server:
+    """One that runs: its process, port and log."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    port: int
+    log: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def pids(self) -> list[int]:
+        """Its process, and those that it has started."""
+        return descendants(self.process.pid)
+
+    def cpu_seconds(self) -> float:
+        return sum(cpu_seconds(pid) for pid in self.pids)
+
+    def forget_log(self) -> None:
+        """So that a long run does not fill the disk."""
+        os.truncate(self.log, 0)
+
+
+def descendants(pid: int) -> list[int]:
+    return [pid, *(each for child in children_of(pid) for each in descendants(child))]
+
+
+@contextmanager
+def running(
+    installation: Installation,
+    population: Population,
+    names: Sequence[str],
+    *,
+    port: int,
+    quiet: bool = False,
+) -> Iterator[list[Server]]:
+    """The servers of these names, each of them answering; ours at the port that the tokens were made for."""
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                ours(installation, port)
+                if name == OURS
+                else peer(name, installation, population, port=free_port(), quiet=quiet)
+            )
+            for name in names
+        ]
+
+
+@contextmanager
+def ours(installation: Installation, port: int, *options: str) -> Iterator[Server]:
+    """`billing serve`, with every default but where it listens; its worker is no part of a request."""
+    command = [sys.executable, "-m", "billing.cli", "serve", "--no-worker", "--port", str(port), *options]
+    log = Path(installation.environ["BILLING_STATE_DIR"], f"server-{port}.log")
+    with started(OURS, command, installation.environ, port=port, log=log) as server:
+        yield server
+
+
+@contextmanager
+def peer(
+    name: str, installation: Installation, population: Population, *, port: int, quiet: bool
+) -> Iterator[Server]:
+    """One of `PEERS` on the same database."""
+    chosen = PEERS[name]
+    arguments = [
+        argument.format(port=port) for argument in (*chosen.arguments, *(chosen.quiet if quiet else ()))
+    ]
+    log = Path(installation.environ["BILLING_STATE_DIR"], f"{name}.log")
+    environ = environ_of_peers(installation, population)
+    with started(name, [str(BENCH_BIN / "python"), *arguments], environ, port=port, log=log) as server:
+        yield server
+
+
+def environ_of_peers(installation: Installation, population: Population) -> dict[str, str]:
+    cluster, (pepper_id, pepper) = installation.cluster, installation.settings.key_peppers.first
+    return {
+        "PGHOST": str(cluster.socket_dir),
+        "PGPORT": str(cluster.port),
+        "PGUSER": PEER,
+        "PGPASSWORD": PEER,
+        "PGDATABASE": NAME,
+        "KEY_PEPPER_ID": pepper_id,
+        "KEY_PEPPER": pepper.hex(),
+        "JWT_SECRET": population.jwt_secret,
+        "DJANGO_SETTINGS_MODULE": "benchmarks.peers.drf.settings",
+    }
+
+
+@contextmanager
+def started(
+    name: str, command: Sequence[str], environ: Mapping[str, str], *, port: int, log: Path
+) -> Iterator[Server]:
+    """A process that listens at the port, until the end of the block."""
+    with (
+        open(log, "ab") as sink,
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **environ},
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=sink,
+        ) as process,
+    ):
+        server = Server(name, process, port, log)
+        try:
+            await_port(server)
+            yield server
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(STOP_SECONDS)
+
+
+def await_port(server: Server) -> None:
+    """Until it listens; raises `RuntimeError` with what it said if it ends before."""
+    deadline = time.monotonic() + START_SECONDS
+    while not listens(server.port):
+        if server.process.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"{server.name} does not start:\n{server.log.read_text()[-2000:]}")
+        time.sleep(0.05)
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
