@@ -25,6 +25,7 @@ from billing.passwords import Passwords
 from billing.security import Doorkeeper, KeyUses
 from billing.settings import Settings
 from billing.storage.database import open_database
+from billing.storage.lookups import Lookups
 from billing.storage.schema import SchemaError
 from billing.storage.store import StorageError, Store
 from billing.tokens import Tokens
@@ -42,7 +43,7 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> ASGIApp:
     store = Store(Vault(settings.encryption_keys), connections=connections_of(settings))
     tokens = Tokens(settings.jwt_keys, settings.public_base_url)
     digests = KeyDigests(settings.key_peppers)
-    uses = KeyUses()
+    lookups, uses = Lookups(), KeyUses()
     return application.build(
         contract,
         services={
@@ -56,9 +57,9 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> ASGIApp:
             "tester": tester_for(settings, store, clock),
             "base_url": settings.public_base_url,
         },
-        doorkeeper=Doorkeeper(store, tokens, digests, uses, clock),
+        doorkeeper=Doorkeeper(lookups, tokens, digests, uses, clock),
         routes=pages(served=document.served(contract, settings.public_base_url), ready=readiness(store)),
-        lifespan=lambda _: running(settings, store, uses),
+        lifespan=lambda _: running(settings, store, lookups, uses),
         lanes=Lanes(threads_of(settings)),
         allowed_origins=settings.cors_allowed_origins,
         trusted_proxies=settings.trusted_proxies,
@@ -68,10 +69,8 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> ASGIApp:
 
 def threads_of(settings: Settings) -> dict[Lane, int]:
     """How many threads each kind of work has."""
-    shared = settings.worker_threads
     return {
-        Lane.GENERAL: shared,
-        Lane.SECURITY: shared,
+        Lane.GENERAL: settings.worker_threads,
         Lane.PASSWORDS: PASSWORD_THREADS,
         Lane.STRIPE: STRIPE_THREADS,
         Lane.WEBHOOKS: WEBHOOK_THREADS,
@@ -89,18 +88,20 @@ def connections_of(settings: Settings) -> int:
 
 
 @asynccontextmanager
-async def running(settings: Settings, store: Store, uses: KeyUses) -> AsyncIterator[None]:
+async def running(settings: Settings, store: Store, lookups: Lookups, uses: KeyUses) -> AsyncIterator[None]:
     """Everything that lives as long as the server: the database, the pool, the notes of used keys."""
     database = await to_thread.run_sync(open_database, settings)
     try:
         store.open(database.app_url)
         await to_thread.run_sync(store.require_ready)
         await to_thread.run_sync(store.require_safe)
+        lookups.open(database.app_url)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(keep_flushing, uses, store)
             yield
             tasks.cancel_scope.cancel()
     finally:
+        lookups.close()
         with anyio.CancelScope(shield=True):
             await to_thread.run_sync(store.close)
             await to_thread.run_sync(database.close)

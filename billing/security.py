@@ -13,6 +13,7 @@ from billing.actors import Actor
 from billing.clock import Clock
 from billing.errors import InsufficientScope, KeyUnknown, SessionEnded, TenantDisabled
 from billing.keys import ApiKey, KeyDigests
+from billing.storage.lookups import Lookups
 from billing.storage.store import Store
 from billing.tenants import Tenant
 from billing.tokens import Tokens
@@ -56,23 +57,23 @@ class Doorkeeper:
     """Finds the caller behind a credential: one question to the database, none for a malformed one."""
 
     def __init__(
-        self, store: Store, tokens: Tokens, digests: KeyDigests, uses: KeyUses, clock: Clock
+        self, lookups: Lookups, tokens: Tokens, digests: KeyDigests, uses: KeyUses, clock: Clock
     ) -> None:
-        self._store = store
+        self._lookups = lookups
         self._tokens = tokens
         self._digests = digests
         self._uses = uses
         self._clock = clock
 
-    def by_bearer(self, credential: str) -> Caller:
+    async def by_bearer(self, credential: str) -> Caller:
         """The caller behind an access token, or an API key sent as one; raises `Unauthenticated`."""
-        return self.by_key(credential) if keys.looks_like_key(credential) else self.by_token(credential)
+        is_key = keys.looks_like_key(credential)
+        return await (self.by_key(credential) if is_key else self.by_token(credential))
 
-    def by_key(self, text: str) -> Caller:
+    async def by_key(self, text: str) -> Caller:
         """The caller behind an API key; raises `KeyMalformed`, `KeyUnknown`, `KeyRevoked` or `KeyExpired`."""
         keys.parse(text)
-        with self._store.platform() as platform:
-            found = platform.find_key(self._digests.candidates(text))
+        found = await self._lookups.find_key(self._digests.candidates(text))
         if found is None:
             raise KeyUnknown
         tenant, key = found
@@ -81,12 +82,11 @@ class Doorkeeper:
         self._uses.note(key, now)
         return Caller(tenant, key=key)
 
-    def by_token(self, text: str) -> Caller:
+    async def by_token(self, text: str) -> Caller:
         """The caller behind an access token; raises `TokenInvalid`, `TokenExpired` or `SessionEnded`."""
         now = self._clock()
         claims = self._tokens.read_access(text, now)
-        with self._store.platform() as platform:
-            found = platform.find_user(claims, now)
+        found = await self._lookups.find_user(claims, now)
         if found is None:
             raise SessionEnded
         tenant, user = found

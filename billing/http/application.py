@@ -33,7 +33,7 @@ from billing.security import Doorkeeper
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.http")
 
-# Without the one that answers in text/plain when an error handler fails: `Failsafe` in the edge does that.
+# Without the one that answers in text/plain when an error handler fails: the edge does that.
 MIDDLEWARES = [m for m in ConnexionMiddleware.default_middlewares if m is not ServerErrorMiddleware]
 
 # What Connexion and Starlette raise themselves, said in our words; theirs repeat what the client sent.
@@ -64,7 +64,7 @@ def build(
     listed = operations(document)
     rules = {o.operation_id: Rules(document, o) for o in listed}
     answering = endpoints(listed, services, lanes)
-    access = Access(doorkeeper, lanes)
+    access = Access(doorkeeper)
     app = connexion.AsyncApp(
         "billing",
         lifespan=lifespan,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from billing.http.edge import Failsafe
+from billing.http.edge import VARY
+from billing.http.replies import Rendered
 
 METHODS = b"GET, POST, DELETE"
 ACCEPTED = b"Authorization, X-API-Key, Content-Type, Idempotency-Key, X-Request-Id"
@@ -14,7 +15,7 @@ EXPOSED = b"X-Request-Id, X-Key-Expires-At, Retry-After, RateLimit, RateLimit-Po
 MAX_AGE_SECONDS = b"600"
 
 # On every answer: a cache must not give one origin the answer made for another, or for none.
-VARY = (b"vary", b"Origin")
+BY_ORIGIN = (VARY, b"Origin")
 WITH_CREDENTIALS = (b"access-control-allow-credentials", b"true")
 FOR_PREFLIGHT = [
     WITH_CREDENTIALS,
@@ -28,7 +29,7 @@ Header = tuple[bytes, bytes]
 
 
 class Cors:
-    """ASGI middleware around Connexion, inside `Edge`.
+    """ASGI middleware inside `Edge`, which puts what is said here on every answer, a 500 too.
 
     Starlette's refuses a preflight with a 400 in text/plain, tells unknown origins what it exposes, and costs
     a request without Origin as much as one with it. Here a preflight is always 204: the refusing is the
@@ -38,8 +39,7 @@ class Cors:
     def __init__(self, app: ASGIApp, allowed_origins: Collection[str]) -> None:
         if "*" in allowed_origins:
             raise ValueError("CORS with credentials needs the origins by name: `*` would admit any site.")
-        # Inside, so that a 500 bears the headers too: else the browser hides it from the program.
-        self.app = Failsafe(app)
+        self.app = app
         self.allowed_origins = frozenset(origin.encode() for origin in allowed_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -47,17 +47,17 @@ class Cors:
             await self.app(scope, receive, send)
             return
         origin = value(scope["headers"], b"origin")
-        if origin and is_preflight(scope):
-            headers = self._allow(origin, FOR_PREFLIGHT)
-            await send({"type": "http.response.start", "status": 204, "headers": headers})
-            await send({"type": "http.response.body"})
+        asks_first = origin is not None and is_preflight(scope)
+        scope["state"]["answer_headers"] += self._allow(origin, FOR_PREFLIGHT if asks_first else FOR_ANSWER)
+        if asks_first:
+            await Rendered(204, [], b"").send(send)
         else:
-            await self.app(scope, receive, with_headers(send, self._allow(origin, FOR_ANSWER)))
+            await self.app(scope, receive, send)
 
     def _allow(self, origin: bytes | None, headers: list[Header]) -> list[Header]:
         if origin is None or origin not in self.allowed_origins:
-            return [VARY]
-        return [VARY, (b"access-control-allow-origin", origin), *headers]
+            return [BY_ORIGIN]
+        return [BY_ORIGIN, (b"access-control-allow-origin", origin), *headers]
 
 
 def is_preflight(scope: Scope) -> bool:
@@ -70,16 +70,3 @@ def is_preflight(scope: Scope) -> bool:
 def value(headers: Iterable[Header], name: bytes) -> bytes | None:
     """The value of a header, or None."""
     return next((found for key, found in headers if key == name), None)
-
-
-def with_headers(send: Send, headers: list[Header]) -> Send:
-    """A `send` that adds the headers to an answer, in the place of those it has."""
-    ours = {name for name, _ in headers} - {VARY[0]}
-
-    async def send_with_headers(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            kept = [header for header in message.get("headers", ()) if header[0].lower() not in ours]
-            message = {**message, "headers": [*kept, *headers]}
-        await send(message)
-
-    return send_with_headers

@@ -17,6 +17,7 @@ from billing.http import problems
 from billing.ids import new_id
 
 SECURITY_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
+VARY = b"vary"
 SAFE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{8,64}")
 CLIENT_CLOSED_REQUEST = 499  # nginx's word for a client that left before its answer; never sent.
 MAX_LOGGED_PATH = 200
@@ -32,11 +33,12 @@ class Edge:
     """ASGI middleware around everything else.
 
     It leaves `request_id` and `client_address` in `scope["state"]`, and reads for its log line what others
-    leave there: `operation_id` and `tenant_id`. What they add to `answer_headers` the answer bears, whatever it is.
+    leave there: `operation_id` and `tenant_id`. What they add to `answer_headers` the answer bears, whatever it is,
+    in the place of its own; only `Vary` may stand in it twice.
     """
 
     def __init__(self, app: ASGIApp, *, trusted_proxies: Sequence[Network] = ()) -> None:
-        self.app = Failsafe(app)
+        self.app = app
         self.trusted_proxies = tuple(trusted_proxies)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,55 +50,17 @@ class Edge:
         state["request_id"] = request_id
         state["client_address"] = client_address(scope, self.trusted_proxies)
         state["answer_headers"] = [(b"x-request-id", request_id.encode())]
-        # By hand: `bound_contextvars` costs four microseconds more.
-        bound = structlog.contextvars.bind_contextvars(request_id=request_id)
-        try:
-            await self._answer(scope, receive, Signature(send, state["answer_headers"]))
-        finally:
-            structlog.contextvars.reset_contextvars(**bound)
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            await self._answer(scope, Exchange(receive, send, state["answer_headers"]))
 
-    async def _answer(self, scope: Scope, receive: Receive, signature: Signature) -> None:
+    async def _answer(self, scope: Scope, exchange: Exchange) -> None:
         started = perf_counter()
         try:
-            await self.app(scope, receive, signature.send)
+            await self._answer_somehow(scope, exchange)
         finally:
-            log.info("request", **summary(scope, signature.status, perf_counter() - started))
+            log.info("request", **summary(scope, exchange.status, perf_counter() - started))
 
-
-class Signature:
-    """Signs an answer with what every answer bears, and remembers its status."""
-
-    def __init__(self, send: Send, headers: Headers) -> None:
-        self._send = send
-        self._headers = headers
-        self.status: int | None = None
-
-    async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-            message = {**message, "headers": self._signed(message.get("headers", ()))}
-        await self._send(message)
-
-    def _signed(self, headers: Headers) -> list[tuple[bytes, bytes]]:
-        others = [(name, value) for name, value in headers if name.lower() != b"x-request-id"]
-        present = {name.lower() for name, _ in others}
-        missing = [header for header in SECURITY_HEADERS if header[0] not in present]
-        # RFC 9110, section 15.5.9: the rest of the slow request is not waited for.
-        closing = [(b"connection", b"close")] if self.status == 408 else []
-        return [*others, *missing, *closing, *self._headers]
-
-
-class Failsafe:
-    """ASGI middleware that answers what the application leaves unanswered, and logs why, once."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        exchange = Exchange(receive, send)
+    async def _answer_somehow(self, scope: Scope, exchange: Exchange) -> None:
         # Whatever it was, the client is owed an answer and the operator a line; nothing is carried on with.
         try:
             await self.app(scope, exchange.receive, exchange.send)
@@ -106,26 +70,44 @@ class Failsafe:
             if exchange.is_unanswered:
                 log.error("request left unanswered")
         if exchange.is_unanswered:
-            await apologise(send, scope["state"]["request_id"])
+            await apologise(exchange.send, scope["state"]["request_id"])
 
 
 class Exchange:
-    """A request and its answer, watched."""
+    """A request and its answer: watched, and signed with what every answer bears."""
 
-    def __init__(self, receive: Receive, send: Send) -> None:
+    def __init__(self, receive: Receive, send: Send, headers: Headers) -> None:
         self._receive = receive
         self._send = send
-        self.is_unanswered = True
+        self._headers = headers
+        self._is_abandoned = False
+        self.status: int | None = None
+
+    @property
+    def is_unanswered(self) -> bool:
+        """Whether somebody still waits for an answer."""
+        return self.status is None and not self._is_abandoned
 
     async def receive(self) -> Message:
         message = await self._receive()
         if message["type"] == "http.disconnect":
-            self.is_unanswered = False  # Nobody is left to be answered.
+            self._is_abandoned = True
         return message
 
     async def send(self, message: Message) -> None:
-        self.is_unanswered = False
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message = {**message, "headers": self._signed(message.get("headers", ()))}
         await self._send(message)
+
+    def _signed(self, headers: Headers) -> list[tuple[bytes, bytes]]:
+        ours = {name for name, _ in self._headers} - {VARY}
+        others = [header for header in headers if header[0].lower() not in ours]
+        present = {name.lower() for name, _ in others}
+        missing = [header for header in SECURITY_HEADERS if header[0] not in present]
+        # RFC 9110, section 15.5.9: the rest of the slow request is not waited for.
+        closing = [(b"connection", b"close")] if self.status == 408 else []
+        return [*others, *missing, *closing, *self._headers]
 
 
 async def apologise(send: Send, request_id: str) -> None:

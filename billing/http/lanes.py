@@ -1,4 +1,4 @@
-"""Where blocking work runs: threads for handlers, for finding callers, for passwords, for Stripe, for receivers.
+"""Where blocking work runs: threads for handlers, for passwords, for Stripe, for receivers.
 
 bcrypt takes a quarter of a second of a core. In the threads that everything else needs, a login storm
 would stop everything else; here it queues for two seconds and is then told to come back. Stripe may take
@@ -30,7 +30,6 @@ class Lane(enum.Enum):
     """Kinds of work that must not wait for each other."""
 
     GENERAL = "general"
-    SECURITY = "security"
     PASSWORDS = "passwords"
     STRIPE = "stripe"
     WEBHOOKS = "webhooks"

@@ -18,7 +18,9 @@ from billing.storage import embedded, schema
 OWNER, APP = "billing_owner", "billing_app"
 NAME = "billing"
 DRIVER = "postgresql+psycopg2"
-SEVERAL_HOSTS = re.compile(r"(?P<before>[^:/@]+://(?:[^@]*@)?)(?P<hosts>[^/?@]*,[^/?@]*)(?P<after>(?:[/?].*)?)")
+SEVERAL_HOSTS = re.compile(
+    r"(?P<before>[^:/@]+://(?:[^@]*@)?)(?P<hosts>[^/?@]*,[^/?@]*)(?P<after>(?:[/?].*)?)"
+)
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -20,14 +19,12 @@ from billing.errors import (
 )
 from billing.http.access import Access, Gate, NameOperation, bearer_credential, operation_id_of, security_map
 from billing.http.document import load, operations
-from billing.http.lanes import Lane, Lanes
 from billing.ids import new_id
 from billing.keys import ApiKey
 from billing.security import Caller
 from tests.test_tenants import ACME, ADA
 
 NOW = datetime(2026, 1, 15, 9, 30, tzinfo=UTC)
-LANES = Lanes({Lane.SECURITY: 2})
 KEY = ApiKey(ACME.id, new_id(), "live_secret", None, "abcd", NOW)
 BY_USER, BY_KEY = Caller(ACME, user=ADA), Caller(ACME, key=KEY)
 
@@ -37,24 +34,22 @@ class Doorkeeper:
 
     def __init__(self) -> None:
         self.asked: list[str] = []
-        self.threads: set[threading.Thread] = set()
 
-    def by_bearer(self, credential: str) -> Caller:
+    async def by_bearer(self, credential: str) -> Caller:
         return self._answer(credential, "a-token", BY_USER, TokenInvalid)
 
-    def by_key(self, text: str) -> Caller:
+    async def by_key(self, text: str) -> Caller:
         return self._answer(text, "a-key", BY_KEY, KeyUnknown)
 
     def _answer(self, given: str, good: str, caller: Caller, error: type[BillingError]) -> Caller:
         self.asked.append(given)
-        self.threads.add(threading.current_thread())
         if given != good:
             raise error
         return caller
 
 
 def access(doorkeeper: Doorkeeper) -> Access:
-    return Access(doorkeeper, LANES)  # type: ignore[arg-type]
+    return Access(doorkeeper)  # type: ignore[arg-type]
 
 
 def outcome(scheme: str, headers: list[tuple[str, str]], doorkeeper: Doorkeeper | None = None) -> Any:
@@ -112,12 +107,6 @@ def test_without_a_credential_nobody_is_asked() -> None:
         for headers in ([], [(AUTHORIZATION, "Basic a-token")]):
             outcome(scheme, headers, doorkeeper)
     assert doorkeeper.asked == []
-
-
-def test_the_doorkeeper_is_asked_off_the_event_loop() -> None:
-    doorkeeper = Doorkeeper()
-    outcome("bearer", [(AUTHORIZATION, "Bearer a-token")], doorkeeper)
-    assert threading.main_thread() not in doorkeeper.threads
 
 
 def test_connexion_knows_both_handlers_for_its_own() -> None:

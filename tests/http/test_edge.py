@@ -13,7 +13,7 @@ import pytest
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from billing.http.edge import Edge, Failsafe
+from billing.http.edge import Edge
 from tests.rawhttp import exchange, request, serving
 
 Headers = list[tuple[bytes, bytes]]
@@ -192,7 +192,7 @@ def test_500_is_a_problem_with_the_request_id(app: ASGIApp, events: list[Any]) -
 
 
 def test_an_exception_is_logged_once(events: list[Any]) -> None:
-    through(Edge(Failsafe(failing)))
+    through(Edge(failing))
     assert [event["event"] for event in events] == ["request failed", "request"]
     assert events[0]["exc_info"] is True
 

@@ -1,0 +1,277 @@
+"""The look-ups on the event loop: right answers, and no wait for a connection that is broken, stopped or missing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar
+
+import pytest
+from sqlalchemy import Engine, text
+
+from billing import sessions, tenants
+from billing.errors import DatabaseUnavailable
+from billing.ids import new_id
+from billing.keys import KeyDigests
+from billing.settings import Settings
+from billing.storage import lookups
+from billing.storage.lookups import FIND_KEY, FIND_USER, Lookups
+from billing.storage.store import Store
+from billing.tenants import Registered
+from billing.tokens import Claims, Tokens
+from tests.conftest import TestDatabase
+
+T = TypeVar("T")
+NOW = datetime(2026, 1, 15, 9, 30, tzinfo=UTC)
+SHORT = 0.3
+NOWHERE = "postgresql+psycopg2://billing_app@127.0.0.1:1/billing"
+
+
+@pytest.fixture
+def digests(settings: Settings) -> KeyDigests:
+    return KeyDigests(settings.key_peppers)
+
+
+@pytest.fixture
+def two(store: Store, digests: KeyDigests) -> list[Registered]:
+    """Acme and Globex."""
+
+    def register(name: str) -> Registered:
+        details = {"company_name": name, "email": f"ada@{name}.example"}
+        with store.tenant(new_id()) as tx:
+            return tenants.register(tx, details, password_hash="-", digests=digests, now=NOW)
+
+    return [register("acme"), register("globex")]
+
+
+@pytest.fixture
+def claims(store: Store, settings: Settings, two: list[Registered]) -> Claims:
+    """What the access token of Acme's owner says."""
+    tokens = Tokens(settings.jwt_keys, settings.public_base_url)
+    with store.tenant(two[0].tenant.id) as tx:
+        pair = sessions.start(tx, two[0].owner, tokens=tokens, now=NOW)
+    return tokens.read_access(pair.access, NOW)
+
+
+def ask(url: str, story: Callable[[Lookups], Awaitable[T]], *, lines: int = 2) -> T:
+    async def run() -> T:
+        opened = Lookups(lines)
+        opened.open(url)
+        try:
+            return await story(opened)
+        finally:
+            opened.close()
+
+    return asyncio.run(run())
+
+
+# Answers -----------------------------------------------------------------------------------------
+
+
+def test_each_key_is_its_own_tenants(
+    test_database: TestDatabase, two: list[Registered], digests: KeyDigests
+) -> None:
+    async def all_of_them(asked: Lookups) -> list[Any]:
+        return [await asked.find_key(digests.candidates(new.text)) for made in two for new in made.keys]
+
+    found = ask(test_database.app_url, all_of_them)
+    assert found == [(made.tenant, new.key) for made in two for new in made.keys]
+
+
+def test_of_many_at_once_each_gets_its_own_answer(
+    test_database: TestDatabase, two: list[Registered], digests: KeyDigests
+) -> None:
+    asked_for = [two[n % 2].keys[n % 4] for n in range(200)]
+
+    async def all_at_once(asked: Lookups) -> list[Any]:
+        return await asyncio.gather(*(asked.find_key(digests.candidates(new.text)) for new in asked_for))
+
+    found = ask(test_database.app_url, all_at_once)
+    assert [(tenant.id, key.id) for tenant, key in found] == [
+        (new.key.tenant_id, new.key.id) for new in asked_for
+    ]
+
+
+def test_a_key_that_nobody_has_is_none(test_database: TestDatabase, two: list[Registered]) -> None:
+    assert ask(test_database.app_url, lambda asked: asked.find_key(["k1:none", "'; --"])) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"user_id": new_id()},
+        {"session_id": new_id()},
+        {"token_version": 2},
+        {"token_version": 10**12},
+        {"tenant_id": new_id()},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_token_names_its_user_and_with_anything_else_nobody(
+    test_database: TestDatabase, two: list[Registered], claims: Claims, changes: dict[str, Any]
+) -> None:
+    async def both(asked: Lookups) -> list[Any]:
+        return [await asked.find_user(said, NOW) for said in (claims, replace(claims, **changes))]
+
+    assert ask(test_database.app_url, both) == [(two[0].tenant, two[0].owner), None]
+
+
+def test_a_token_of_one_tenant_names_no_user_of_another(
+    test_database: TestDatabase, two: list[Registered], claims: Claims
+) -> None:
+    moved = replace(claims, tenant_id=two[1].tenant.id)
+    assert ask(test_database.app_url, lambda asked: asked.find_user(moved, NOW)) is None
+
+
+def test_a_session_that_is_over_names_nobody(test_database: TestDatabase, claims: Claims) -> None:
+    later = NOW + timedelta(days=31)
+    assert ask(test_database.app_url, lambda asked: asked.find_user(claims, later)) is None
+
+
+# Prepared, or not --------------------------------------------------------------------------------
+
+
+def test_what_a_pooler_forgets_is_sent_whole(
+    test_database: TestDatabase, superuser: Engine, two: list[Registered], digests: KeyDigests, claims: Claims
+) -> None:
+    """As behind PgBouncer, which hands out another server connection each time."""
+
+    async def after_forgetting(asked: Lookups) -> list[Any]:
+        await asked.find_key(["none"])
+        line = asked._idle.pop()
+        line._answer = answer = asyncio.get_running_loop().create_future()
+        line._cursor.execute("DEALLOCATE ALL; SELECT 1")
+        await answer
+        found = [
+            await asked.find_key(digests.candidates(two[1].keys[0].text)),
+            await asked.find_user(claims, NOW),
+        ]
+        assert not line.is_prepared
+        return found
+
+    key, user = ask(test_database.app_url, after_forgetting, lines=1)
+    assert (key[0], user[0]) == (two[1].tenant, two[0].tenant)
+
+
+@pytest.mark.parametrize("question", [FIND_KEY, FIND_USER], ids=lambda question: question.name)
+def test_a_question_is_one_message(question: lookups.Question) -> None:
+    # Two statements and so one transaction: the setting is gone when the answer is here.
+    for prepared in (True, False):
+        assert question.message(prepared=prepared).count(";") == 1
+
+
+# Trouble -----------------------------------------------------------------------------------------
+
+
+def backends(superuser: Engine) -> list[int]:
+    query = "SELECT pid FROM pg_stat_activity WHERE usename = 'billing_app' AND query LIKE '%find_key%'"
+    with superuser.connect() as connection:
+        return list(connection.scalars(text(query)))
+
+
+def test_a_connection_that_was_closed_is_replaced(
+    test_database: TestDatabase, superuser: Engine, two: list[Registered], digests: KeyDigests
+) -> None:
+    candidates = digests.candidates(two[0].keys[0].text)
+
+    async def through_a_restart(asked: Lookups) -> list[Any]:
+        before = await asyncio.gather(*(asked.find_key(candidates) for _ in range(4)))
+        with superuser.connect() as connection:
+            for pid in backends(superuser):
+                connection.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
+        # At once, when the loop has not yet heard of it, and again when it has.
+        at_once = await asyncio.gather(*(asked.find_key(candidates) for _ in range(4)))
+        await asyncio.sleep(SHORT)
+        return [*before, *at_once, await asked.find_key(candidates)]
+
+    found = ask(test_database.app_url, through_a_restart)
+    assert [tenant for tenant, _ in found] == [two[0].tenant] * 9
+
+
+@contextmanager
+def stopped(pids: list[int]) -> Iterator[None]:
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
+def test_a_backend_that_has_stopped_is_given_up_and_another_asked(
+    test_database: TestDatabase,
+    superuser: Engine,
+    two: list[Registered],
+    digests: KeyDigests,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lookups, "ANSWERING_SECONDS", SHORT)
+    monkeypatch.setattr(lookups, "LOOKED_EVERY_SECONDS", SHORT / 10)
+    candidates = digests.candidates(two[0].keys[0].text)
+
+    async def past_it(asked: Lookups) -> list[Any]:
+        first = await asked.find_key(candidates)
+        with stopped(backends(superuser)):
+            return [first, await asked.find_key(candidates)]
+
+    assert [tenant for tenant, _ in ask(test_database.app_url, past_it, lines=1)] == [two[0].tenant] * 2
+
+
+def test_without_a_database_everybody_is_told_soon() -> None:
+    async def many(asked: Lookups) -> list[BaseException | Any]:
+        answers = (asked.find_key([str(n)]) for n in range(20))
+        return await asyncio.wait_for(asyncio.gather(*answers, return_exceptions=True), 5)
+
+    assert {type(answer) for answer in ask(NOWHERE, many)} == {DatabaseUnavailable}
+
+
+def test_before_it_is_opened_and_after_it_is_closed_there_is_none() -> None:
+    async def story() -> None:
+        asked = Lookups()
+        with pytest.raises(DatabaseUnavailable):
+            await asked.find_key(["a"])
+        asked.open(NOWHERE)
+        waiting = asyncio.ensure_future(asked.find_key(["a"]))
+        await asyncio.sleep(0)
+        asked.close()
+        with pytest.raises(DatabaseUnavailable):
+            await waiting
+
+    asyncio.run(story())
+
+
+def test_who_does_not_wait_any_more_leaves_the_line_in_order(
+    test_database: TestDatabase, two: list[Registered], digests: KeyDigests
+) -> None:
+    async def story(asked: Lookups) -> Any:
+        for _ in range(20):
+            left = asyncio.ensure_future(asked.find_key(digests.candidates(two[0].keys[0].text)))
+            await asyncio.sleep(0)
+            left.cancel()
+            found = await asked.find_key(digests.candidates(two[1].keys[0].text))
+            assert found is not None
+            assert found[0] == two[1].tenant
+        return len(asked._lines)
+
+    assert ask(test_database.app_url, story, lines=1) == 1
+
+
+def test_a_lock_that_is_held_is_a_database_that_is_away(
+    test_database: TestDatabase, superuser: Engine, two: list[Registered], digests: KeyDigests
+) -> None:
+    candidates = digests.candidates(two[0].keys[0].text)
+
+    async def story(asked: Lookups) -> Any:
+        with superuser.begin() as connection:
+            connection.execute(text("LOCK TABLE api_keys IN ACCESS EXCLUSIVE MODE"))
+            with pytest.raises(DatabaseUnavailable):
+                await asked.find_key(candidates)
+        return await asked.find_key(candidates)
+
+    assert ask(test_database.app_url, story)[0] == two[0].tenant
