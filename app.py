@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 import anyio
 import structlog
@@ -18,7 +19,14 @@ from billing.deliveries import policy_for, tester_for
 from billing.encryption import Vault
 from billing.errors import DatabaseUnavailable
 from billing.http import application, document, logs, problems
-from billing.http.lanes import PASSWORD_THREADS, STRIPE_THREADS, WEBHOOK_THREADS, Lane, Lanes
+from billing.http.lanes import (
+    PASSWORD_THREADS,
+    STRIPE_THREADS,
+    WEBHOOK_THREADS,
+    Lane,
+    Lanes,
+    end_with_main_thread,
+)
 from billing.http.pages import pages
 from billing.keys import KeyDigests
 from billing.passwords import Passwords
@@ -34,6 +42,8 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing")
 
 KEY_USES_FLUSHED_EVERY_SECONDS = 1
 SHARED_CONNECTIONS = 4
+# For each of the last things, and for the threads that then still run.
+FAREWELL_SECONDS = 3
 
 
 def create_app(settings: Settings, *, clock: Clock = utc_now) -> ASGIApp:
@@ -64,6 +74,7 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> ASGIApp:
         allowed_origins=settings.cors_allowed_origins,
         trusted_proxies=settings.trusted_proxies,
         compiled=settings.compiled_operations,
+        timeout_seconds=settings.request_timeout_seconds,
     )
 
 
@@ -102,9 +113,15 @@ async def running(settings: Settings, store: Store, lookups: Lookups, uses: KeyU
             tasks.cancel_scope.cancel()
     finally:
         lookups.close()
-        with anyio.CancelScope(shield=True):
-            await to_thread.run_sync(store.close)
-            await to_thread.run_sync(database.close)
+        end_with_main_thread(FAREWELL_SECONDS)
+        await farewell(store.close)
+        await farewell(database.close)
+
+
+async def farewell(call: Callable[[], None]) -> None:
+    """Do one of the last things, and wait for it no longer than makes sense."""
+    with anyio.move_on_after(FAREWELL_SECONDS, shield=True):
+        await to_thread.run_sync(call, abandon_on_cancel=True)
 
 
 async def keep_flushing(uses: KeyUses, store: Store) -> None:
@@ -112,10 +129,9 @@ async def keep_flushing(uses: KeyUses, store: Store) -> None:
     try:
         while True:
             await anyio.sleep(KEY_USES_FLUSHED_EVERY_SECONDS)
-            await to_thread.run_sync(flush, uses, store)
+            await to_thread.run_sync(flush, uses, store, abandon_on_cancel=True)
     finally:
-        with anyio.CancelScope(shield=True):
-            await to_thread.run_sync(flush, uses, store)
+        await farewell(partial(flush, uses, store))
 
 
 def flush(uses: KeyUses, store: Store) -> None:

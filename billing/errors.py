@@ -46,6 +46,7 @@ BillingError
 └── Unavailable                  503
     ├── Overloaded
     ├── DatabaseUnavailable
+    ├── DeadlineExceeded
     └── StripeNotConfigured
 """
 
@@ -437,6 +438,16 @@ class DatabaseUnavailable(Unavailable):
     """The database does not answer in time.
 
     Wait as many seconds as `Retry-After` says, and repeat the request.
+    """
+
+    retry_after_seconds = 5
+
+
+class DeadlineExceeded(Unavailable):
+    """The answer was not ready in time.
+
+    Whether anything was changed is unknown. Wait as many seconds as `Retry-After` says, and repeat the request, with
+    the same `Idempotency-Key` where it had one.
     """
 
     retry_after_seconds = 5

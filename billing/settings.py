@@ -60,6 +60,7 @@ class Settings:
     rate_limits: bool
     worker_threads: int
     compiled_operations: bool
+    request_timeout_seconds: int
 
     @classmethod
     def load(
@@ -142,6 +143,7 @@ class _Reader:
             rate_limits=self.choice("RATE_LIMITS", "on", "off") == "on",
             worker_threads=self.whole("WORKER_THREADS", 8, lowest=1, highest=64),
             compiled_operations=self.choice("COMPILED_OPERATIONS", "on", "off") == "on",
+            request_timeout_seconds=self.whole("REQUEST_TIMEOUT_SECONDS", 30, lowest=1, highest=300),
         )
 
     def choice(self, name: str, *allowed: str) -> str:

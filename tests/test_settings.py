@@ -59,6 +59,7 @@ DEFAULTS: dict[str, Any] = {
     "webhook_allow_http": False,
     "worker_threads": 8,
     "compiled_operations": True,
+    "request_timeout_seconds": 30,
     "rate_limits": True,
     "stripe_secret_key": None,
     "stripe_connect_client_id": None,
@@ -103,6 +104,7 @@ def test_every_setting_has_a_default_here_or_is_a_secret_or_the_state_directory(
         *(("WEBHOOK_ALLOW_HTTP", text, False) for text in ("off", "false", "0", "")),
         ("WORKER_THREADS", "64", 64),
         ("COMPILED_OPERATIONS", "off", False),
+        ("REQUEST_TIMEOUT_SECONDS", "300", 300),
         ("STRIPE_SECRET_KEY", "sk_test_hunter2", "sk_test_hunter2"),
         ("STRIPE_SECRET_KEY", "rk_live_hunter2", "rk_live_hunter2"),
         ("STRIPE_CONNECT_CLIENT_ID", "ca_acme", "ca_acme"),
@@ -121,6 +123,7 @@ BAD = {
     "PASSWORD_COST": ["3", "17", "twelve"],
     "WORKER_THREADS": ["0", "65", "many"],
     "COMPILED_OPERATIONS": ["no", "OFF", "2"],
+    "REQUEST_TIMEOUT_SECONDS": ["0", "301", "1.5"],
     "PUBLIC_BASE_URL": [
         "billing.example",
         "ftp://billing.example",

@@ -21,6 +21,7 @@ from billing.errors import BillingError
 from billing.http import problems
 from billing.http.access import Access, Gate, NameOperation, security_map
 from billing.http.cors import Cors
+from billing.http.deadlines import Deadline
 from billing.http.document import Operation, operations
 from billing.http.edge import Edge, Network
 from billing.http.guard import Guard
@@ -58,6 +59,7 @@ def build(
     lanes: Lanes,
     allowed_origins: Collection[str],
     trusted_proxies: Sequence[Network],
+    timeout_seconds: float,
     compiled: bool = True,
 ) -> ASGIApp:
     """The whole ASGI application; raises at once what is wrong with the document or a handler."""
@@ -84,7 +86,8 @@ def build(
     app.add_api(document)
     start(app)
     runs = compile_all(listed, access=access, rules=rules, endpoints=answering) if compiled else {}
-    return Edge(Cors(Operations(app, runs), allowed_origins), trusted_proxies=trusted_proxies)
+    in_time = Deadline(Operations(app, runs), seconds=timeout_seconds)
+    return Edge(Cors(in_time, allowed_origins), trusted_proxies=trusted_proxies)
 
 
 def start(app: connexion.AsyncApp) -> None:

@@ -13,6 +13,7 @@ import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from billing import errors
+from billing.errors import BillingError
 from billing.http import problems
 from billing.ids import new_id
 
@@ -70,7 +71,7 @@ class Edge:
             if exchange.is_unanswered:
                 log.error("request left unanswered")
         if exchange.is_unanswered:
-            await apologise(exchange.send, scope["state"]["request_id"])
+            await apologise(exchange.send, scope["state"]["request_id"], errors.InternalError())
 
 
 class Exchange:
@@ -110,9 +111,9 @@ class Exchange:
         return [*others, *missing, *closing, *self._headers]
 
 
-async def apologise(send: Send, request_id: str) -> None:
-    """Send the 500 problem."""
-    await problems.render(errors.InternalError(), request_id=request_id).send(send)
+async def apologise(send: Send, request_id: str, error: BillingError) -> None:
+    """Send the problem, in the stead of an application that does not."""
+    await problems.render(error, request_id=request_id).send(send)
 
 
 def request_id_of(headers: Headers) -> str:

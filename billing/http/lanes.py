@@ -7,11 +7,18 @@ eight seconds to say nothing, a tenant's receiver fifteen: likewise nobody else'
 
 from __future__ import annotations
 
+import asyncio
 import enum
+import os
+import threading
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from typing import TypeVar
 
 import anyio
+import structlog
 from anyio import to_thread
 
 from billing.errors import Overloaded
@@ -24,6 +31,8 @@ PASSWORD_THREADS = 2
 STRIPE_THREADS = 16
 WEBHOOK_THREADS = 16
 LONGEST_WAIT_SECONDS = 2
+
+log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.http")
 
 
 class Lane(enum.Enum):
@@ -68,8 +77,68 @@ class Lanes:
                 await limiter.acquire_on_behalf_of(borrower)
         except TimeoutError:
             raise Overloaded from None
+        place = _Place(partial(limiter.release_on_behalf_of, borrower))
         try:
             # The lane's limit is taken; the one that anyio asks for here is never waited for.
-            return await to_thread.run_sync(call, limiter=anyio.CapacityLimiter(1))
+            return await to_thread.run_sync(
+                partial(place.run, call), limiter=anyio.CapacityLimiter(1), abandon_on_cancel=True
+            )
         finally:
-            limiter.release_on_behalf_of(borrower)
+            place.leave()
+
+
+class _Place:
+    """A call's place in its lane: free when its thread has ended, even if nobody waits for that any more.
+
+    Given back sooner, requests that are past their deadline would pile up threads without bound.
+    """
+
+    def __init__(self, release: Callable[[], None]) -> None:
+        self._release = release
+        self._loop = asyncio.get_running_loop()
+        self._lock = threading.Lock()
+        self._is_running = False
+        self._is_left = False
+
+    def run(self, call: Callable[[], T]) -> T:
+        """The call itself, in its thread; raises `Overloaded` if it was given up before it began."""
+        with self._lock:
+            if self._is_left:
+                raise Overloaded
+            self._is_running = True
+        try:
+            return call()
+        finally:
+            with self._lock:
+                self._is_running = False
+                is_left = self._is_left
+            if is_left:
+                self._end_late()
+
+    def leave(self) -> None:
+        """Wait no longer."""
+        with self._lock:
+            self._is_left = True
+            is_running = self._is_running
+        if not is_running:
+            self._release()
+
+    def _end_late(self) -> None:
+        log.warning("a call ended after its request")
+        with suppress(RuntimeError):  # The server may have ended before.
+            self._loop.call_soon_threadsafe(self._release)
+
+
+def end_with_main_thread(patience_seconds: float) -> None:
+    """Have the process end when its main thread has, even if others go on for longer than this.
+
+    Python waits for each of them, and one that hangs would keep a server that has drained from ending.
+    """
+
+    def end() -> None:
+        threading.main_thread().join()
+        time.sleep(patience_seconds)
+        log.error("a thread did not end: the process ends without it")
+        os._exit(1)
+
+    threading.Thread(target=end, name="end", daemon=True).start()

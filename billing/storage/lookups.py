@@ -177,7 +177,13 @@ class Lookups:
             task.add_done_callback(self._opening.discard)
         waiting: asyncio.Future[Line] = self._loop.create_future()
         self._waiting.append((waiting, self._loop.time()))
-        return await waiting
+        try:
+            return await waiting
+        except asyncio.CancelledError:
+            # The request has ended, at its deadline, in the moment in which a line was found for it.
+            if waiting.done() and not waiting.cancelled() and waiting.exception() is None:
+                self.freed(waiting.result())
+            raise
 
     async def _open_line(self, url: str) -> None:
         try:

@@ -25,6 +25,7 @@ from billing.storage.stripe_connect import StripeConnect
 from billing.storage.tasks import Tasks, take_due
 from billing.storage.tenants import Tenants
 from billing.storage.users import Users
+from billing.storage.watchdog import STATEMENT_SECONDS, Watchdog
 from billing.storage.webhooks import Webhooks
 from billing.tasks import Queue, Task
 
@@ -78,21 +79,32 @@ class TenantTx:
 class Store:
     """Opens transactions on PostgreSQL. Every failure to reach it is `DatabaseUnavailable`."""
 
-    def __init__(self, vault: Vault, *, connections: int) -> None:
+    def __init__(
+        self,
+        vault: Vault,
+        *,
+        connections: int,
+        pool_wait_seconds: float = POOL_WAIT_SECONDS,
+        statement_seconds: float = STATEMENT_SECONDS,
+    ) -> None:
         self._vault = vault
         self._connections = connections
+        self._pool_wait_seconds = pool_wait_seconds
+        self._statement_seconds = statement_seconds
+        self._watchdog: Watchdog | None = None
         self._opened: Engine | None = None
 
     def open(self, url: str) -> None:
         """Take the address of the database; connections are made when they are needed."""
+        self._watchdog = Watchdog(self._statement_seconds)
         self._opened = create_engine(
             url,
             pool_size=self._connections,
             max_overflow=0,
-            pool_timeout=POOL_WAIT_SECONDS,
+            pool_timeout=self._pool_wait_seconds,
             pool_pre_ping=True,
             hide_parameters=True,
-            connect_args=CONNECT_ARGS,
+            connect_args=CONNECT_ARGS | self._watchdog.connect_args,
         )
 
     @property
@@ -149,6 +161,9 @@ class Store:
         if self._opened is not None:
             self._opened.dispose()
             self._opened = None
+        if self._watchdog is not None:
+            self._watchdog.close()
+            self._watchdog = None
 
 
 @contextmanager

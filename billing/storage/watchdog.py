@@ -1,0 +1,135 @@
+"""Statements that take too long lose their connection: a server that was stopped says nothing, and for ever.
+
+PostgreSQL minds `statement_timeout` itself, and the kernel a machine that is gone. Neither notices a process that
+was stopped, or a COMMIT that waits for a standby: libpq reads on, and with it one of our threads.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from contextlib import suppress
+from threading import Event, Lock, Thread
+from typing import Any
+from weakref import WeakSet
+
+import structlog
+from psycopg2 import extensions
+
+# Longer than PostgreSQL's own statement_timeout, and the way there and back.
+STATEMENT_SECONDS = 8.0
+LOOKS = 16  # Within that time.
+NEVER = float("inf")
+
+log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.storage")
+
+
+class Watchdog:
+    """Cuts the connections that it made when a statement on them is overdue: one thread for all of them."""
+
+    def __init__(self, seconds: float = STATEMENT_SECONDS) -> None:
+        self._seconds = seconds
+        self._lock = Lock()
+        self._lines: WeakSet[_Line] = WeakSet()
+        self._thread: Thread | None = None
+        self._closing = Event()
+
+    @property
+    def connect_args(self) -> dict[str, Any]:
+        """What psycopg2 has to be told to make connections of ours."""
+        return {"connection_factory": self._connect, "cursor_factory": _Cursor}
+
+    def close(self) -> None:
+        """End, as soon as no statement is under way."""
+        self._closing.set()
+
+    def _connect(self, dsn: str, **options: Any) -> _Connection:
+        connection = _Connection(dsn, self._seconds, **options)
+        with self._lock:
+            self._lines.add(connection.line)
+            if self._thread is None:
+                self._thread = Thread(target=self._run, name="statements", daemon=True)
+                self._thread.start()
+        return connection
+
+    def _run(self) -> None:
+        while self._look() or not self._closing.is_set():
+            time.sleep(self._seconds / LOOKS)
+
+    def _look(self) -> bool:
+        """Cut what is overdue; returns whether anything is under way."""
+        now = time.monotonic()
+        with self._lock:
+            busy = [line for line in self._lines if line.overdue_at < NEVER]
+        for line in busy:
+            if line.overdue_at < now:
+                line.cut()
+        return bool(busy)
+
+
+class _Line:
+    """The socket under a connection, and until when an answer on it may be waited for. A block is one statement."""
+
+    def __init__(self, descriptor: int, seconds: float) -> None:
+        self.overdue_at = NEVER
+        self._seconds = seconds
+        self._lock = Lock()
+        # A descriptor of our own for the same socket: libpq closes its own at an error, and then that is the number
+        # of somebody else's.
+        self._socket: socket.socket | None = socket.socket(fileno=os.dup(descriptor))
+
+    def __enter__(self) -> None:
+        self.overdue_at = time.monotonic() + self._seconds
+
+    def __exit__(self, *_: object) -> None:
+        self.overdue_at = NEVER
+
+    def __del__(self) -> None:
+        self.close()
+
+    def cut(self) -> None:
+        """End the connection under the thread that waits for it, and gets an `OperationalError`."""
+        with self._lock:
+            if self._socket is None:
+                return
+            log.warning("a statement took too long: its connection is cut", seconds=self._seconds)
+            self.overdue_at = NEVER
+            with suppress(OSError):  # The other side may have ended it.
+                self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._socket is not None:
+                self._socket.close()
+            self._socket = None
+
+
+class _Connection(extensions.connection):
+    def __init__(self, dsn: str, seconds: float, **options: Any) -> None:
+        super().__init__(dsn, **options)
+        self.line = _Line(self.fileno(), seconds)
+
+    def commit(self) -> None:
+        with self.line:
+            super().commit()
+
+    def rollback(self) -> None:
+        with self.line:
+            super().rollback()
+
+    def close(self) -> None:
+        self.line.close()
+        super().close()
+
+
+class _Cursor(extensions.cursor):
+    connection: _Connection
+
+    def execute(self, query: Any, vars: Any = None) -> None:  # psycopg2's name for it
+        with self.connection.line:
+            super().execute(query, vars)
+
+    def executemany(self, query: Any, vars_list: Any) -> None:
+        with self.connection.line:
+            super().executemany(query, vars_list)
