@@ -6,6 +6,7 @@ import hashlib
 import hmac
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
@@ -21,6 +22,7 @@ AUDIENCES = {ACCESS: "billing-api", REFRESH: "billing-refresh"}
 ACCESS_LIFETIME = timedelta(minutes=15)
 REFRESH_IDLE_LIFETIME = timedelta(days=7)
 LONGEST = 4096
+REMEMBERED = 1024
 CLAIMS = ["iss", "aud", "sub", "tid", "sid", "ver", "jti", "iat", "exp"]
 # The clock is an argument here, so PyJWT must not ask its own.
 OPTIONS: Any = {
@@ -70,6 +72,8 @@ class Tokens:
     def __init__(self, keys: Keyring, issuer: str) -> None:
         self._keys = keys
         self._issuer = issuer
+        # A signature once found good stays good. Whether token and session still are is asked each time.
+        self._verified = lru_cache(maxsize=REMEMBERED)(self._verify)
 
     def access(self, holder: Holder, now: datetime) -> str:
         """An access token, good for 15 minutes."""
@@ -117,12 +121,15 @@ class Tokens:
         if len(text) > LONGEST:
             raise TokenInvalid
         try:
-            return self._claims(typ, text, now)
+            claims, ends_at = self._verified(typ, text)
         # PyJWT lets some malformed members through as plain errors of their types; OSError is a time too far.
         except (jwt.PyJWTError, ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError):
             raise TokenInvalid from None
+        if now >= ends_at:
+            raise TokenExpired
+        return claims
 
-    def _claims(self, typ: str, text: str, now: datetime) -> Claims:
+    def _verify(self, typ: str, text: str) -> tuple[Claims, datetime]:
         header = jwt.get_unverified_header(text)
         key = self._keys.get(header["kid"])
         if header["typ"] != typ or key is None:
@@ -130,9 +137,7 @@ class Tokens:
         claims = jwt.decode(
             text, key, algorithms=[ALGORITHM], audience=AUDIENCES[typ], issuer=self._issuer, options=OPTIONS
         )
-        if now >= datetime.fromtimestamp(claims["exp"], UTC):
-            raise TokenExpired
-        return Claims(
+        said = Claims(
             tenant_id=UUID(claims["tid"]),
             user_id=UUID(claims["sub"]),
             session_id=UUID(claims["sid"]),
@@ -140,3 +145,4 @@ class Tokens:
             jti=str(claims["jti"]),
             signed_by=header["kid"],
         )
+        return said, datetime.fromtimestamp(claims["exp"], UTC)

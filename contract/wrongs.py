@@ -418,8 +418,8 @@ IN_WHO_MAY = (
     Wrong(
         "tokens never expire",
         "billing/tokens.py",
-        'if now >= datetime.fromtimestamp(claims["exp"], UTC):',
-        'if claims["exp"] < 0:',
+        "if now >= ends_at:",
+        "if now is ends_at:",
         ("tests/test_tokens.py",),
     ),
 )

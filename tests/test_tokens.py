@@ -305,3 +305,13 @@ def test_any_other_text_is_invalid(text: str) -> None:
 def test_a_hostile_part_is_invalid(part: bytes) -> None:
     assert outcome(f"{encoded(part)}.{encoded(CLAIMS)}.AA") == "invalid"
     assert outcome(raw_signed(part)) == "invalid"
+
+
+def test_a_token_read_before_is_held_against_the_clock_and_its_kind_again() -> None:
+    tokens = Tokens(Keyring({"old": OLD}), ISSUER)
+    text = tokens.access(HOLDER, NOW)
+    assert tokens.read_access(text, NOW) is tokens.read_access(text, NOW)
+    with pytest.raises(TokenExpired):
+        tokens.read_access(text, NOW + ACCESS_LIFETIME)
+    with pytest.raises(TokenInvalid):
+        tokens.read_refresh(text, NOW)
