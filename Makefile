@@ -20,7 +20,7 @@ LOCK := $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashe
 LOCK_PROJECT := $(LOCK) pyproject.toml --extra build
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format types unit browser node openssl fuzz lock clean bench bench-tools bench-webhooks sdk contract diff contract-tools compilers
+.PHONY: help serve test check format types unit browser node openssl fuzz lock clean bench bench-storm bench-scale bench-start bench-tools bench-webhooks sdk contract diff contract-tools compilers
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +63,15 @@ openssl: ## Install openssl where that can be done (Debian, as root)
 
 bench: bench-tools ## Measure requests beside Starlette, FastAPI and Django, for under 28 minutes; ARGS="--quick" for three
 	$(BIN)/python -m benchmarks.requests $(ARGS)
+
+bench-storm: bench-tools ## Measure `verify` while 32 clients log in, for some two minutes
+	$(BIN)/python -m benchmarks.storm $(ARGS)
+
+bench-scale: bench-tools ## Measure with up to a million tenants, and with 1, 2 and 4 processes; some 8 GB of disk
+	$(BIN)/python -m benchmarks.scale $(ARGS)
+
+bench-start: $(VENV)/.test ## Measure how long the server takes to its first answer, and its imports
+	$(BIN)/python -m benchmarks.start $(ARGS)
 
 bench-tools: $(VENV)/.test $(BENCH_VENV)/.installed ## Install what the measurements need; wrk where that can be done (Debian, as root)
 	@command -v wrk >/dev/null \

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from benchmarks.installation import Installation, installed
+from benchmarks.requests import plots as plotting
 from benchmarks.requests import profile as profiling
 from benchmarks.requests import report
 from benchmarks.requests.cases import CASES
@@ -32,6 +33,7 @@ SERVERS = (OURS, *PEERS)
 @click.option("--seconds", type=click.IntRange(1), default=3, show_default=True, help="How long a window is.")
 @click.option("--pin/--no-pin", default=True, help="Whether servers have a core to themselves.")
 @click.option("--quiet-peers", is_flag=True, help="Peers log no requests; we do all the same.")
+@click.option("--plots", is_flag=True, help="Write the figures of docs/performance.md.")
 @click.option("--profile", is_flag=True, help="Only profile our server, under the first case chosen.")
 @click.option("--native", is_flag=True, help="Profile C functions too.")
 def main(
@@ -43,6 +45,7 @@ def main(
     seconds: int,
     pin: bool,
     quiet_peers: bool,
+    plots: bool,
     profile: bool,
     native: bool,
 ) -> None:
@@ -68,6 +71,8 @@ def main(
                 click.echo(line)
             note(f"about {plan.seconds_in_all // 60} minutes")
             results = run(installation, population, started, plan, note)
+    if plots:
+        note(f"written: {', '.join(path.name for path in plotting.write(results))}")
     click.echo(f"\n{report.figures(results)}\n\n{report.conclusion(results)}")
 
 

@@ -25,7 +25,7 @@ end
 done = function(summary, latency)
   local errors = summary.errors
   io.write(string.format(
-    '\\n{"requests": %%d, "micros": %%d, "refused": %%d, "broken": %%d, "p50": %%.1f, "p99": %%.1f}\\n',
+    '\\n{"requests": %%d, "micros": %%d, "refused": %%d, "broken": %%d, "p50_micros": %%.1f, "p99_micros": %%.1f}\\n',
     summary.requests, summary.duration, errors.status, errors.connect + errors.read + errors.write + errors.timeout,
     latency:percentile(50), latency:percentile(99)))
 end
@@ -43,6 +43,35 @@ class Window:
     postgres_micros: float
     p50: float
     p99: float
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What wrk counted: how many, of them refused with 4xx or 5xx, and connections that broke."""
+
+    requests: int
+    micros: int
+    refused: int
+    broken: int
+    p50_micros: float
+    p99_micros: float
+
+    @property
+    def seconds(self) -> float:
+        return self.micros / 1e6
+
+    @property
+    def a_second(self) -> float:
+        return self.requests / self.seconds
+
+    @property
+    def p50(self) -> float:
+        """In ms, as `p99`."""
+        return self.p50_micros / 1000
+
+    @property
+    def p99(self) -> float:
+        return self.p99_micros / 1000
 
 
 class WrongAnswer(Exception):
@@ -76,27 +105,25 @@ def measure(
     """Warm the server up for a second, then measure; raises `WrongAnswer`."""
     server.forget_log()
     require_right(server, case, requests[0])
-    script = Path(installation.environ["BILLING_STATE_DIR"], "requests.lua")
-    script.write_text(SCRIPT % {"requests": ",\n".join(json.dumps(each.raw()) for each in requests)})
+    script = script_of(Path(installation.environ["BILLING_STATE_DIR"], "requests.lua"), requests)
     wrk(server, script, clients=clients, seconds=1)
     before = server.cpu_seconds(), installation.postgres_seconds()
     counted = wrk(server, script, clients=clients, seconds=seconds)
     after = server.cpu_seconds(), installation.postgres_seconds()
-    refused = counted["requests"] if case.statuses[0] in REFUSALS else 0
-    if counted["broken"] or counted["refused"] != refused or not counted["requests"]:
+    refused = counted.requests if case.statuses[0] in REFUSALS else 0
+    if counted.broken or counted.refused != refused or not counted.requests:
         raise WrongAnswer(f"{server.name}, {case.name}, {clients} clients: {counted}")
-    cpu = [1e6 * (end - begin) / counted["requests"] for begin, end in zip(before, after, strict=True)]
-    return Window(
-        1e6 * counted["requests"] / counted["micros"],
-        cpu[0],
-        cpu[1],
-        counted["p50"] / 1000,
-        counted["p99"] / 1000,
-    )
+    cpu = [1e6 * (end - begin) / counted.requests for begin, end in zip(before, after, strict=True)]
+    return Window(counted.a_second, cpu[0], cpu[1], counted.p50, counted.p99)
 
 
-def wrk(server: Server, script: Path, *, clients: int, seconds: int) -> dict[str, float]:
-    """What wrk counted."""
+def script_of(path: Path, requests: Iterable[Request]) -> Path:
+    """What wrk is to send, written down for it."""
+    path.write_text(SCRIPT % {"requests": ",\n".join(json.dumps(each.raw()) for each in requests)})
+    return path
+
+
+def wrk(server: Server, script: Path, *, clients: int, seconds: int) -> Counted:
     command = [
         "wrk",
         "-t1",
@@ -109,8 +136,7 @@ def wrk(server: Server, script: Path, *, clients: int, seconds: int) -> dict[str
         server.url,
     ]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
-    counted: dict[str, float] = json.loads(ran.stdout.splitlines()[-1])
-    return counted
+    return Counted(**json.loads(ran.stdout.splitlines()[-1]))
 
 
 def require_right(server: Server, case: Case, request: Request) -> object:

@@ -39,6 +39,7 @@ class Member:
     tenant_id: UUID
     user_id: UUID
     session_id: UUID
+    email: str
     key: str
 
 
@@ -89,7 +90,9 @@ def _registered(store: Store, settings: Settings) -> Member:
         tenants.set_tier(tx, "enterprise", now=now)
         pair = sessions.start(tx, made.owner, tokens=tokens, now=now)
     key = next(new.text for new in made.keys if new.key.type == "live_secret")
-    return Member(tenant_id, made.owner.id, tokens.read_access(pair.access, now).session_id, key)
+    return Member(
+        tenant_id, made.owner.id, tokens.read_access(pair.access, now).session_id, made.owner.email, key
+    )
 
 
 def _holder(member: Member) -> Holder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import signal
 import socket
@@ -20,6 +21,7 @@ from billing.storage.database import NAME
 ROOT = Path(__file__).parents[2]
 BENCH_BIN = ROOT / ".venv-bench/bin"
 START_SECONDS = 60
+POLL_SECONDS = 0.005
 OURS = "ours"
 
 # uvicorn's own defaults, which are uvloop, httptools, and a line in the log for each request.
@@ -163,26 +165,35 @@ def started(
     ):
         server = Server(name, process, port, log)
         try:
-            await_port(server)
+            await_answer(server)
             yield server
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(STOP_SECONDS)
 
 
-def await_port(server: Server) -> None:
-    """Until it listens; raises `RuntimeError` with what it said if it ends before."""
+def await_answer(server: Server) -> None:
+    """Until it answers anything; raises `RuntimeError` with what it said if it ends before.
+
+    Ours listens before it can answer: who connects meanwhile waits.
+    """
     deadline = time.monotonic() + START_SECONDS
-    while not listens(server.port):
+    while not answers(server.port):
         if server.process.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"{server.name} does not start:\n{server.log.read_text()[-2000:]}")
-        time.sleep(0.05)
+        time.sleep(POLL_SECONDS)
 
 
-def listens(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+def answers(port: int) -> bool:
+    """Whether somebody who listens there answers, whatever it is."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=START_SECONDS)
+    try:
+        connection.request("GET", "/healthz")
+        return connection.getresponse().status > 0
+    except ConnectionError:
+        return False
+    finally:
+        connection.close()
 
 
 def free_port() -> int:
