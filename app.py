@@ -19,6 +19,7 @@ from billing.deliveries import policy_for, tester_for
 from billing.encryption import Vault
 from billing.errors import DatabaseUnavailable
 from billing.http import application, document, logs, problems
+from billing.http.idempotency import Idempotency
 from billing.http.lanes import (
     PASSWORD_THREADS,
     STRIPE_THREADS,
@@ -61,6 +62,7 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> ASGIApp:
             "clock": clock,
             "tokens": tokens,
             "digests": digests,
+            "idempotency": Idempotency(store, clock),
             "connections": connections_for(settings, store, clock),
             "passwords": Passwords(settings.password_peppers, settings.password_cost),
             "url_policy": policy_for(settings),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from uuid import UUID
 
@@ -23,7 +23,7 @@ from billing.errors import (
 from billing.gateway import Gateway
 from billing.security import Caller
 from billing.settings import Settings
-from billing.storage.store import Store
+from billing.storage.store import Store, TenantTx
 from billing.stripe_connect import Account, Connected, Connection, Flow, Started, State
 from billing.tasks import Task
 from billing.tenants import Tenant
@@ -57,7 +57,7 @@ class Seen:
 
 
 class Connections:
-    """Connects, watches and disconnects the Stripe accounts of tenants."""
+    """Connects and watches the Stripe accounts of tenants."""
 
     def __init__(
         self, store: Store, gateway: Gateway, clock: Clock, *, base_url: str, return_origins: Collection[str]
@@ -71,27 +71,32 @@ class Connections:
 
     # Starting ------------------------------------------------------------------------------------
 
-    def start(
+    @contextmanager
+    def starting(
         self, caller: Caller, actor: Actor, *, flow: Flow, return_url: str | None, browser: str | None
-    ) -> Departure:
-        """Send an owner on their way; raises `ReturnUrlRefused` and `StripeAlreadyConnected`."""
+    ) -> Iterator[tuple[TenantTx, Departure]]:
+        """Send an owner on their way; the transaction is the one that keeps the state.
+
+        Raises `ReturnUrlRefused` and `StripeAlreadyConnected`.
+        """
         self._gateway.require_configured(for_oauth=flow == "oauth")
         chapter.require_return_url(return_url, self._return_origins)
-        account = self._account_of_our_own(caller.tenant, actor) if flow == "account_link" else None
-        user = caller.signed_in_user()
-        with self._store.tenant(caller.tenant_id, actor, exclusive=True) as tx:
-            started = chapter.start(
-                tx, user, flow=flow, return_url=return_url, browser=browser, now=self._clock()
-            )
-        if account is not None:
-            url = self._gateway.account_link(
-                account.id, return_url=f"{self._redirect_uri}?state={started.text}"
-            )
+        user, state = caller.signed_in_user(), chapter.new_state()
+        if flow == "account_link":
+            url = self._account_link(caller.tenant, actor, state)
         else:
             url = self._gateway.authorize_url(
-                state=started.text, redirect_uri=self._redirect_uri, tenant=caller.tenant, user=user
+                state=state, redirect_uri=self._redirect_uri, tenant=caller.tenant, user=user
             )
-        return Departure(url, self._redirect_uri, started)
+        with self._store.tenant(caller.tenant_id, actor, exclusive=True) as tx:
+            started = chapter.start(
+                tx, user, state, flow=flow, return_url=return_url, browser=browser, now=self._clock()
+            )
+            yield tx, Departure(url, self._redirect_uri, started)
+
+    def _account_link(self, tenant: Tenant, actor: Actor, state: str) -> str:
+        account = self._account_of_our_own(tenant, actor)
+        return self._gateway.account_link(account.id, return_url=f"{self._redirect_uri}?state={state}")
 
     def _account_of_our_own(self, tenant: Tenant, actor: Actor) -> Account:
         """The unfinished account that we made for the tenant, made now if there is none."""
@@ -181,14 +186,6 @@ class Connections:
         account = self._gateway.account(known.account.id)
         with self._store.tenant(tenant_id, exclusive=True) as tx:
             return chapter.note(tx, known, account, asked_at=asked_at, now=self._clock())
-
-    # Ending --------------------------------------------------------------------------------------
-
-    def disconnect(self, tenant_id: UUID, actor: Actor) -> Tenant:
-        """End the connection. Nobody waits for Stripe: the worker tells it."""
-        with self._store.tenant(tenant_id, actor, exclusive=True) as tx:
-            chapter.disconnect(tx, now=self._clock())
-            return tx.tenants.get()
 
     # What the worker does ------------------------------------------------------------------------
 

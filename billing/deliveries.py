@@ -259,10 +259,21 @@ class Tester:
         self._busy: set[UUID] = set()
         self._lock = threading.Lock()
 
-    def send(self, tenant_id: UUID, event_type: str, data: dict[str, object]) -> Report:
-        """Send one event now, and never again; raises `WebhookNotConfigured` and `RateLimited`."""
+    @contextmanager
+    def sent(
+        self, tenant_id: UUID, event_type: str, data: dict[str, object]
+    ) -> Iterator[tuple[TenantTx, Report]]:
+        """Send one event now, and never again; the transaction is the one that keeps what came of it.
+
+        Raises `WebhookNotConfigured` and `RateLimited`.
+        """
         with self._alone(tenant_id):
-            return self._send(tenant_id, event_type, data)
+            url, secrets, event = self._begin(tenant_id, event_type, data)
+            begun = Begun(new_id(), event.id, event.type, 1, event.body)
+            attempt = send(self._egress, url, secrets, begun, self._clock())
+            with self._store.tenant(tenant_id) as tx:
+                tx.deliveries.add(_tested(begun, event, attempt, self._clock()))
+                yield tx, Report(url, event_type, attempt)
 
     @contextmanager
     def _alone(self, tenant_id: UUID) -> Iterator[None]:
@@ -276,18 +287,15 @@ class Tester:
             with self._lock:
                 self._busy.discard(tenant_id)
 
-    def _send(self, tenant_id: UUID, event_type: str, data: dict[str, object]) -> Report:
+    def _begin(
+        self, tenant_id: UUID, event_type: str, data: dict[str, object]
+    ) -> tuple[str, list[str], Event]:
         with self._store.tenant(tenant_id, exclusive=True) as tx:
             now = self._clock()
             url = endpoints.require_url(tx.webhooks.find())
             self._require_rate(tx.events.tests_since(now - MINUTE), now)
             secrets = tx.webhooks.signing_secrets(now)
-            event = tx.events.keep_test(event_type, data, now=now)
-        begun = Begun(new_id(), event.id, event.type, 1, event.body)
-        attempt = send(self._egress, url, secrets, begun, self._clock())
-        with self._store.tenant(tenant_id) as tx:
-            tx.deliveries.add(_tested(begun, event, attempt, self._clock()))
-        return Report(url, event_type, attempt)
+            return url, secrets, tx.events.keep_test(event_type, data, now=now)
 
     def _require_rate(self, made: Sequence[datetime], now: datetime) -> None:
         if self._most is not None and len(made) >= self._most:

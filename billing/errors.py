@@ -31,14 +31,16 @@ BillingError
 │   ├── EmailTaken
 │   ├── StripeAlreadyConnected
 │   ├── StripeAccountTaken
-│   └── WebhookNotConfigured
+│   ├── WebhookNotConfigured
+│   └── IdempotencyInProgress
 ├── PayloadTooLarge              413
 ├── UnsupportedMediaType         415
 ├── Refused                      422  matches the document, but a rule says no
 │   ├── PasswordTooWeak
 │   ├── WebhookUrlRefused
 │   ├── ReturnUrlRefused
-│   └── CodeRejected
+│   ├── CodeRejected
+│   └── IdempotencyKeyReused
 ├── RateLimited                  429
 ├── RequestHeadersTooLarge       431
 ├── InternalError                500
@@ -336,6 +338,16 @@ class WebhookNotConfigured(Conflict):
     """
 
 
+class IdempotencyInProgress(Conflict):
+    """The first request with this Idempotency-Key is not answered yet.
+
+    Wait as many seconds as `Retry-After` says, and repeat the request. If the first one was broken off, nothing was
+    changed by it, and after a minute at most a repeat takes its place.
+    """
+
+    retry_after_seconds = 1
+
+
 # 413, 415 ----------------------------------------------------------------------------------------
 
 
@@ -382,6 +394,14 @@ class CodeRejected(Refused):
     """Stripe did not accept the authorization code.
 
     Codes are good once and for five minutes. Start again.
+    """
+
+
+class IdempotencyKeyReused(Refused):
+    """The Idempotency-Key belongs to another request.
+
+    For 24 hours a key means the request that it first came with: the same operation, body and query. Use a new key
+    for each request, and the same only to repeat one.
     """
 
 

@@ -24,6 +24,8 @@ class Housekeeping:
     def tidy(self, task: Task) -> None:
         """Forget what is old, and seal again what an old encryption key sealed."""
         now = self._clock()
+        # Those of strangers too, who have no day of their own.
+        self._store.forget_answers(now)
         with self._store.tenant(task.tenant_id) as tx:
             is_more = tx.deliveries.prune(now - KEPT)
             tx.sessions.prune(now - KEPT)

@@ -220,15 +220,26 @@ def returning(url: str, outcome: Connected | BillingError) -> str:
 # Starting ----------------------------------------------------------------------------------------
 
 
+def new_state() -> str:
+    """The text of a state: what ties a callback to its start."""
+    return secrets.token_urlsafe(STATE_BYTES)
+
+
 def start(
-    tx: Storage, user: User, *, flow: Flow, return_url: str | None, browser: str | None, now: datetime
+    tx: Storage,
+    user: User,
+    text: str,
+    *,
+    flow: Flow,
+    return_url: str | None,
+    browser: str | None,
+    now: datetime,
 ) -> Started:
-    """Make a state for this user; those before it end. The caller holds the tenant's lock.
+    """Let the text be this user's state; those before it end. The caller holds the tenant's lock.
 
     Raises `StripeAlreadyConnected`, but not for an account of ours whose form is not finished yet.
     """
     require_startable(tx.stripe.find(), flow)
-    text = secrets.token_urlsafe(STATE_BYTES)
     digest = hashed(text).hex()
     expires_at = now + STATE_LIFETIME
     bound = hashed(browser) if browser else None

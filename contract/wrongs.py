@@ -8,6 +8,7 @@ DOCUMENT = "openapi/billing.yaml"
 AUTHENTICATION = "tests/handlers/test_authentication.py"
 API_KEYS = "tests/handlers/test_api_keys.py"
 STRIPE = "tests/handlers/test_stripe_connect.py"
+IDEMPOTENCY = "tests/handlers/test_idempotency.py"
 RULES = "tests/contract/test_document.py"
 EXAMPLES = "tests/contract/test_examples.py"
 BOUNDS = "tests/contract/test_bounds.py"
@@ -505,6 +506,37 @@ IN_STORAGE = (
         "    AND deliveries.attempts = s.attempt AND deliveries.status = 'pending'",
         "    AND deliveries.status = 'pending'",
         ("tests/test_deliveries.py::test_an_attempt_that_is_not_the_last_settles_nothing",),
+    ),
+    Wrong(
+        "who is too late keeps an answer",
+        "billing/storage/idempotency.py",
+        "same = and_(idempotency_keys.c.name == claim.name, idempotency_keys.c.claim == claim.id)",
+        "same = idempotency_keys.c.name == claim.name",
+        ("tests/test_idempotency.py::test_who_is_too_late_changes_nothing",),
+    ),
+    Wrong(
+        "a key may come with any request",
+        "billing/idempotency.py",
+        "    if found.fingerprint != request.fingerprint:\n        raise IdempotencyKeyReused\n",
+        "",
+        ("tests/test_idempotency.py", IDEMPOTENCY),
+    ),
+    Wrong(
+        "an answer is kept though its transaction is not",
+        "billing/storage/idempotency.py",
+        "        return self._connection.execute(kept).rowcount == 1\n",
+        "        rows = self._connection.execute(kept).rowcount\n"
+        "        self._connection.connection.commit()\n"
+        "        self._connection.exec_driver_sql(BECOME, (str(self._tenant_id),))\n"
+        "        return rows == 1\n",
+        ("tests/test_idempotency.py::test_without_the_change_there_is_no_answer",),
+    ),
+    Wrong(
+        "users share their keys",
+        "billing/http/idempotency.py",
+        "idempotency.name_of(key, caller.actor(None, None).id)",
+        "idempotency.name_of(key, None)",
+        (f"{IDEMPOTENCY}::test_another_user_of_the_tenant_gets_an_answer_of_their_own",),
     ),
     Wrong(
         "a secret opens in another place",

@@ -21,6 +21,7 @@ FLOORS = (
     (3, "billing.storage billing.gateway"),
     (2, "billing.tenants billing.users billing.tokens billing.keys billing.sessions billing.stripe_connect"),
     (2, "billing.webhooks.endpoints billing.webhooks.egress billing.webhooks.replay"),
+    (2, "billing.idempotency"),
     (1, "billing.passwords billing.encryption billing.ports billing.actors"),
     (1, "billing.webhooks.delivery billing.webhooks.events billing.webhooks.signing"),
     (1, "billing.outbound"),

@@ -9,6 +9,7 @@ from billing import keys
 from billing.actors import Actor
 from billing.clock import Clock
 from billing.handlers import shapes
+from billing.http.idempotency import Once
 from billing.http.replies import Reply, ok
 from billing.keys import KeyDigests
 from billing.security import Caller
@@ -27,12 +28,19 @@ def list_api_keys(*, caller: Caller, actor: Actor, store: Store, clock: Clock) -
 
 
 def regenerate_api_keys(
-    body: dict[str, Any], *, caller: Caller, actor: Actor, store: Store, clock: Clock, digests: KeyDigests
+    body: dict[str, Any],
+    *,
+    caller: Caller,
+    actor: Actor,
+    store: Store,
+    clock: Clock,
+    digests: KeyDigests,
+    once: Once,
 ) -> Reply:
     grace = timedelta(seconds=body.get("grace_period_seconds", 0))
     with store.tenant(caller.tenant_id, actor, exclusive=True) as tx:
         renewal = keys.regenerate(tx, body["key_type"], grace=grace, digests=digests, now=clock())
-        return ok(
+        reply = ok(
             {
                 "message": "New keys are made.",
                 "keys": shapes.new_keys(renewal.new),
@@ -40,15 +48,16 @@ def regenerate_api_keys(
                 "previous": [keys.ending_members(key) for key in renewal.previous],
             }
         )
+        return once.keep(tx, reply)
 
 
 def revoke_api_keys(
-    body: dict[str, Any], *, caller: Caller, actor: Actor, store: Store, clock: Clock
+    body: dict[str, Any], *, caller: Caller, actor: Actor, store: Store, clock: Clock, once: Once
 ) -> Reply:
     reason = body.get("reason")
     with store.tenant(caller.tenant_id, actor, exclusive=True) as tx:
         revoked = keys.revoke(tx, body["key_type"], reason=reason, now=clock())
-        return ok(
+        reply = ok(
             {
                 "message": "The keys are revoked." if revoked else "There was no key left to revoke.",
                 "revoked_keys": revoked,
@@ -56,3 +65,4 @@ def revoke_api_keys(
                 "warning": ENDED,
             }
         )
+        return once.keep(tx, reply)

@@ -7,6 +7,7 @@ from billing.actors import Actor
 from billing.clock import Clock
 from billing.errors import settled
 from billing.handlers import shapes
+from billing.http.idempotency import Once
 from billing.http.lanes import Lane, runs_in
 from billing.http.replies import Reply, created, ok
 from billing.ids import new_id
@@ -31,6 +32,7 @@ def register_tenant(
     tokens: Tokens,
     digests: KeyDigests,
     url_policy: UrlPolicy,
+    once: Once,
 ) -> Reply:
     url_policy.check_optional(body.get("webhook_url"))
     require_strength(body["password"], own_words(body))
@@ -39,7 +41,7 @@ def register_tenant(
         now = clock()
         made = tenants.register(tx, body, password_hash=password_hash, digests=digests, now=now)
         pair = sessions.start(tx, made.owner, tokens=tokens, now=now)
-        return created(
+        reply = created(
             {
                 "message": "Registered. Store the secret keys and the webhook secret: they are not shown again.",
                 "tenant": shapes.registered_tenant(made),
@@ -47,6 +49,7 @@ def register_tenant(
                 "tokens": shapes.tokens(pair),
             }
         )
+        return once.keep(tx, reply)
 
 
 @runs_in(Lane.PASSWORDS)
@@ -100,6 +103,7 @@ def change_password(
     clock: Clock,
     passwords: Passwords,
     tokens: Tokens,
+    once: Once,
 ) -> Reply:
     user = caller.signed_in_user()
     with store.tenant(caller.tenant_id, actor) as tx:
@@ -109,9 +113,8 @@ def change_password(
     password_hash = passwords.hash(body["new_password"])
     with store.tenant(caller.tenant_id, actor) as tx:
         pair = sessions.change_password(tx, user, password_hash, tokens=tokens, now=clock())
-        return ok(
-            {"message": "Password changed. Every other session has ended.", "tokens": shapes.tokens(pair)}
-        )
+        message = "Password changed. Every other session has ended."
+        return once.keep(tx, ok({"message": message, "tokens": shapes.tokens(pair)}))
 
 
 def verify_api_key(*, caller: Caller) -> Reply:

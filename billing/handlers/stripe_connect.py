@@ -4,35 +4,45 @@ from __future__ import annotations
 
 from billing import stripe_connect
 from billing.actors import Actor
+from billing.clock import Clock
 from billing.connections import Connections
 from billing.errors import BillingError, settled
 from billing.handlers import shapes
 from billing.http import browsers, replies
 from billing.http.browsers import Browser
+from billing.http.idempotency import Once
 from billing.http.lanes import Lane, runs_in
 from billing.http.problems import status_of
 from billing.http.replies import Reply, ok
 from billing.security import Caller
+from billing.storage.store import Store
 from billing.stripe_connect import Connected
 
 
 @runs_in(Lane.STRIPE)
 def start_stripe_connect(
-    body: dict[str, str] | None, *, caller: Caller, actor: Actor, browser: Browser, connections: Connections
+    body: dict[str, str] | None,
+    *,
+    caller: Caller,
+    actor: Actor,
+    browser: Browser,
+    connections: Connections,
+    once: Once,
 ) -> Reply:
     asked = body or {}
     binding = browser.bind_at(connections.base_url)
-    departure = connections.start(
+    starting = connections.starting(
         caller,
         actor,
         flow="account_link" if asked.get("flow") == "account_link" else "oauth",
         return_url=asked.get("return_url"),
         browser=binding,
     )
-    reply = ok(shapes.departure(departure))
-    if binding is None:
-        return reply
-    return reply.with_header("set-cookie", browsers.cookie(binding))
+    with starting as (tx, departure):
+        reply = ok(shapes.departure(departure))
+        if binding is not None:
+            reply = reply.with_header("set-cookie", browsers.cookie(binding))
+        return once.keep(tx, reply)
 
 
 @runs_in(Lane.STRIPE)
@@ -70,6 +80,8 @@ def get_stripe_status(*, caller: Caller, connections: Connections) -> Reply:
     return ok(shapes.stripe_status(connections.status(caller.tenant_id)))
 
 
-def disconnect_stripe(*, caller: Caller, actor: Actor, connections: Connections) -> Reply:
-    tenant = connections.disconnect(caller.tenant_id, actor)
-    return ok({"message": "The Stripe account is disconnected.", "tenant": shapes.tenant(tenant)})
+def disconnect_stripe(*, caller: Caller, actor: Actor, store: Store, clock: Clock, once: Once) -> Reply:
+    with store.tenant(caller.tenant_id, actor, exclusive=True) as tx:
+        stripe_connect.disconnect(tx, now=clock())
+        tenant = shapes.tenant(tx.tenants.get())
+        return once.keep(tx, ok({"message": "The Stripe account is disconnected.", "tenant": tenant}))

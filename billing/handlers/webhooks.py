@@ -9,6 +9,7 @@ from billing.actors import Actor
 from billing.clock import Clock
 from billing.deliveries import Tester
 from billing.handlers import shapes
+from billing.http.idempotency import Once
 from billing.http.lanes import Lane, runs_in
 from billing.http.replies import Reply, ok
 from billing.security import Caller
@@ -38,6 +39,7 @@ def configure_webhook(
     clock: Clock,
     url_policy: UrlPolicy,
     base_url: str,
+    once: Once,
 ) -> Reply:
     url = url_policy.check(body["webhook_url"])
     with store.tenant(caller.tenant_id, actor, exclusive=True) as tx:
@@ -49,22 +51,19 @@ def configure_webhook(
             grace=timedelta(seconds=body.get("secret_grace_seconds", DEFAULT_GRACE_SECONDS)),
             now=clock(),
         )
-        return ok(shapes.webhook_configured(configured, base_url))
+        return once.keep(tx, ok(shapes.webhook_configured(configured, base_url)))
 
 
-def remove_webhook(*, caller: Caller, actor: Actor, store: Store, clock: Clock) -> Reply:
+def remove_webhook(*, caller: Caller, actor: Actor, store: Store, clock: Clock, once: Once) -> Reply:
     with store.tenant(caller.tenant_id, actor, exclusive=True) as tx:
         endpoints.remove(tx, now=clock())
-        return ok(
-            {
-                "message": "The webhook is removed.",
-                "note": "Nothing is sent any more. The secret is kept for when a URL is configured again.",
-            }
-        )
+        note = "Nothing is sent any more. The secret is kept for when a URL is configured again."
+        return once.keep(tx, ok({"message": "The webhook is removed.", "note": note}))
 
 
 @runs_in(Lane.WEBHOOKS)
-def send_test_webhook(body: dict[str, Any] | None, *, caller: Caller, tester: Tester) -> Reply:
+def send_test_webhook(body: dict[str, Any] | None, *, caller: Caller, tester: Tester, once: Once) -> Reply:
     asked = body or {}
-    report = tester.send(caller.tenant_id, asked.get("event_type", TEST), asked.get("test_data", {}))
-    return ok(shapes.test_report(report))
+    event_type, data = asked.get("event_type", TEST), asked.get("test_data", {})
+    with tester.sent(caller.tenant_id, event_type, data) as (tx, report):
+        return once.keep(tx, ok(shapes.test_report(report)))

@@ -11,7 +11,7 @@ from billing.http.replies import Rendered
 
 METHODS = b"GET, POST, DELETE"
 ACCEPTED = b"Authorization, X-API-Key, Content-Type, Idempotency-Key, X-Request-Id"
-EXPOSED = b"X-Request-Id, X-Key-Expires-At, Retry-After, RateLimit, RateLimit-Policy"
+EXPOSED = b"X-Request-Id, X-Key-Expires-At, Idempotent-Replayed, Retry-After, RateLimit, RateLimit-Policy"
 MAX_AGE_SECONDS = b"600"
 
 # On every answer: a cache must not give one origin the answer made for another, or for none.

@@ -108,7 +108,8 @@ class Operation:
     `roles` are those a user must have one of; none means that any user may. `schemes` are the names of the
     security schemes offered; none means that the operation is public. `query` are its query parameters,
     resolved; an `open_query` may have others too. `request` is the JSON schema of the body as it stands in
-    the document, `None` where there is no body. `no_head` is a GET that acts: its path has no HEAD.
+    the document, `None` where there is no body. `no_head` is a GET that acts: its path has no HEAD. `headers`
+    are its header parameters.
     """
 
     operation_id: str
@@ -122,6 +123,7 @@ class Operation:
     request: dict[str, Any] | None
     body_required: bool
     no_head: bool = False
+    headers: tuple[dict[str, Any], ...] = ()
 
 
 def operations(document: dict[str, Any]) -> tuple[Operation, ...]:
@@ -171,6 +173,7 @@ def _operation(document: dict[str, Any], method: str, path: str, said: dict[str,
         request=body.get("content", {}).get("application/json", {}).get("schema"),
         body_required=body.get("required", False),
         no_head=said.get("x-no-head", False),
+        headers=tuple(parameter for parameter in parameters if parameter["in"] == "header"),
     )
 
 

@@ -69,6 +69,7 @@ def _run(operation: Operation, intake: Intake, access: Access, rules: Rules, end
         if operation.schemes:
             await access.admit(scope, operation)
         state["query"] = rules.query(scope["query_string"])
+        state["headers"] = rules.headers(scope["headers"])
         state["body"] = rules.body(body) if operation.request else None
         return await endpoint(scope)
 

@@ -22,13 +22,14 @@ MAX_DEPTH = 128
 
 
 class Rules:
-    """What one operation takes: its query parameters and its body."""
+    """What one operation takes: its query parameters, its headers and its body."""
 
     def __init__(self, document: Mapping[str, Any], operation: Operation) -> None:
         parameters = operation.query
         self._query = {p["name"]: _compiled(document, p["schema"]) for p in parameters}
         self._required_query = {p["name"] for p in parameters if p.get("required", False)}
         self._open_query = operation.open_query
+        self._headers = {p["name"]: _compiled(document, p["schema"]) for p in operation.headers}
         self._body = operation.request and _compiled(document, operation.request)
         self._body_required = operation.body_required
 
@@ -45,6 +46,18 @@ class Rules:
         for name in given.keys() & self._query.keys():
             faults.extend(_faults(self._query[name], given[name], at=f"/query/{name}"))
         _refuse(faults)
+        return given
+
+    def headers(self, raw: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
+        """The header parameters that came, by the names they have in the document; raises `InvalidRequest`."""
+        given: dict[str, str] = {}
+        for name, schema in self._headers.items():
+            values = [value.decode("latin-1") for key, value in raw if key == name.lower().encode()]
+            if len(values) > 1:
+                _refuse([Fault(f"/header/{name}", "It stands in the request twice.")])
+            for value in values:
+                _refuse(list(_faults(schema, value, at=f"/header/{name}")))
+                given[name] = value
         return given
 
     def body(self, raw: bytes) -> Any:
@@ -146,13 +159,15 @@ def as_json_schema(node: Any) -> Any:
 
 
 def validator_map(rules: Mapping[str, Rules]) -> dict[str, Any]:
-    """Connexion's two hooks. They leave what they parsed in `scope["state"]`: `query` and `body`."""
+    """Connexion's two hooks. They leave what they parsed in `scope["state"]`: `query`, `headers`, `body`."""
 
     class Parameters:
         def __init__(self, *_: object, **__: object) -> None: ...
 
         def validate(self, scope: Scope) -> None:
-            scope["state"]["query"] = _rules_of(scope).query(scope["query_string"])
+            rules = _rules_of(scope)
+            scope["state"]["query"] = rules.query(scope["query_string"])
+            scope["state"]["headers"] = rules.headers(scope["headers"])
 
     class Body:
         def __init__(self, *_: object, **__: object) -> None: ...

@@ -18,6 +18,7 @@ from billing.actors import Actor
 from billing.errors import MethodNotAllowed
 from billing.http.browsers import browser_of
 from billing.http.document import Operation
+from billing.http.idempotency import HEADER, Idempotency
 from billing.http.lanes import Lanes, lane_of
 from billing.http.replies import Rendered, Reply
 from billing.security import Caller
@@ -25,6 +26,8 @@ from billing.security import Caller
 HANDLERS = "billing.handlers"
 # What a handler may ask for by name beside the services: all of it belongs to one request.
 OF_THE_REQUEST = frozenset({"body", "caller", "actor", "browser"})
+# Besides, where the document says that the operation takes an Idempotency-Key, and only there.
+ONCE = "once"
 
 Endpoint = Callable[[Scope], Awaitable[Rendered]]
 
@@ -60,23 +63,38 @@ def _endpoint(
 ) -> Endpoint:
     wanted = inspect.signature(handler).parameters.keys()
     from_services = {name: services[name] for name in wanted & services.keys()}
-    from_request = wanted - services.keys()
+    from_request = wanted - services.keys() - {ONCE}
     from_query = {parameter["name"] for parameter in operation.query}
     if missing := from_request - OF_THE_REQUEST - from_query:
         raise WiringError(f"Nobody has what {operation.operation_id} asks for: {', '.join(sorted(missing))}.")
+    if takes_key(operation) != (ONCE in wanted):
+        raise WiringError(f"{operation.operation_id} must ask for `once` if, and only if, it takes {HEADER}.")
+    answer = _idempotency_of(services).answer if ONCE in wanted else _answer
     lane = lane_of(handler, waits=bool(from_services))
 
     async def endpoint(scope: Scope) -> Rendered:
         given = {name: of_the_request(scope, name) for name in from_request}
+        call = partial(answer, scope, partial(handler, **from_services, **given))
         # One that asks for no service has nothing to wait for, and needs no thread.
-        reply = (
-            handler(**given)
-            if lane is None
-            else await lanes.run(lane, partial(handler, **from_services, **given))
-        )
-        return _with_key_expiry(reply, caller_of(scope)).rendered()
+        return call() if lane is None else await lanes.run(lane, call)
 
     return endpoint
+
+
+def _answer(scope: Scope, handle: Callable[..., Reply]) -> Rendered:
+    return _with_key_expiry(handle(), caller_of(scope)).rendered()
+
+
+def _idempotency_of(services: Mapping[str, object]) -> Idempotency:
+    found = services.get("idempotency")
+    if not isinstance(found, Idempotency):
+        raise WiringError(f"Nobody keeps the answers of operations that take {HEADER}.")
+    return found
+
+
+def takes_key(operation: Operation) -> bool:
+    """Whether the document says that the operation takes an Idempotency-Key."""
+    return any(parameter["name"] == HEADER for parameter in operation.headers)
 
 
 def of_the_request(scope: Scope, name: str) -> object:

@@ -18,6 +18,7 @@ from billing.storage.audit import AuditLog
 from billing.storage.deliveries import Deliveries
 from billing.storage.directory import Directory
 from billing.storage.events import Events
+from billing.storage.idempotency import IdempotencyKeys, forget_answers
 from billing.storage.operator import Operator
 from billing.storage.platform import Platform
 from billing.storage.sessions import Sessions
@@ -73,6 +74,7 @@ class TenantTx:
         self.deliveries = Deliveries(connection, tenant_id)
         self.tasks = Tasks(connection, tenant_id)
         self.directory = Directory(connection, tenant_id)
+        self.idempotency = IdempotencyKeys(connection, tenant_id, vault)
         self.audit = AuditLog(connection, tenant_id, actor)
 
 
@@ -140,6 +142,13 @@ class Store:
         """Tasks that are due, of any tenant, held until their lease ends: those that have been due longest."""
         with _in_our_words(), self._engine.begin() as connection:
             return take_due(connection, queue, now, most=most)
+
+    def forget_answers(self, now: datetime) -> None:
+        """Forget the idempotency keys that have run out, of tenants and of strangers."""
+        is_more = True
+        while is_more:
+            with _in_our_words(), self._engine.begin() as connection:
+                is_more = forget_answers(connection, now)
 
     @contextmanager
     def operator(self) -> Iterator[Operator]:

@@ -304,3 +304,20 @@ tasks = Table(
     ForeignKeyConstraint(["tenant_id"], ["tenants.id"]),
     Index("tasks_due", "queue", "due_at"),
 )
+
+# Before the answer there is a claim, which counts until `expires_at` like the answer itself.
+# No foreign key to tenants: the keys of whoever registers belong to their address.
+idempotency_keys = Table(
+    "idempotency_keys",
+    metadata,
+    Column("tenant_id", Uuid, nullable=False),
+    # SHA-256 of the caller and their key.
+    Column("name", LargeBinary, nullable=False),
+    Column("claim", Uuid, nullable=False),
+    # Sealed, both: what was asked may hold a password, what was answered a secret.
+    Column("request", Text, nullable=False),
+    Column("answer", Text),
+    _time("expires_at"),
+    PrimaryKeyConstraint("tenant_id", "name"),
+    Index("idempotency_keys_by_end", "expires_at"),
+)

@@ -117,3 +117,25 @@ def test_nothing_acknowledged_is_lost(installation: Installation, victim: str) -
     finally:
         server.send_signal(signal.SIGTERM)
         assert server.wait(20) == 0
+
+
+def test_who_lost_the_answer_to_a_kill_gets_it_again(installation: Installation) -> None:
+    body = {"company_name": "Acme Inc.", "email": "ada@acme.example", "password": PASSWORD}
+
+    def register() -> requests.Response:
+        headers = {"Idempotency-Key": "one"}
+        return requests.post(f"{installation.url}{API}/register/", json=body, headers=headers, timeout=10)
+
+    server = installation.start()
+    try:
+        lost = register()
+        server.kill()
+        server.wait(10)
+        server = installation.start()
+        again = register()
+    finally:
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(20) == 0
+    assert (again.status_code, again.content) == (201, lost.content)
+    assert "idempotent-replayed" not in lost.headers
+    assert again.headers["idempotent-replayed"] == "true"

@@ -92,6 +92,7 @@ def test_an_answer_to_a_known_origin_errors_included(address: Address, path: str
     assert names(answer["access-control-expose-headers"]) == {
         "x-request-id",
         "x-key-expires-at",
+        "idempotent-replayed",
         "retry-after",
         "ratelimit",
         "ratelimit-policy",

@@ -122,6 +122,7 @@ def test_an_operation_says_who_may_call_it(small: dict[str, Any]) -> None:
         open_query=False,
         request=None,
         body_required=False,
+        headers=({"name": "X-Request-Id", "in": "header"},),
     )
 
 

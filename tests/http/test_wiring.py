@@ -20,6 +20,7 @@ from billing.actors import Actor
 from billing.errors import MethodNotAllowed
 from billing.http import wiring
 from billing.http.document import Operation, load, operations
+from billing.http.idempotency import HEADER, Idempotency
 from billing.http.lanes import Lane, Lanes, runs_in
 from billing.http.replies import Rendered, Reply, created, ok
 from billing.http.wiring import WiringError, endpoints, handler_of
@@ -46,9 +47,18 @@ def handlers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def wired(handlers: ModuleType, handler: Handler, *, query: tuple[str, ...] = (), **services: object) -> Any:
+def wired(
+    handlers: ModuleType,
+    handler: Handler,
+    *,
+    query: tuple[str, ...] = (),
+    headers: tuple[str, ...] = (),
+    **services: object,
+) -> Any:
     handlers.get_thing = handler  # type: ignore[attr-defined]
-    listed = [operation("get_thing", query=tuple({"name": name} for name in query))]
+    query_parameters = tuple({"name": name} for name in query)
+    header_parameters = tuple({"name": name} for name in headers)
+    listed = [operation("get_thing", query=query_parameters, headers=header_parameters)]
     return endpoints(listed, services, Lanes({Lane.GENERAL: 1, Lane.PASSWORDS: 1}))["get_thing"]
 
 
@@ -88,6 +98,20 @@ def test_a_handler_that_asks_for_what_nobody_has_stops_the_start(handlers: Modul
     with pytest.raises(WiringError, match="get_thing asks for: gateway, zebra"):
         wired(handlers, handler)
     wired(handlers, handler, gateway=1, query=("zebra",))
+
+
+def test_who_takes_an_idempotency_key_must_ask_for_once_and_nobody_else_may(handlers: ModuleType) -> None:
+    keeps = Idempotency(None, lambda: NOW)  # type: ignore[arg-type]
+
+    def asks(*, once: object) -> Reply:
+        raise AssertionError
+
+    for handler, headers in ((asks, ()), (lambda: ok({}), (HEADER,))):
+        with pytest.raises(WiringError, match="get_thing must ask for `once`"):
+            wired(handlers, handler, headers=headers, idempotency=keeps)
+    with pytest.raises(WiringError, match="Nobody keeps the answers"):
+        wired(handlers, asks, headers=(HEADER,))
+    wired(handlers, asks, headers=(HEADER,), idempotency=keeps)
 
 
 # A request ---------------------------------------------------------------------------------------

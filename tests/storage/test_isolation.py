@@ -12,6 +12,7 @@ from sqlalchemy import Engine, create_engine, exc, text, true
 
 from billing import keys, sessions, stripe_connect, tenants
 from billing.errors import BillingError, NotFound, StateUnknown
+from billing.idempotency import Answer, Claim
 from billing.ids import new_id
 from billing.keys import KeyDigests
 from billing.settings import Settings
@@ -30,6 +31,7 @@ from tests.conftest import TestDatabase
 
 NOW = datetime(2026, 1, 15, 9, 30, tzinfo=UTC)
 LATER = NOW + timedelta(days=1)
+ANSWER = Answer(200, {}, "{}")
 MUCH_LATER = NOW + timedelta(days=1000)
 TABLES = sorted(metadata.tables)
 
@@ -45,6 +47,9 @@ class House:
         self.globex, _, _ = self.connect(self.register("Globex"))
         # What the worker holds while it does it.
         self.arrived, self.pending = self.deliver(self.acme)
+        self.claim, self.kept = self.ask(self.acme, b"claimed"), self.ask(self.acme, b"kept")
+        with self.store.tenant(self.acme.tenant.id) as tx:
+            assert tx.idempotency.keep(self.kept, ANSWER, until=LATER)
         subject = self.connection.account.id
         self.task = Task(self.acme.tenant.id, CHECK, self.connection.id, subject, "general", NOW, 0, 0)
 
@@ -64,7 +69,13 @@ class House:
         grant = Grant(account.id, "read_write", livemode=False)
         with self.store.tenant(made.tenant.id) as tx:
             started = stripe_connect.start(
-                tx, made.owner, flow="oauth", return_url=None, browser=None, now=NOW
+                tx,
+                made.owner,
+                stripe_connect.new_state(),
+                flow="oauth",
+                return_url=None,
+                browser=None,
+                now=NOW,
             )
             connected = stripe_connect.connect(tx, grant, account, livemode=False, now=NOW)
         assert isinstance(connected, Connected)
@@ -77,6 +88,13 @@ class House:
             tx.deliveries.settle([Settled(begun.id, 1, "delivered", None, 200, None, 1, NOW)])
             deliveries = {delivery.status: delivery for delivery in tx.deliveries.recent(100)}
         return deliveries["delivered"], deliveries["pending"]
+
+    def ask(self, made: Registered, name: bytes) -> Claim:
+        """The claim to answer a request of theirs."""
+        claim = Claim(made.tenant.id, name, new_id(), NOW)
+        with self.store.tenant(made.tenant.id) as tx:
+            assert tx.idempotency.take(claim, "asked", until=LATER)
+        return claim
 
 
 WAYS = ["both", "filters off", "row security off"]
@@ -176,6 +194,12 @@ ATTEMPTS: dict[str, Attempt] = {
     "tasks.drop": lambda tx, h: tx.tasks.drop(CHECK, subject=h.task.subject),
     "tasks.finish": lambda tx, h: tx.tasks.finish(h.task) or None,
     "tasks.postpone": lambda tx, h: tx.tasks.postpone(h.task, NOW),
+    "idempotency.take": lambda tx, h: (
+        tx.idempotency.take(replace(h.claim, at=MUCH_LATER), "stolen", until=MUCH_LATER) and None
+    ),
+    "idempotency.find": lambda tx, h: tx.idempotency.find(h.kept.name),
+    "idempotency.keep": lambda tx, h: tx.idempotency.keep(h.claim, ANSWER, until=LATER) or None,
+    "idempotency.release": lambda tx, h: tx.idempotency.release(h.claim),
     "users.add": lambda tx, h: tx.users.add(replace(h.acme.owner, id=new_id()), password_hash="-"),
 }
 

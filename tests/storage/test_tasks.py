@@ -473,6 +473,11 @@ def test_the_role_of_lookups_may_no_more_than_its_functions_do(superuser: Engine
 
     assert granted == {
         ("directory", "SELECT"),
+        ("idempotency_keys", "DELETE"),
+        ("idempotency_keys.tenant_id", "SELECT"),
+        ("idempotency_keys.name", "SELECT"),
+        ("idempotency_keys.expires_at", "SELECT"),
+        ("idempotency_keys.expires_at", "UPDATE"),
         ("tasks", "SELECT"),
         ("tasks.leased_until", "UPDATE"),
         ("tasks.attempts", "UPDATE"),
@@ -494,6 +499,8 @@ def test_the_role_of_lookups_may_no_more_than_its_functions_do(superuser: Engine
         "TRUNCATE tasks",
         "INSERT INTO tasks SELECT * FROM tasks",
         "DELETE FROM directory",
+        "SELECT answer FROM idempotency_keys",
+        "UPDATE idempotency_keys SET answer = NULL",
         "CREATE FUNCTION app.mine() RETURNS int LANGUAGE sql AS 'SELECT 1'",
     ],
 )

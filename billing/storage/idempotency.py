@@ -1,0 +1,96 @@
+"""The shelf of idempotency keys, and the way in which those that have run out are forgotten."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import datetime
+from uuid import UUID
+
+from sqlalchemy import ColumnElement, Connection, and_, select
+from sqlalchemy.dialects.postgresql import insert
+
+from billing.encryption import Vault
+from billing.idempotency import Answer, Claim, Found
+from billing.storage.shelf import Shelf
+from billing.storage.tables import idempotency_keys
+
+BECOME = "SELECT set_config('app.tenant_id', %s, true)"
+FORGET = "SELECT app.forget_answers(%(now)s, %(most)s)"
+FORGOTTEN_AT_ONCE = 1000
+
+
+class IdempotencyKeys(Shelf):
+    """The keys of one tenant's callers, or of one address; what was asked and answered is sealed to its row."""
+
+    def __init__(self, connection: Connection, tenant_id: UUID, vault: Vault) -> None:
+        super().__init__(connection, tenant_id)
+        self._vault = vault
+
+    def take(self, claim: Claim, fingerprint: str, *, until: datetime) -> bool:
+        """Put the claim where there is none, and no answer, or where what there is has run out."""
+        values = {
+            "claim": claim.id,
+            "request": self._vault.seal(fingerprint, place=self._place("request", claim.name)),
+            "answer": None,
+            "expires_at": until,
+        }
+        new = insert(idempotency_keys).values(tenant_id=self._tenant_id, name=claim.name, **values)
+        taken = new.on_conflict_do_update(
+            index_elements=[idempotency_keys.c.tenant_id, idempotency_keys.c.name],
+            set_=values,
+            where=idempotency_keys.c.expires_at <= claim.at,
+        )
+        return self._connection.execute(taken).rowcount == 1
+
+    def find(self, name: bytes) -> Found | None:
+        """What stands under the name."""
+        query = select(idempotency_keys.c.request, idempotency_keys.c.answer)
+        row = self._connection.execute(
+            query.where(self.mine(idempotency_keys), idempotency_keys.c.name == name)
+        ).one_or_none()
+        if row is None:
+            return None
+        fingerprint = self._vault.open(row.request, place=self._place("request", name))
+        if row.answer is None:
+            return Found(fingerprint, None)
+        answer = json.loads(self._vault.open(row.answer, place=self._place("answer", name)))
+        return Found(fingerprint, Answer(**answer))
+
+    def keep(self, claim: Claim, answer: Answer, *, until: datetime) -> bool:
+        """Put the answer in the place of the claim; False if that is not ours any more.
+
+        What a stranger registers is in the transaction of the new tenant, their key is not: for this one statement
+        the transaction is the address's.
+        """
+        if claim.is_strangers and claim.scope != self._tenant_id:
+            with self._at(claim.scope) as shelf:
+                return shelf.keep(claim, answer, until=until)
+        sealed = self._vault.seal(json.dumps(asdict(answer)), place=self._place("answer", claim.name))
+        kept = idempotency_keys.update().where(self._held(claim)).values(answer=sealed, expires_at=until)
+        return self._connection.execute(kept).rowcount == 1
+
+    @contextmanager
+    def _at(self, address: UUID) -> Iterator[IdempotencyKeys]:
+        self._connection.exec_driver_sql(BECOME, (str(address),))
+        yield IdempotencyKeys(self._connection, address, self._vault)
+        self._connection.exec_driver_sql(BECOME, (str(self._tenant_id),))
+
+    def release(self, claim: Claim) -> None:
+        """Let go of the claim, so that the next who asks may answer; but not of an answer."""
+        self._connection.execute(idempotency_keys.delete().where(self._held(claim)))
+
+    def _held(self, claim: Claim) -> ColumnElement[bool]:
+        same = and_(idempotency_keys.c.name == claim.name, idempotency_keys.c.claim == claim.id)
+        return and_(self.mine(idempotency_keys), same, idempotency_keys.c.answer.is_(None))
+
+    def _place(self, column: str, name: bytes) -> str:
+        return f"idempotency_keys/{self._tenant_id}/{name.hex()}/{column}"
+
+
+def forget_answers(connection: Connection, now: datetime) -> bool:
+    """Forget some claims and answers that have run out, whosever they are; whether there may be more."""
+    parameters = {"now": now, "most": FORGOTTEN_AT_ONCE}
+    return bool(connection.exec_driver_sql(FORGET, parameters).scalar_one() == FORGOTTEN_AT_ONCE)
