@@ -43,8 +43,8 @@ format: $(VENV)/.test ## Put the code in order
 unit: $(VENV)/.test ## The tests alone; ARGS="-k keys" for some of them
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
-fuzz: $(VENV)/.test ## Schemathesis for longer: EXAMPLES=200 an operation
-	BILLING_FUZZ_EXAMPLES=$(or $(EXAMPLES),200) $(BIN)/python -m pytest tests/contract/test_schemathesis.py
+fuzz: $(VENV)/.test ## Schemathesis by every caller, for MINUTES=15 in all; SEED=… and ONLY="owner" repeat a finding
+	$(BIN)/python -m contract.fuzz --minutes $(or $(MINUTES),15) $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only "$(ONLY)")
 
 browser: ## Install chromium where that can be done (Debian, as root)
 	@command -v chromium chromium-browser google-chrome >/dev/null \

@@ -17,7 +17,7 @@ import requests
 # What `make serve WEBHOOKS=local` sets.
 OPEN_LOOPBACK = {"WEBHOOK_ALLOW_CIDRS": "127.0.0.0/8,::1/128", "WEBHOOK_ALLOW_HTTP": "on"}
 
-START_SECONDS = 30
+START_SECONDS = 60
 STOP_SECONDS = 20
 
 

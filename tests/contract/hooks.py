@@ -1,11 +1,13 @@
 """What a Schemathesis run is told beside `schemathesis.toml`: who calls, good values, checks of our own.
 
 `st run` loads it in a process of its own, and it reads `BILLING_FUZZ_URL`, `BILLING_FUZZ_AS`, `BILLING_FUZZ_STRIPE`,
-which is `sandbox` or `none`, and `BILLING_FUZZ_RECEIVER`, the URL of somebody who takes every webhook.
+which is `sandbox` or `none`, `BILLING_FUZZ_RECEIVER`, the URL of somebody who takes every webhook,
+`BILLING_FUZZ_NEIGHBOURS`, a file that tells of other tenants, and `BILLING_FUZZ_LEDGER`, a file to write in the end.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import random
@@ -13,24 +15,30 @@ import re
 import zlib
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, unquote_plus, urlsplit
 from uuid import uuid4
 
 import requests
 import schemathesis
+from jsonschema_rs import Draft4Validator
 from schemathesis import AuthContext, Case, CheckContext, DeserializationContext, HookContext, Response
 from schemathesis.core.failures import Failure, ServerError
 from schemathesis.generation.meta import TestPhase
 from schemathesis.openapi.checks import RejectedPositiveData
 
-from tests.contract.callers import CALLERS
+from billing.http.validation import as_json_schema
+from contract import neighbours
+from contract.callers import CALLERS
+from contract.exercised import Described, Ledger, Sent, described
 
 URL = os.environ["BILLING_FUZZ_URL"]
 API = f"{URL}/api/v1/auth/tenants"
 CALLER = CALLERS[os.environ["BILLING_FUZZ_AS"]]
 HAS_STRIPE = os.environ["BILLING_FUZZ_STRIPE"] == "sandbox"
 RECEIVER = os.environ["BILLING_FUZZ_RECEIVER"]
+NEIGHBOURS = neighbours.read(Path(os.environ["BILLING_FUZZ_NEIGHBOURS"]))
 # As in the document's examples, so that they are right and not only well-formed.
 PASSWORD = "SecurePass123!"
 STRONG_PASSWORD = "correct horse battery staple"
@@ -80,8 +88,16 @@ def before_call(_context: HookContext, case: Case, _kwargs: Json) -> None:
     Nobody guesses a password or a state by chance, and hardly a strong password: the fuzzer would see refusals
     alone. Which half is a matter of the case, so that it can be repeated.
     """
-    if not is_valid(case) or not (is_example(case) or zlib.crc32(repr((case.body, case.query)).encode()) % 2):
+    if not is_valid(case):
         return
+    chance = random.Random(zlib.crc32(repr((case.body, case.query)).encode()))
+    if is_example(case) or chance.random() < 0.5:
+        correct(case)
+    if NEIGHBOURS and chance.random() < 0.5:
+        send_what_is_told(case, chance)
+
+
+def correct(case: Case) -> None:
     operation_id = operation_of(case)
     if operation_id in CORRECTED_BODIES:
         case.body = CORRECTED_BODIES[operation_id](case.body)
@@ -161,6 +177,89 @@ def known_email() -> str:
     return email
 
 
+# Of other tenants --------------------------------------------------------------------------------
+
+
+def send_what_is_told(case: Case, chance: random.Random) -> None:
+    """Put what is known of a neighbour wherever the document lets it stand, in half of the places."""
+    if isinstance(case.body, dict):
+        case.body = mixed(operation_of(case), "body", case.body, chance)
+    if case.query:
+        case.query = mixed(operation_of(case), "query", case.query, chance)
+    for name, value in mixed(operation_of(case), "header", dict(case.headers or {}), chance).items():
+        case.headers[name] = value
+
+
+def mixed(operation_id: str, place: str, sent: Json, chance: random.Random) -> Json:
+    return {
+        name: chance.choice(fitting)
+        if (fitting := told(operation_id, place, name)) and chance.random() < 0.5
+        else value
+        for name, value in sent.items()
+    }
+
+
+@cache
+def told(operation_id: str, place: str, name: str) -> list[str]:
+    """What of the neighbours may stand there: theirs of the same name, or whatever is allowed."""
+    schema = schema_of(operation_id, place, name)
+    if schema is None:
+        return []
+    allowed = Draft4Validator(as_json_schema(schema), validate_formats=True).is_valid
+    of_that_name = [text for one in NEIGHBOURS for text in one.told.get(name, ()) if allowed(text)]
+    return of_that_name or [text for text in neighbours.all_told(NEIGHBOURS) if allowed(text)]
+
+
+def schema_of(operation_id: str, place: str, name: str) -> Json | None:
+    for one in document()[operation_id].inputs:
+        if one.place == place == "body":
+            found: Json | None = one.schema.get("properties", {}).get(name)
+            return found
+        if one.place == place and one.name.lower() == name.lower():
+            return one.schema
+    return None
+
+
+# What came of it ---------------------------------------------------------------------------------
+
+LEDGER = Ledger()
+atexit.register(LEDGER.write, Path(os.environ["BILLING_FUZZ_LEDGER"]))
+# Of what is known of the neighbours: what the API has taken from this tenant, and may tell it again.
+LENT: set[str] = set()
+
+
+@schemathesis.hook
+def after_call(_context: HookContext, case: Case, response: Response) -> None:
+    """Note what the case has exercised. One of another method is about a path, not about its operation."""
+    operation = document()[operation_of(case)]
+    if response.request.method == operation.method:
+        LEDGER.note(operation, sent_in(response), response.status_code)
+    if response.status_code < 300 and not operation.is_public:
+        LENT.update(text for text in neighbours.all_told(NEIGHBOURS) if text in text_of_request(response))
+
+
+def sent_in(response: Response) -> Sent:
+    request = response.request
+    query = dict(parse_qsl(urlsplit(str(request.url)).query, keep_blank_values=True))
+    try:
+        body = (json.loads(request.body),) if request.body else ()
+    except ValueError:
+        body = ()
+    return Sent(query, request.headers, body)
+
+
+def text_of_request(response: Response) -> str:
+    request = response.request
+    body = request.body or b""
+    text = body.decode(errors="replace") if isinstance(body, bytes) else str(body)
+    return " ".join([unquote_plus(str(request.url)), str(dict(request.headers)), text])
+
+
+@cache
+def document() -> dict[str, Described]:
+    return described(requests.get(f"{URL}/openapi.json", timeout=10).json())
+
+
 # Pages -------------------------------------------------------------------------------------------
 
 
@@ -222,6 +321,15 @@ def no_error_repeats_what_was_sent(_context: CheckContext, response: Response, c
 def credentials_open_what_the_document_says(_context: CheckContext, response: Response, case: Case) -> None:
     schemes = {name for alternative in case.operation.definition.raw["security"] for name in alternative}
     assert response.status_code >= 400 or not schemes or CALLER.scheme in schemes
+
+
+@schemathesis.check
+def nothing_of_a_neighbour_is_answered(_context: CheckContext, response: Response, _case: Case) -> None:
+    """Neither what nobody else was told, nor what is known of it but did not come from the caller."""
+    answer = f"{response.headers} {response.content.decode(errors='replace')}"
+    own = text_of_request(response)
+    found = neighbours.seen_in(answer, NEIGHBOURS, own=own, lent=LENT)
+    assert not found, f"of a neighbour: {found}"
 
 
 def is_error(response: Response) -> bool:
