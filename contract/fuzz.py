@@ -327,8 +327,10 @@ def _told(outcome: Outcome, effort: Effort) -> str:
     line = f"{verdict}  {outcome.run.name:<28} {outcome.told}, {effort.told}"
     if not outcome.complaints:
         return line
-    again = f'make fuzz ONLY="{outcome.run.name}" SEED={effort.seed} MINUTES={(effort.seconds or 0) / 60:.1f}'
-    return "\n".join([outcome.output[-SHOWN:], *outcome.complaints, f"Again: {again}", line])
+    # The few cases come first, and take some of it.
+    minutes = 0 if effort.seconds is None else effort.seconds / 60 + 1
+    again = f'Again: make fuzz ONLY="{outcome.run.name}" SEED={effort.seed} MINUTES={minutes:.1f}'
+    return "\n".join([outcome.output[-SHOWN:], *outcome.complaints, again, line])
 
 
 def summary(outcomes: Sequence[Outcome]) -> tuple[Ledger, str]:
