@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -12,13 +12,15 @@ import structlog
 from anyio import to_thread
 from starlette.types import ASGIApp
 
+from billing import metrics
 from billing.cli import main
+from billing.cli.watchers import tell_others
 from billing.clock import Clock, utc_now
 from billing.connections import connections_for
 from billing.deliveries import policy_for, tester_for
 from billing.encryption import Vault
 from billing.errors import DatabaseUnavailable
-from billing.http import application, document, logs, problems
+from billing.http import application, document, exposition, logs, problems
 from billing.http.idempotency import Idempotency
 from billing.http.lanes import (
     PASSWORD_THREADS,
@@ -55,7 +57,11 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> ASGIApp:
     tokens = Tokens(settings.jwt_keys, settings.public_base_url)
     digests = KeyDigests(settings.key_peppers)
     lookups, uses = Lookups(), KeyUses()
-    return application.build(
+    lanes = Lanes(threads_of(settings))
+    served = document.served(contract, settings.public_base_url)
+    tell_others(settings, "billing-api")
+    figures = metrics.keep(settings.prometheus_multiproc_dir) if settings.are_figures_wanted else None
+    edge = application.build(
         contract,
         services={
             "store": store,
@@ -70,14 +76,18 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> ASGIApp:
             "base_url": settings.public_base_url,
         },
         doorkeeper=Doorkeeper(lookups, tokens, digests, uses, clock),
-        routes=pages(served=document.served(contract, settings.public_base_url), ready=readiness(store)),
-        lifespan=lambda _: running(settings, store, lookups, uses),
-        lanes=Lanes(threads_of(settings)),
+        routes=[
+            *pages(served=served, ready=readiness(store)),
+            *exposition.routes(settings, figures, store, clock),
+        ],
+        lifespan=lambda _: running(settings, store, lookups, uses, (edge.sample, lanes.sample)),
+        lanes=lanes,
         allowed_origins=settings.cors_allowed_origins,
         trusted_proxies=settings.trusted_proxies,
         compiled=settings.compiled_operations,
         timeout_seconds=settings.request_timeout_seconds,
     )
+    return edge
 
 
 def threads_of(settings: Settings) -> dict[Lane, int]:
@@ -101,7 +111,13 @@ def connections_of(settings: Settings) -> int:
 
 
 @asynccontextmanager
-async def running(settings: Settings, store: Store, lookups: Lookups, uses: KeyUses) -> AsyncIterator[None]:
+async def running(
+    settings: Settings,
+    store: Store,
+    lookups: Lookups,
+    uses: KeyUses,
+    samples: Sequence[Callable[[], None]],
+) -> AsyncIterator[None]:
     """Everything that lives as long as the server: the database, the pool, the notes of used keys."""
     database = await to_thread.run_sync(open_database, settings)
     try:
@@ -111,7 +127,8 @@ async def running(settings: Settings, store: Store, lookups: Lookups, uses: KeyU
         lookups.open(database.app_url)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(keep_flushing, uses, store)
-            yield
+            with metrics.written(*samples, partial(store.sample, "api")):
+                yield
             tasks.cancel_scope.cancel()
     finally:
         lookups.close()

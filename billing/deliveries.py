@@ -10,11 +10,15 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from statistics import median
 from uuid import UUID
 
+import structlog
+
+from billing import metrics, tracing
 from billing.clock import Clock
 from billing.errors import RateLimited
 from billing.ids import new_id
@@ -45,6 +49,8 @@ MOST_TESTS = 10
 MINUTE = timedelta(minutes=1)
 
 JITTER = random.SystemRandom()
+
+log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.deliveries")
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,9 @@ class Deliveries:
         while flying or (waiting and window and not self._stopping.is_set()):
             while waiting and len(flying) < window and not self._stopping.is_set():
                 begun = waiting.popleft()
-                flying[self._pool.submit(self._attempt, batch, begun, until)] = begun
+                # In the context of the task: what the attempt logs, and its span, belong to that.
+                attempt = copy_context().run
+                flying[self._pool.submit(attempt, self._attempt, batch, begun, until)] = begun
             ended = [(flying.pop(future), future.result()) for future in _gathered(flying)]
             waiting.extend(begun for begun, attempt in ended if attempt is None)
             made = [(begun, attempt) for begun, attempt in ended if attempt is not None]
@@ -139,6 +147,8 @@ class Deliveries:
         now = self._clock()
         verdicts = [_verdict(begun, attempt, batch.endpoint, now) for begun, attempt in ended]
         settled = [_settled(*one, verdict, now) for one, verdict in zip(ended, verdicts, strict=True)]
+        for (begun, _), one in zip(ended, settled, strict=True):
+            tell(begun, one)
         gone = any(verdict.gone for verdict in verdicts)
         all_delivered = all(one.status == "delivered" for one in settled)
         with self._store.tenant(batch.tenant_id) as tx:
@@ -155,7 +165,21 @@ class Deliveries:
 def send(egress: Egress, url: str, secrets: Sequence[str], begun: Begun, now: datetime) -> Attempt:
     """Make one attempt, signed as of now."""
     headers = signed_headers(secrets, id=str(begun.event_id), at=now, body=begun.body)
-    return egress.send(url, begun.body, {"Content-Type": "application/json", **headers})
+    with tracing.span(
+        "POST webhook",
+        "client",
+        http__request__method="POST",
+        billing__event_type=begun.event_type,
+        billing__event_id=str(begun.event_id),
+        billing__attempt=begun.attempt,
+        billing__request_id=begun.request_id,
+    ) as span:
+        sent = {"Content-Type": "application/json", **headers, **tracing.headers()}
+        attempt = egress.send(url, begun.body, sent)
+        span.tell(http__response__status_code=attempt.http_status)
+        if error := error_of(attempt):
+            span.fail(error)
+    return attempt
 
 
 def _is_slow(durations: Sequence[int]) -> bool:
@@ -204,6 +228,26 @@ def _settled(begun: Begun, attempt: Attempt, verdict: Verdict, now: datetime) ->
         error_of(attempt),
         attempt.duration_ms,
         None if verdict.status == "pending" else now,
+    )
+
+
+def tell(begun: Begun, settled: Settled) -> None:
+    """Count an attempt, and log it with the request that the event came of."""
+    metrics.ATTEMPTS.count(settled.error or "delivered")
+    metrics.ATTEMPT_SECONDS.observe(settled.duration_ms / 1000)
+    if settled.status != "pending":
+        metrics.DELIVERIES.count(settled.status)
+    log.info(
+        "delivery",
+        delivery_id=str(begun.id),
+        event_id=str(begun.event_id),
+        event_type=begun.event_type,
+        request_id=begun.request_id,
+        attempt=begun.attempt,
+        status=settled.status,
+        http_status=settled.http_status,
+        error=settled.error,
+        duration_ms=settled.duration_ms,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 import stripe
 import structlog
 
+from billing import tracing
 from billing.errors import CodeRejected, StripeNotConfigured, StripeUnavailable
 from billing.outbound import Session
 from billing.stripe_connect import Account, Grant, RequirementError, Requirements
@@ -203,7 +204,8 @@ def _client(secret_key: str, client_id: str | None, api_base: str, connect_base:
 @contextmanager
 def _in_our_words(operation: str) -> Iterator[None]:
     try:
-        yield
+        with tracing.span(f"stripe {operation}", "client"):
+            yield
     except FAILURES as error:
         # Not its message: that of `invalid_grant` repeats the code.
         log.warning(

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import bcrypt
 from zxcvbn import zxcvbn
 
+from billing import tracing
 from billing.errors import PasswordTooWeak, WrongPassword
 from billing.keyrings import Keyring
 
@@ -44,9 +45,9 @@ class Passwords:
     def hash(self, password: str) -> str:
         """What to store for a new password."""
         kid, pepper = self._peppers.first
-        return (
-            f"{SCHEME}${kid}${bcrypt.hashpw(_prehash(pepper, password), bcrypt.gensalt(self._cost)).decode()}"
-        )
+        with tracing.span("password hash"):
+            hashed = bcrypt.hashpw(_prehash(pepper, password), bcrypt.gensalt(self._cost))
+        return f"{SCHEME}${kid}${hashed.decode()}"
 
     def check(self, password: str, stored: str | None) -> bool:
         """Whether the password is the stored one.
@@ -57,7 +58,8 @@ class Passwords:
         pepper, hashed = known or self._parts(self._dummy) or (b"", "")
         prehashed = _prehash(pepper, password)
         self._make_up_for(hashed, prehashed)
-        return bcrypt.checkpw(prehashed, hashed.encode()) and known is not None
+        with tracing.span("password check"):
+            return bcrypt.checkpw(prehashed, hashed.encode()) and known is not None
 
     def _parts(self, stored: str) -> tuple[bytes, str] | None:
         scheme, kid, hashed = stored.split("$", 2)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from uuid import UUID
 
-from billing import keys
+from billing import keys, metrics
 from billing.actors import Actor
 from billing.clock import Clock
 from billing.errors import InsufficientScope, KeyUnknown, SessionEnded, TenantDisabled
@@ -119,6 +119,11 @@ class KeyUses:
         """Write down what was noted. What cannot be written now is forgotten: the next use notes it again."""
         with self._lock:
             noted, self._noted = self._noted, {}
-        for (tenant_id, key_id), at in noted.items():
-            with store.tenant(tenant_id) as tx:
-                tx.api_keys.note_use(key_id, at)
+        try:
+            while noted:
+                (tenant_id, key_id), at = next(iter(noted.items()))
+                with store.tenant(tenant_id) as tx:
+                    tx.api_keys.note_use(key_id, at)
+                del noted[tenant_id, key_id]
+        finally:
+            metrics.KEY_USES_DROPPED.count(amount=len(noted))

@@ -25,6 +25,9 @@ LOWEST_PRODUCTION_COST = 10
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 SECRET_KEY = re.compile(r"[sr]k_(test|live)_[!-~]+")
 CLIENT_ID = re.compile(r"ca_[!-~]+")
+TOKEN = re.compile(r"[!-~]{16,}")
+DSN = re.compile(r"https?://[0-9A-Za-z]+(:[0-9A-Za-z]+)?@[!-~]+/[0-9]+")
+COLLECTOR = re.compile(r"https?://[^@\s?#]+")
 HOST = re.compile(r"[a-z0-9._-]+|\[[0-9a-f:.]+\]")
 
 
@@ -61,6 +64,16 @@ class Settings:
     worker_threads: int
     compiled_operations: bool
     request_timeout_seconds: int
+    metrics_port: int | None
+    metrics_token: str | None = field(repr=False)
+    prometheus_multiproc_dir: Path | None
+    otel_exporter_otlp_endpoint: str | None
+    sentry_dsn: str | None = field(repr=False)
+
+    @property
+    def are_figures_wanted(self) -> bool:
+        """Whether anybody may read what would be counted."""
+        return self.metrics_port is not None or self.metrics_token is not None
 
     @classmethod
     def load(
@@ -144,6 +157,16 @@ class _Reader:
             worker_threads=self.whole("WORKER_THREADS", 8, lowest=1, highest=64),
             compiled_operations=self.choice("COMPILED_OPERATIONS", "on", "off") == "on",
             request_timeout_seconds=self.whole("REQUEST_TIMEOUT_SECONDS", 30, lowest=1, highest=300),
+            metrics_port=self.metrics_port(),
+            metrics_token=self.shaped(
+                "METRICS_TOKEN", TOKEN, "have at least 16 printable characters, no blank"
+            ),
+            # prometheus_client's own variable: `billing serve` sets it for the processes that it starts.
+            prometheus_multiproc_dir=Path(found)
+            if (found := self.given.get("PROMETHEUS_MULTIPROC_DIR"))
+            else None,
+            otel_exporter_otlp_endpoint=self.collector(),
+            sentry_dsn=self.shaped("SENTRY_DSN", DSN, "be like https://key@sentry.example/1"),
         )
 
     def choice(self, name: str, *allowed: str) -> str:
@@ -157,6 +180,17 @@ class _Reader:
         if not (re.fullmatch(r"[0-9]{1,9}", text) and lowest <= int(text) <= highest):
             raise SettingsError(f"{name} must be a whole number from {lowest} to {highest}.")
         return int(text)
+
+    def metrics_port(self) -> int | None:
+        if "METRICS_PORT" not in self.given:
+            return None
+        return self.whole("METRICS_PORT", 0, lowest=0, highest=65535)
+
+    def collector(self) -> str | None:
+        url = self.given.get("OTEL_EXPORTER_OTLP_ENDPOINT")
+        if url is not None and not COLLECTOR.fullmatch(url):
+            raise SettingsError("OTEL_EXPORTER_OTLP_ENDPOINT must be a URL such as http://127.0.0.1:4318.")
+        return url and url.rstrip("/")
 
     def switch(self, name: str) -> bool:
         text = self.given.get(name, "off").lower()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Literal
@@ -35,3 +36,22 @@ class Task:
         """When to try again after a failure: a minute later, then twice as long each time, up to six hours."""
         doublings = min(self.attempts - 1, 16)
         return now + min(FIRST_RETRY * (1 << doublings), LONGEST_RETRY)
+
+
+@dataclass(frozen=True)
+class Depth:
+    """How much waits, and for how long what has waited longest; 0 where nothing is due."""
+
+    number: int
+    oldest_seconds: float
+
+
+@dataclass(frozen=True)
+class Backlog:
+    """What waits at all tenants together: the tasks that are due, by queue, and the deliveries that have not ended.
+
+    The outbox is told by how the endpoints do: `working`, `failing` or `disabled`.
+    """
+
+    queues: Mapping[str, Depth]
+    outbox: Mapping[str, Depth]

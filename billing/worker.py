@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 
 import structlog
 
+from billing import metrics, tracing
 from billing.clock import Clock
 from billing.errors import DatabaseUnavailable
+from billing.http import crashes
 from billing.storage.store import Store
 from billing.tasks import Queue, Task
 
@@ -74,22 +78,41 @@ class Worker:
         if most == 0:
             return []
         try:
-            return self._store.take_due(self._queue, self._clock(), most=most)
+            taken = self._store.take_due(self._queue, self._clock(), most=most)
         except DatabaseUnavailable as error:
             log.warning(error.code(), cause=type(error.__cause__).__name__)
             self._stopping.wait(PATIENCE_SECONDS)
             return []
+        metrics.POLLED.set(time.time(), self._queue)
+        return taken
 
     def do(self, task: Task) -> None:
         """Do one task, by the job of its kind."""
-        with structlog.contextvars.bound_contextvars(task=task.kind, tenant_id=str(task.tenant_id)):
-            self._jobs[task.kind](task)
+        started = time.perf_counter()
+        try:
+            with structlog.contextvars.bound_contextvars(**named(task)), span_of(task):
+                self._jobs[task.kind](task)
+        finally:
+            metrics.TASK_SECONDS.observe(time.perf_counter() - started, task.kind)
+
+
+def span_of(task: Task) -> AbstractContextManager[object]:
+    """The span of a task, which stands at the top of a trace of its own."""
+    whose = {"billing__tenant_id": str(task.tenant_id), "billing__task_id": str(task.id)}
+    return tracing.span(f"task {task.kind}", "consumer", billing__attempts=task.attempts, **whose)
+
+
+def named(task: Task) -> dict[str, str]:
+    """Which task it is, for whatever a log line tells of it."""
+    return {"task": task.kind, "task_id": str(task.id), "tenant_id": str(task.tenant_id)}
 
 
 def report(task: Task, error: BaseException | None) -> None:
     """Say what went wrong with a task, if something did. It comes again, and the others go on."""
-    whose = {"task": task.kind, "tenant_id": str(task.tenant_id), "attempts": task.attempts}
+    metrics.TASKS.count(task.kind, "done" if error is None else "failed")
+    whose = {**named(task), "attempts": task.attempts}
     if isinstance(error, DatabaseUnavailable):
         log.warning("a task waits for the database", cause=type(error.__cause__).__name__, **whose)
     elif error is not None:
         log.error("a task failed", exc_info=error, **whose)
+        crashes.report(error, **named(task))

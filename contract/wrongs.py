@@ -485,8 +485,8 @@ IN_STORAGE = (
     Wrong(
         "an event is kept though its transaction is not",
         "billing/storage/events.py",
-        "        self.insert(events, values_of(event, events))\n",
-        "        self.insert(events, values_of(event, events))\n"
+        '        self.insert(events, {**values_of(event, events), "request_id": self._actor.request_id})\n',
+        '        self.insert(events, {**values_of(event, events), "request_id": self._actor.request_id})\n'
         "        self._connection.connection.commit()\n"
         "        self._connection.exec_driver_sql(\n"
         "            \"SELECT set_config('app.tenant_id', %s, true)\", (str(self._tenant_id),)\n"

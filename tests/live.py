@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO
 
@@ -17,8 +17,8 @@ import requests
 # What `make serve WEBHOOKS=local` sets.
 OPEN_LOOPBACK = {"WEBHOOK_ALLOW_CIDRS": "127.0.0.0/8,::1/128", "WEBHOOK_ALLOW_HTTP": "on"}
 
-START_SECONDS = 60
-STOP_SECONDS = 20
+START_SECONDS = 90  # A busy machine takes half a minute to import us.
+STOP_SECONDS = 40
 
 
 def free_port() -> int:
@@ -57,3 +57,11 @@ def await_ready(process: subprocess.Popen[bytes], url: str) -> None:
         except (requests.ConnectionError, requests.Timeout):
             time.sleep(0.05)
     raise AssertionError(f"the server was not ready within {START_SECONDS} seconds")
+
+
+def eventually(is_so: Callable[[], bool], *, seconds: float = 15) -> None:
+    """Wait until something is so."""
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline, "it did not come to be"
+        time.sleep(0.1)

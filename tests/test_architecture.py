@@ -26,6 +26,7 @@ FLOORS = (
     (1, "billing.webhooks.delivery billing.webhooks.events billing.webhooks.signing"),
     (1, "billing.outbound"),
     (0, "billing.errors billing.ids billing.clock billing.settings billing.keyrings billing.tasks"),
+    (0, "billing.metrics billing.tracing"),
 )
 FLOOR_OF = {name: floor for floor, names in FLOORS for name in names.split()}
 # They have a docstring, and no floor: nothing is in them but what stands beside them.
@@ -50,6 +51,9 @@ LIBRARIES = {
     "dotenv": ("billing.settings",),
     "slugify": ("billing.tenants",),
     "uuid_utils": ("billing.ids",),
+    "prometheus_client": ("billing.metrics",),
+    "opentelemetry": ("billing.tracing",),
+    "sentry_sdk": ("billing.http.crashes",),
 }
 
 

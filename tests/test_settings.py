@@ -58,6 +58,11 @@ DEFAULTS: dict[str, Any] = {
     "webhook_allow_cidrs": (),
     "webhook_allow_http": False,
     "worker_threads": 8,
+    "metrics_port": None,
+    "metrics_token": None,
+    "prometheus_multiproc_dir": None,
+    "otel_exporter_otlp_endpoint": None,
+    "sentry_dsn": None,
     "compiled_operations": True,
     "request_timeout_seconds": 30,
     "rate_limits": True,
@@ -103,6 +108,12 @@ def test_every_setting_has_a_default_here_or_is_a_secret_or_the_state_directory(
         *(("WEBHOOK_ALLOW_HTTP", text, True) for text in ("on", "ON", "true", "1")),
         *(("WEBHOOK_ALLOW_HTTP", text, False) for text in ("off", "false", "0", "")),
         ("WORKER_THREADS", "64", 64),
+        ("METRICS_PORT", "0", 0),
+        ("METRICS_PORT", "", None),
+        ("METRICS_TOKEN", "hunter2-hunter2-hunter2", "hunter2-hunter2-hunter2"),
+        ("SENTRY_DSN", "https://hunter2@sentry.example/1", "https://hunter2@sentry.example/1"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318/", "http://127.0.0.1:4318"),
+        ("PROMETHEUS_MULTIPROC_DIR", "/run/billing", Path("/run/billing")),
         ("COMPILED_OPERATIONS", "off", False),
         ("REQUEST_TIMEOUT_SECONDS", "300", 300),
         ("STRIPE_SECRET_KEY", "sk_test_hunter2", "sk_test_hunter2"),
@@ -124,6 +135,10 @@ BAD = {
     "WORKER_THREADS": ["0", "65", "many"],
     "COMPILED_OPERATIONS": ["no", "OFF", "2"],
     "REQUEST_TIMEOUT_SECONDS": ["0", "301", "1.5"],
+    "METRICS_PORT": ["-1", "65536", "off"],
+    "METRICS_TOKEN": ["hunter2", "hunter2 hunter2 hunter2", "hunter2-hunter2-hünter2"],
+    "OTEL_EXPORTER_OTLP_ENDPOINT": ["localhost:4318", "grpc://127.0.0.1", "http://user:hunter2@otel.example"],
+    "SENTRY_DSN": ["hunter2", "https://sentry.example/1", "https://hunter2@sentry.example/"],
     "PUBLIC_BASE_URL": [
         "billing.example",
         "ftp://billing.example",
@@ -212,7 +227,8 @@ def test_settings_are_frozen(tmp_path: Path) -> None:
 
 def test_the_representation_shows_no_secret() -> None:
     more = {"MIGRATION_DATABASE_URL": "postgresql://billing_owner:hunter3@db.example/billing"}
-    shown = repr(production(**more, STRIPE_SECRET_KEY="sk_live_hunter2"))
+    watched = {"METRICS_TOKEN": "hunter2-hunter2-hunter2", "SENTRY_DSN": "https://hunter2@sentry.example/1"}
+    shown = repr(production(**more, STRIPE_SECRET_KEY="sk_live_hunter2", **watched))
     assert "hunter" not in shown
     for ring in SECRETS.values():
         encoded = ring.partition(":")[2]

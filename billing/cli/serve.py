@@ -18,6 +18,7 @@ from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import ChangeReload, Multiprocess
 
 from billing.cli.console import opened_database
+from billing.cli.watchers import figures_kept, figures_of_server
 from billing.cli.worker import Companion
 from billing.http import logs
 from billing.settings import Settings
@@ -71,11 +72,11 @@ def _settings(**options: object) -> Settings:
 def _serve(settings: Settings, config: uvicorn.Config, companion: AbstractContextManager[object]) -> None:
     logs.configure(tty=sys.stderr.isatty())
     signal.signal(signal.SIGTERM, interrupt)
-    with listen(settings.host, settings.port) as listener:
+    with listen(settings.host, settings.port) as listener, figures_kept(settings):
         settings = _settings(PORT=listener.getsockname()[1])
         with opened_database(settings) as database:
             click.echo(banner(settings, database))
-            with companion:
+            with figures_of_server(settings, database), companion:
                 run(config, listener)
 
 

@@ -16,11 +16,12 @@ import structlog
 
 from billing import keys, stripe_connect, tenants
 from billing.cli.console import done, opened_store
+from billing.cli.watchers import figures_of_worker, tell_others
 from billing.clock import utc_now
 from billing.connections import connections_for
 from billing.deliveries import deliveries_for
 from billing.housekeeping import Housekeeping
-from billing.http import logs
+from billing.http import crashes, logs
 from billing.settings import Settings
 from billing.storage.store import Store
 from billing.webhooks.delivery import DELIVER
@@ -57,7 +58,11 @@ def worker(*, follow: bool) -> None:
       billing worker
     """
     logs.configure(tty=sys.stderr.isatty())
-    with opened_store(connections=CONNECTIONS) as (settings, store):
+    with (
+        opened_store(connections=CONNECTIONS) as (settings, store),
+        figures_of_worker(settings, store, is_companion=follow),
+    ):
+        tell_others(settings, "billing-worker")
         crew = Crew(settings, store)
         for number in (signal.SIGINT, signal.SIGTERM):
             # A service manager may send it to each process: a companion goes on until the server has finished.
@@ -120,6 +125,8 @@ class Crew:
             for worker in self._workers:
                 worker.stop()
         for one in running:
+            if error := one.exception():
+                crashes.report(error)
             one.result()
 
     def stop(self) -> None:

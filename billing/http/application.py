@@ -14,11 +14,10 @@ from connexion.middleware.server_error import ServerErrorMiddleware
 from connexion.options import SwaggerUIOptions
 from starlette.exceptions import HTTPException
 from starlette.routing import Route, Router
-from starlette.types import ASGIApp
 
 from billing import errors
 from billing.errors import BillingError
-from billing.http import problems
+from billing.http import crashes, problems
 from billing.http.access import Access, Gate, NameOperation, security_map
 from billing.http.cors import Cors
 from billing.http.deadlines import Deadline
@@ -61,7 +60,7 @@ def build(
     trusted_proxies: Sequence[Network],
     timeout_seconds: float,
     compiled: bool = True,
-) -> ASGIApp:
+) -> Edge:
     """The whole ASGI application; raises at once what is wrong with the document or a handler."""
     listed = operations(document)
     rules = {o.operation_id: Rules(document, o) for o in listed}
@@ -146,4 +145,5 @@ def in_our_words(error: Exception) -> BillingError:
     if isinstance(error, ProblemException | HTTPException) and status in BY_STATUS:
         return BY_STATUS[status]()
     log.error("unexpected error", exc_info=error)
+    crashes.report(error)
     return errors.InternalError()

@@ -42,7 +42,7 @@ class Deadline:
         else:
             return
         log.warning(errors.DeadlineExceeded.code())
-        await apologise(send, scope["state"]["request_id"], errors.DeadlineExceeded())
+        await apologise(send, scope, errors.DeadlineExceeded())
 
 
 class Answer:

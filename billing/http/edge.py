@@ -12,9 +12,9 @@ from typing import Any
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from billing import errors
+from billing import errors, metrics, tracing
 from billing.errors import BillingError
-from billing.http import problems
+from billing.http import crashes, problems
 from billing.ids import new_id
 
 SECURITY_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
@@ -22,6 +22,9 @@ VARY = b"vary"
 SAFE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{8,64}")
 CLIENT_CLOSED_REQUEST = 499  # nginx's word for a client that left before its answer; never sent.
 MAX_LOGGED_PATH = 200
+# What is none of the document's operations: pages, health, and paths that there are not.
+OUTSIDE = "none"
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 Headers = Iterable[tuple[bytes, bytes]]
 Address = IPv4Address | IPv6Address
@@ -34,13 +37,18 @@ class Edge:
     """ASGI middleware around everything else.
 
     It leaves `request_id` and `client_address` in `scope["state"]`, and reads for its log line what others
-    leave there: `operation_id` and `tenant_id`. What they add to `answer_headers` the answer bears, whatever it is,
-    in the place of its own; only `Vary` may stand in it twice.
+    leave there: `operation_id`, `tenant_id` and `problem`. What they add to `answer_headers` the answer bears,
+    whatever it is, in the place of its own; only `Vary` may stand in it twice.
     """
 
     def __init__(self, app: ASGIApp, *, trusted_proxies: Sequence[Network] = ()) -> None:
         self.app = app
         self.trusted_proxies = tuple(trusted_proxies)
+        self.in_flight = 0
+
+    def sample(self) -> None:
+        """Say how many requests are being answered."""
+        metrics.IN_FLIGHT.set(self.in_flight)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -51,27 +59,47 @@ class Edge:
         state["request_id"] = request_id
         state["client_address"] = client_address(scope, self.trusted_proxies)
         state["answer_headers"] = [(b"x-request-id", request_id.encode())]
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
-            await self._answer(scope, Exchange(receive, send, state["answer_headers"]))
+        # By hand: `bound_contextvars` costs four microseconds more.
+        bound = structlog.contextvars.bind_contextvars(request_id=request_id)
+        try:
+            answer = self._traced if tracing.is_on() else self._answer
+            await answer(scope, Exchange(receive, send, state["answer_headers"]))
+        finally:
+            structlog.contextvars.reset_contextvars(**bound)
+
+    async def _traced(self, scope: Scope, exchange: Exchange) -> None:
+        parents = [value.decode("latin-1") for name, value in scope["headers"] if name == b"traceparent"]
+        with tracing.span("request", "server", parent=parents[0] if len(parents) == 1 else None) as span:
+            try:
+                await self._answer(scope, exchange)
+            finally:
+                span.tell(**traits(scope, exchange.status))
+                if (exchange.status or 0) >= 500:
+                    span.fail(str(exchange.status))
 
     async def _answer(self, scope: Scope, exchange: Exchange) -> None:
         started = perf_counter()
+        self.in_flight += 1
         try:
             await self._answer_somehow(scope, exchange)
         finally:
-            log.info("request", **summary(scope, exchange.status, perf_counter() - started))
+            self.in_flight -= 1
+            seconds = perf_counter() - started
+            measure(scope, exchange.status, seconds)
+            log.info("request", **summary(scope, exchange.status, seconds))
 
     async def _answer_somehow(self, scope: Scope, exchange: Exchange) -> None:
         # Whatever it was, the client is owed an answer and the operator a line; nothing is carried on with.
         try:
             await self.app(scope, exchange.receive, exchange.send)
-        except Exception:
+        except Exception as error:
             log.exception("request failed")
+            crashes.report(error)
         else:
             if exchange.is_unanswered:
                 log.error("request left unanswered")
         if exchange.is_unanswered:
-            await apologise(exchange.send, scope["state"]["request_id"], errors.InternalError())
+            await apologise(exchange.send, scope, errors.InternalError())
 
 
 class Exchange:
@@ -111,9 +139,9 @@ class Exchange:
         return [*others, *missing, *closing, *self._headers]
 
 
-async def apologise(send: Send, request_id: str, error: BillingError) -> None:
+async def apologise(send: Send, scope: Scope, error: BillingError) -> None:
     """Send the problem, in the stead of an application that does not."""
-    await problems.render(error, request_id=request_id).send(send)
+    await problems.answer_to(error, scope).send(send)
 
 
 def request_id_of(headers: Headers) -> str:
@@ -133,9 +161,40 @@ def summary(scope: Scope, status: int | None, seconds: float) -> dict[str, Any]:
         said["operation_id"] = operation_id
     else:
         said["path"] = ascii(scope["path"][:MAX_LOGGED_PATH])[1:-1]
+    if problem := state.get("problem"):
+        said["problem"] = problem
     if tenant_id := state.get("tenant_id"):
         said["tenant_id"] = str(tenant_id)
     return said
+
+
+def measure(scope: Scope, status: int | None, seconds: float) -> None:
+    """Count a request, under words of ours alone: what a client can choose would make a figure of each choice."""
+    state = scope["state"]
+    operation = state.get("operation_id") or OUTSIDE
+    method = scope["method"] if scope["method"] in METHODS else "other"
+    metrics.REQUESTS.count(operation, method, str(status or CLIENT_CLOSED_REQUEST))
+    metrics.REQUEST_SECONDS.observe(seconds, operation)
+    if problem := state.get("problem"):
+        metrics.PROBLEMS.count(operation, problem)
+
+
+def traits(scope: Scope, status: int | None) -> dict[str, Any]:
+    """What a trace says of a request, by OpenTelemetry's names: no path but that of an operation, and no query."""
+    state = scope["state"]
+    method = scope["method"] if scope["method"] in METHODS else "_OTHER"
+    operation_id = state.get("operation_id")
+    return {
+        "name": f"{method} {operation_id or OUTSIDE}",
+        "http__request__method": method,
+        "http__response__status_code": status or CLIENT_CLOSED_REQUEST,
+        "http__route": scope["path"] if operation_id else None,
+        "url__scheme": scope.get("scheme"),
+        "billing__operation_id": operation_id,
+        "billing__problem": state.get("problem"),
+        "billing__request_id": state["request_id"],
+        "billing__tenant_id": str(state["tenant_id"]) if "tenant_id" in state else None,
+    }
 
 
 def client_address(scope: Scope, trusted_proxies: Sequence[Network]) -> str | None:

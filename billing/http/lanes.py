@@ -15,12 +15,14 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
+from time import perf_counter
 from typing import TypeVar
 
 import anyio
 import structlog
 from anyio import to_thread
 
+from billing import metrics
 from billing.errors import Overloaded
 
 Handler = TypeVar("Handler", bound=Callable[..., object])
@@ -69,14 +71,25 @@ class Lanes:
         self._longest_wait_seconds = longest_wait_seconds
         self._limits = {lane: anyio.CapacityLimiter(count) for lane, count in threads.items()}
 
+    def sample(self) -> None:
+        """Say how many threads each lane has, how many of them work, and how many wait for one."""
+        for lane, limiter in self._limits.items():
+            metrics.LANE_THREADS.set(limiter.total_tokens, lane.value)
+            metrics.LANE_BUSY.set(limiter.borrowed_tokens, lane.value)
+            metrics.LANE_WAITING.set(limiter.statistics().tasks_waiting, lane.value)
+
     async def run(self, lane: Lane, call: Callable[[], T]) -> T:
         """Run a blocking call in the lane; raises `Overloaded` if no thread is free in time."""
         limiter, borrower = self._limits[lane], object()
+        must_wait, started = limiter.available_tokens < 1, perf_counter()
         try:
             with anyio.fail_after(self._longest_wait_seconds):
                 await limiter.acquire_on_behalf_of(borrower)
         except TimeoutError:
+            metrics.LANE_REFUSED.count(lane.value)
             raise Overloaded from None
+        if must_wait:
+            metrics.LANE_WAIT.observe(perf_counter() - started, lane.value)
         place = _Place(partial(limiter.release_on_behalf_of, borrower))
         try:
             # The lane's limit is taken; the one that anyio asks for here is never waited for.

@@ -54,6 +54,7 @@ def answer_to(error: BillingError, scope: Scope) -> Rendered:
     """The answer to a request that ended in an error; where a cause is known, a line says what kind it was."""
     if error.__cause__ is not None:
         log.warning(error.code(), cause=type(error.__cause__).__name__)
+    scope["state"]["problem"] = error.code()
     return render(error, request_id=scope["state"]["request_id"])
 
 

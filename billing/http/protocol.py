@@ -9,7 +9,7 @@ import httptools
 import structlog
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from billing import errors
+from billing import errors, metrics
 from billing.errors import BillingError
 from billing.http import problems
 from billing.http.edge import SECURITY_HEADERS
@@ -175,6 +175,8 @@ class Protocol(HttpToolsProtocol):
         lines += [b"%b: %b" % header for header in headers]
         self.transport.write(b"\r\n".join([*lines, b"", rendered.body]))
         log.info("request", request_id=request_id, status=rendered.status, refused=error.code())
+        metrics.REQUESTS.count("none", "other", str(rendered.status))
+        metrics.PROBLEMS.count("none", error.code())
 
 
 def malformed() -> BillingError:

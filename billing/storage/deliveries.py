@@ -64,6 +64,7 @@ class Deliveries(Shelf):
                 deliveries.c.event_type,
                 deliveries.c.attempts,
                 events.c.body,
+                events.c.request_id,
                 deliveries.c.next_attempt_at,
             )
         )

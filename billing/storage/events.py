@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from uuid import UUID
 
-from sqlalchemy import ColumnElement, and_, func, literal, select, true
+from sqlalchemy import ColumnElement, Connection, and_, func, literal, select, true
 from sqlalchemy.dialects.postgresql import insert
 
+from billing.actors import SYSTEM, Actor
 from billing.ids import new_id
 from billing.storage.shelf import Shelf, values_of
 from billing.storage.tables import deliveries, event_heads, events, webhook_endpoints
@@ -29,6 +31,10 @@ HAS_FAILED = (
 
 class Events(Shelf):
     """What happened at one tenant, numbered without gaps."""
+
+    def __init__(self, connection: Connection, tenant_id: UUID, actor: Actor = SYSTEM) -> None:
+        super().__init__(connection, tenant_id)
+        self._actor = actor
 
     def record(self, type: str, data: Mapping[str, object], *, livemode: bool = True, now: datetime) -> None:
         """Keep an event, and a delivery of it if there is an endpoint; whether that wants it is seen when sending."""
@@ -65,7 +71,7 @@ class Events(Shelf):
             data=data,
         )
         event = Event(event_id, sequence, type, is_test, now, body)
-        self.insert(events, values_of(event, events))
+        self.insert(events, {**values_of(event, events), "request_id": self._actor.request_id})
         return event
 
     def count(self, choice: Choice, *, wanted: Sequence[str]) -> int:

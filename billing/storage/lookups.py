@@ -22,6 +22,7 @@ from psycopg2 import extensions, extras
 from sqlalchemy.dialects.postgresql.psycopg2 import PGDialect_psycopg2
 from sqlalchemy.engine import make_url
 
+from billing import tracing
 from billing.errors import BillingError, DatabaseUnavailable
 from billing.keys import ApiKey
 from billing.storage import api_keys, tenants, users
@@ -159,7 +160,8 @@ class Lookups:
     async def _ask_once(self, question: Question, parameters: Mapping[str, Any]) -> Row | None:
         line = self._idle.pop() if self._idle else await self._next_line()
         try:
-            return await line.ask(question, parameters)
+            with tracing.span("database question", "client", db__system__name="postgresql"):
+                return await line.ask(question, parameters)
         except psycopg2.Error as error:
             if error.pgcode not in NOT_PREPARED:
                 raise in_our_words(error) from error

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
 from uuid import UUID
 
 from sqlalchemy import Connection, Engine, create_engine, exc
 
+from billing import metrics, tracing
 from billing.actors import SYSTEM, Actor
 from billing.encryption import Vault
 from billing.errors import DatabaseUnavailable
 from billing.storage import schema
 from billing.storage.api_keys import ApiKeys
 from billing.storage.audit import AuditLog
+from billing.storage.backlog import read_backlog
 from billing.storage.deliveries import Deliveries
 from billing.storage.directory import Directory
 from billing.storage.events import Events
 from billing.storage.idempotency import IdempotencyKeys, forget_answers
 from billing.storage.operator import Operator
 from billing.storage.platform import Platform
+from billing.storage.pool import Pool
 from billing.storage.sessions import Sessions
 from billing.storage.stripe_connect import StripeConnect
 from billing.storage.tasks import Tasks, take_due
@@ -28,7 +31,7 @@ from billing.storage.tenants import Tenants
 from billing.storage.users import Users
 from billing.storage.watchdog import STATEMENT_SECONDS, Watchdog
 from billing.storage.webhooks import Webhooks
-from billing.tasks import Queue, Task
+from billing.tasks import Backlog, Queue, Task
 
 POOL_WAIT_SECONDS = 3
 # Either kind of timeout alone hangs in a real partition: see docs/decisions.md.
@@ -70,7 +73,7 @@ class TenantTx:
         self.api_keys = ApiKeys(connection, tenant_id)
         self.stripe = StripeConnect(connection, tenant_id)
         self.webhooks = Webhooks(connection, tenant_id, vault)
-        self.events = Events(connection, tenant_id)
+        self.events = Events(connection, tenant_id, actor)
         self.deliveries = Deliveries(connection, tenant_id)
         self.tasks = Tasks(connection, tenant_id)
         self.directory = Directory(connection, tenant_id)
@@ -101,6 +104,7 @@ class Store:
         self._watchdog = Watchdog(self._statement_seconds)
         self._opened = create_engine(
             url,
+            poolclass=Pool,
             pool_size=self._connections,
             max_overflow=0,
             pool_timeout=self._pool_wait_seconds,
@@ -123,7 +127,7 @@ class Store:
 
         An exclusive one holds the tenant's lock from its beginning.
         """
-        with _in_our_words(), self._engine.begin() as connection:
+        with _in_our_words(), _span("transaction"), self._engine.begin() as connection:
             connection.exec_driver_sql("SELECT set_config('app.tenant_id', %s, true)", (str(tenant_id),))
             tx = TenantTx(connection, tenant_id, actor, self._vault)
             if exclusive:
@@ -133,7 +137,7 @@ class Store:
     @contextmanager
     def platform(self) -> Iterator[Platform]:
         """The questions asked before a tenant is known, each one message to the database."""
-        with _in_our_words(), self._engine.connect() as connection:
+        with _in_our_words(), _span("question"), self._engine.connect() as connection:
             # Each question is one message, and so one transaction: no BEGIN and no COMMIT to wait for.
             connection.execution_options(isolation_level="AUTOCOMMIT")
             yield Platform(connection)
@@ -149,6 +153,17 @@ class Store:
         while is_more:
             with _in_our_words(), self._engine.begin() as connection:
                 is_more = forget_answers(connection, now)
+
+    def backlog(self, now: datetime) -> Backlog:
+        """What waits at all tenants together, for whoever watches."""
+        with _in_our_words(), self._engine.begin() as connection:
+            return read_backlog(connection, now)
+
+    def sample(self, component: str) -> None:
+        """Say how many connections there may be, and how many are in use at this moment."""
+        pool = self._opened.pool if self._opened is not None else None
+        metrics.POOL_SIZE.set(self._connections, component)
+        metrics.POOL_IN_USE.set(pool.checkedout() if isinstance(pool, Pool) else 0, component)
 
     @contextmanager
     def operator(self) -> Iterator[Operator]:
@@ -173,6 +188,10 @@ class Store:
         if self._watchdog is not None:
             self._watchdog.close()
             self._watchdog = None
+
+
+def _span(name: str) -> AbstractContextManager[object]:
+    return tracing.span(f"database {name}", "client", db__system__name="postgresql")
 
 
 @contextmanager

@@ -252,6 +252,8 @@ events = Table(
     _time("created_at"),
     # The bytes that are signed, and sent on every attempt.
     Column("body", LargeBinary, nullable=False),
+    # The request in which it happened, for the logs; None where the worker found out.
+    Column("request_id", Text),
     PrimaryKeyConstraint("tenant_id", "id"),
     ForeignKeyConstraint(["tenant_id"], ["tenants.id"]),
     Index("events_in_order", "tenant_id", "sequence", unique=True),

@@ -61,13 +61,14 @@ class Delivery:
 
 @dataclass(frozen=True)
 class Begun:
-    """An attempt about to be made, the first being number 1; `body` is the event's."""
+    """An attempt about to be made, the first being number 1; `body` is the event's, `request_id` what it came of."""
 
     id: UUID
     event_id: UUID
     event_type: str
     attempt: int
     body: bytes
+    request_id: str | None = None
 
 
 @dataclass(frozen=True)

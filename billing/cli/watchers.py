@@ -1,0 +1,77 @@
+"""Who watches a server: where its figures are kept and read, and who is told of its requests and its errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+
+import click
+
+from billing import metrics, tracing
+from billing.cli.console import done, new_store
+from billing.clock import utc_now
+from billing.http import crashes
+from billing.http.exposition import PATH, Exporter, Read, reader
+from billing.settings import Settings
+from billing.storage.database import Database
+from billing.storage.store import Store
+
+LOOPBACK = "127.0.0.1"
+
+
+def tell_others(settings: Settings, service: str) -> None:
+    """Trace, and report errors, if the settings say where to."""
+    if settings.otel_exporter_otlp_endpoint is not None:
+        tracing.begin(settings.otel_exporter_otlp_endpoint, service)
+    if settings.sentry_dsn is not None:
+        crashes.begin(settings.sentry_dsn, settings.environment)
+
+
+def figures_kept(settings: Settings) -> AbstractContextManager[object]:
+    """Where this process and those that it starts put their figures, if anybody may read them."""
+    return metrics.directory() if settings.are_figures_wanted else nullcontext()
+
+
+@contextmanager
+def figures_of_server(settings: Settings, database: Database) -> Iterator[None]:
+    """The port at which the figures of the API's processes and of the worker beside them are read."""
+    with closing(new_store(settings)) as store:
+        store.open(database.app_url)
+        with exposed(settings, settings.prometheus_multiproc_dir, store):
+            yield
+
+
+@contextmanager
+def figures_of_worker(settings: Settings, store: Store, *, is_companion: bool) -> Iterator[None]:
+    """The worker's figures; a companion's are read beside the API's, any other has a port of its own for them."""
+    if not settings.are_figures_wanted:
+        yield
+        return
+    directory = metrics.keep(settings.prometheus_multiproc_dir if is_companion else None)
+    metrics.WORKERS.set(1)
+    with (
+        metrics.written(partial(store.sample, "worker")),
+        nullcontext() if is_companion else exposed(settings, directory, store),
+    ):
+        yield
+
+
+def exposed(settings: Settings, directory: Path | None, store: Store) -> AbstractContextManager[object]:
+    """The port of the figures, if there is to be one. Without a token it is open to this machine alone."""
+    if settings.metrics_port is None or directory is None:
+        return nullcontext()
+    host = settings.host if settings.metrics_token else LOOPBACK
+    read = reader(directory, store, utc_now, is_embedded=settings.database_url is None)
+    server = listening(read, host, settings.metrics_port, settings.metrics_token)
+    done(f"Figures at http://{host}:{server.server_address[1]}{PATH}")
+    return server
+
+
+def listening(read: Read, host: str, port: int, token: str | None) -> Exporter:
+    """The server of the figures; raises `click.ClickException` where its port is taken."""
+    try:
+        return Exporter(read, host, port, token)
+    except OSError as error:
+        raise click.ClickException(f"Cannot listen on METRICS_PORT {port}: {error.strerror}.") from error

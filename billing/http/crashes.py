@@ -1,0 +1,79 @@
+"""Unexpected errors, told to Sentry without what people sent us: the library is imported only where there is a DSN.
+
+What leaves is the type of each error in the chain and where in the code it was raised. No message: a driver's
+quotes rows, ours may quote anything. No local variable, no request, no header, no breadcrumb, no user.
+"""
+
+from __future__ import annotations
+
+import atexit
+from functools import cache
+from importlib.metadata import version
+from typing import Any
+
+import structlog
+
+from billing.http.logs import redact
+
+# A worker that ends because of an error still tells of it.
+FAREWELL_SECONDS = 2.0
+# All that an event may bear: what is not named here does not leave, whatever the library comes to gather.
+KEPT = frozenset(
+    {"event_id", "timestamp", "platform", "level", "release", "environment", "exception", "tags", "sdk"}
+)
+TAGS = frozenset({"request_id", "operation_id", "tenant_id", "task", "task_id"})
+FRAME = frozenset({"filename", "function", "module", "lineno", "in_app"})
+
+
+@cache
+def begin(dsn: str, environment: str) -> None:
+    """From now on tell of what `report` is given, to this DSN."""
+    import sentry_sdk
+
+    atexit.register(sentry_sdk.flush, timeout=FAREWELL_SECONDS)
+    sentry_sdk.init(
+        dsn=dsn,
+        environment=environment,
+        release=version("billing-control-plane"),
+        # None of the library's own ears: it would hear our log, and hook into whatever it finds installed.
+        default_integrations=False,
+        auto_enabling_integrations=False,
+        include_local_variables=False,
+        include_source_context=False,
+        send_default_pii=False,
+        max_breadcrumbs=0,
+        max_request_body_size="never",
+        auto_session_tracking=False,
+        send_client_reports=False,
+        traces_sample_rate=None,
+        server_name="",
+        before_send=scrubbed,
+    )
+
+
+def report(error: BaseException, **tags: str) -> None:
+    """Tell of an error that nobody expected, if there is anybody to be told, and in which request or task it was."""
+    if not begin.cache_info().currsize:
+        return
+    import sentry_sdk
+
+    with sentry_sdk.new_scope() as scope:
+        for name, value in {**structlog.contextvars.get_contextvars(), **tags}.items():
+            scope.set_tag(name, redact(str(value)))
+        scope.capture_exception(error)
+
+
+def scrubbed(event: Any, _hint: dict[str, Any]) -> Any:
+    """The event with nothing in it but what is listed here."""
+    kept = {name: value for name, value in event.items() if name in KEPT}
+    kept["tags"] = {name: value for name, value in (event.get("tags") or {}).items() if name in TAGS}
+    errors = (event.get("exception") or {}).get("values") or []
+    kept["exception"] = {"values": [_bare(error) for error in errors]}
+    return kept
+
+
+def _bare(error: dict[str, Any]) -> dict[str, Any]:
+    frames = (error.get("stacktrace") or {}).get("frames") or []
+    bare = {name: error[name] for name in ("type", "module") if error.get(name)}
+    bare["stacktrace"] = {"frames": [{k: v for k, v in frame.items() if k in FRAME} for frame in frames]}
+    return bare

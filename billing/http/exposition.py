@@ -1,0 +1,147 @@
+"""`/metrics`: what all processes counted and what waits in the database, for a Prometheus that may see it."""
+
+from __future__ import annotations
+
+import hmac
+import threading
+from collections.abc import Callable
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from socket import AF_INET, AF_INET6
+from typing import Self
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from billing import metrics
+from billing.clock import Clock
+from billing.errors import CredentialsMissing, DatabaseUnavailable, TokenInvalid
+from billing.http.lanes import Lane, Lanes
+from billing.settings import Settings
+from billing.storage.store import StorageError, Store
+from billing.tasks import Backlog
+
+PATH = "/metrics"
+# Whoever asks so slowly is no Prometheus.
+PATIENCE_SECONDS = 10
+
+Read = Callable[[str], tuple[bytes, str]]
+
+
+def reader(directory: Path, store: Store, clock: Clock, *, is_embedded: bool) -> Read:
+    """What makes the page, in the form that an `Accept` asks for; one page at a time, however many ask."""
+    lock = threading.Lock()
+    kind = "embedded" if is_embedded else "external"
+
+    def read(accept: str) -> tuple[bytes, str]:
+        with lock:
+            answers = {**metrics.build(), **answered(store, clock, kind)}
+            return metrics.page(directory, answers, accept)
+
+    return read
+
+
+def answered(store: Store, clock: Clock, kind: str) -> metrics.Answers:
+    """What the database says waits; while it does not answer, that, and no number that would pass for good news."""
+    try:
+        backlog = store.backlog(clock())
+    except (DatabaseUnavailable, StorageError):
+        return {metrics.DATABASE_UP: {(kind,): 0}}
+    return {metrics.DATABASE_UP: {(kind,): 1}, **depths(backlog)}
+
+
+def depths(backlog: Backlog) -> metrics.Answers:
+    """How much waits, and for how long."""
+    return {
+        metrics.DUE: {(name,): depth.number for name, depth in backlog.queues.items()},
+        metrics.DUE_AGE: {(name,): depth.oldest_seconds for name, depth in backlog.queues.items()},
+        metrics.OUTBOX: {(name,): depth.number for name, depth in backlog.outbox.items()},
+        metrics.OUTBOX_AGE: {(name,): depth.oldest_seconds for name, depth in backlog.outbox.items()},
+    }
+
+
+# On the API's port ---------------------------------------------------------------------------------
+
+
+def routes(settings: Settings, directory: Path | None, store: Store, clock: Clock) -> list[Route]:
+    """The page for whoever has the token; none where there is no token, or where it has a port of its own."""
+    if directory is None or settings.metrics_token is None or settings.metrics_port is not None:
+        return []
+    read = reader(directory, store, clock, is_embedded=settings.database_url is None)
+    return [route(read, settings.metrics_token)]
+
+
+def route(read: Read, token: str) -> Route:
+    """The page for whoever bears the token."""
+    lane = Lanes({Lane.GENERAL: 1})
+
+    async def endpoint(request: Request) -> Response:
+        given = request.headers.get("authorization")
+        if given is None:
+            raise CredentialsMissing
+        if not is_good(given, token):
+            raise TokenInvalid
+        body, media_type = await lane.run(Lane.GENERAL, lambda: read(request.headers.get("accept", "")))
+        return Response(body, headers={"content-type": media_type, "cache-control": "no-store"})
+
+    return Route(PATH, endpoint)
+
+
+def is_good(authorization: str, token: str) -> bool:
+    """Whether the header bears the token; found out in the same time, whatever it bears."""
+    scheme, _, given = authorization.partition(" ")
+    return hmac.compare_digest(given.strip().encode(), token.encode()) and scheme.lower() == "bearer"
+
+
+# On a port of its own ------------------------------------------------------------------------------
+
+
+class Exporter(ThreadingHTTPServer):
+    """The page on a port of its own: it listens at once (`OSError`), and answers for as long as the block."""
+
+    daemon_threads = True
+
+    def __init__(self, read: Read, host: str, port: int, token: str | None) -> None:
+        self.address_family = AF_INET6 if ":" in host else AF_INET
+        self.read = read
+        self.token = token
+        super().__init__((host, port), Answer)
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.serve_forever, name="metrics", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+class Answer(BaseHTTPRequestHandler):
+    """Answers GET /metrics, and nothing else."""
+
+    server: Exporter
+    timeout = PATIENCE_SECONDS
+    server_version, sys_version = "billing", ""
+
+    def do_GET(self) -> None:
+        token = self.server.token
+        if self.path.partition("?")[0] != PATH:
+            self._answer(HTTPStatus.NOT_FOUND, f"The figures are at {PATH}.\n".encode())
+        elif token is not None and not is_good(self.headers.get("authorization", ""), token):
+            self._answer(HTTPStatus.UNAUTHORIZED, b"It takes the token of METRICS_TOKEN.\n")
+        else:
+            self._answer(HTTPStatus.OK, *self.server.read(self.headers.get("accept", "")))
+
+    def _answer(self, status: HTTPStatus, body: bytes, media_type: str = "text/plain; charset=utf-8") -> None:
+        self.send_response(status)
+        if status is HTTPStatus.UNAUTHORIZED:
+            self.send_header("WWW-Authenticate", 'Bearer realm="billing"')
+        self.send_header("Content-Type", media_type)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Prometheus comes every few seconds: that is no news."""

@@ -1,0 +1,306 @@
+"""Figures for Prometheus, of all processes of a server together, and none where nobody asks for them.
+
+A process counts in its memory, and once a second writes that into files of one directory; whoever is asked reads
+the files of all. To write at once would cost a request seven microseconds, and so it costs one. The library is
+imported by `keep`: until then counting costs a look at a variable.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import platform
+import re
+import shutil
+import tempfile
+import threading
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+WRITTEN_EVERY_SECONDS = 1.0
+PREFIX = "billing-metrics-"
+# From a key that is verified to a password that is checked, and on to what a deadline ends.
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+Kind = Literal["counter", "gauge", "histogram"]
+# How the values of several processes become one (the words are prometheus_client's).
+Merge = Literal["livesum", "max"]
+
+REGISTRY: dict[str, Figure] = {}
+
+
+class Figure:
+    """A family of figures: its name, what it tells, and the labels that tell its members apart."""
+
+    kind: Kind
+
+    def __init__(self, name: str, told: str, *labels: str) -> None:
+        self.name = f"billing_{name}"
+        self.told = told
+        self.labels = labels
+        self._family: Any = None
+        self._members: dict[tuple[str, ...], Any] = {}
+        REGISTRY[self.name] = self
+
+    def begin(self, library: Any) -> None:
+        """From now on count."""
+
+    def write(self) -> None:
+        """Put what was counted since the last time where others can read it."""
+
+    def _member(self, labels: tuple[str, ...]) -> Any:
+        member = self._members.get(labels)
+        if member is None:
+            member = self._members[labels] = self._family.labels(*labels) if labels else self._family
+        return member
+
+
+class Counter(Figure):
+    """What only grows, until the server is started anew."""
+
+    kind = "counter"
+
+    def __init__(self, name: str, told: str, *labels: str) -> None:
+        super().__init__(name, told, *labels)
+        self._lock = threading.Lock()
+        self._counted: dict[tuple[str, ...], float] = {}
+
+    def begin(self, library: Any) -> None:
+        self._family = library.Counter(self.name, self.told, self.labels, registry=None)
+
+    def count(self, *labels: str, amount: float = 1) -> None:
+        if self._family is not None:
+            with self._lock:
+                self._counted[labels] = self._counted.get(labels, 0) + amount
+
+    def write(self) -> None:
+        with self._lock:
+            counted, self._counted = self._counted, {}
+        for labels, amount in counted.items():
+            self._member(labels).inc(amount)
+
+
+class Histogram(Figure):
+    """How long something takes, in seconds."""
+
+    kind = "histogram"
+
+    def __init__(self, name: str, told: str, *labels: str) -> None:
+        super().__init__(name, told, *labels)
+        self._lock = threading.Lock()
+        self._observed: dict[tuple[str, ...], list[float]] = {}
+
+    def begin(self, library: Any) -> None:
+        self._family = library.Histogram(self.name, self.told, self.labels, registry=None, buckets=SECONDS)
+
+    def observe(self, seconds: float, *labels: str) -> None:
+        if self._family is not None:
+            with self._lock:
+                tally = self._observed.get(labels)
+                if tally is None:  # A number for each bucket and for what is beyond them, and then the sum.
+                    tally = self._observed[labels] = [0.0] * (len(SECONDS) + 2)
+                tally[bisect_left(SECONDS, seconds)] += 1
+                tally[-1] += seconds
+
+    def write(self) -> None:
+        with self._lock:
+            observed, self._observed = self._observed, {}
+        for labels, (*numbers, total) in observed.items():
+            member = self._member(labels)
+            member._sum.inc(total)  # noqa: SLF001  # what its `observe` does, for many at once
+            for bucket, number in zip(member._buckets, numbers, strict=True):  # noqa: SLF001
+                if number:
+                    bucket.inc(number)
+
+
+class Gauge(Figure):
+    """What goes up and down."""
+
+    kind = "gauge"
+
+    def __init__(self, name: str, told: str, *labels: str, merge: Merge = "livesum") -> None:
+        super().__init__(name, told, *labels)
+        self._merge = merge
+
+    def begin(self, library: Any) -> None:
+        self._family = library.Gauge(
+            self.name, self.told, self.labels, registry=None, multiprocess_mode=self._merge
+        )
+
+    def set(self, value: float, *labels: str) -> None:
+        if self._family is not None:
+            self._member(labels).set(value)
+
+
+class Asked(Figure):
+    """What is the same for all processes: found out when it is asked for, and written by nobody."""
+
+    kind = "gauge"
+
+
+# Requests ------------------------------------------------------------------------------------------
+
+REQUESTS = Counter(
+    "requests_total", "Requests answered; 499 is a client that left.", "operation", "method", "status"
+)
+REQUEST_SECONDS = Histogram(
+    "request_duration_seconds", "From a request to the end of its answer.", "operation"
+)
+IN_FLIGHT = Gauge("requests_in_flight", "Requests that are being answered.")
+PROBLEMS = Counter("problems_total", "Problems answered, by their code.", "operation", "code")
+KEY_USES_DROPPED = Counter(
+    "key_uses_dropped_total", "Notes of a used API key that could not be written down."
+)
+
+# Threads and connections ---------------------------------------------------------------------------
+
+LANE_THREADS = Gauge("lane_threads", "Threads of each kind of work.", "lane")
+LANE_BUSY = Gauge("lane_threads_busy", "Of these, those that work.", "lane")
+LANE_WAITING = Gauge("lane_waiting", "Requests that wait for one of these threads.", "lane")
+LANE_WAIT = Histogram("lane_wait_seconds", "How long those waited that found no thread free.", "lane")
+LANE_REFUSED = Counter(
+    "lane_refused_total", "Requests told to come back: no thread became free in time.", "lane"
+)
+POOL_SIZE = Gauge("database_pool_size", "Connections to the database that there may be.", "component")
+POOL_IN_USE = Gauge("database_pool_in_use", "Of these, those in use.", "component")
+POOL_WAIT = Histogram("database_pool_wait_seconds", "How long those waited that found no connection free.")
+
+# The worker ----------------------------------------------------------------------------------------
+
+WORKERS = Gauge("worker_processes", "Worker processes that run.")
+POLLED = Gauge(
+    "worker_polled_timestamp_seconds",
+    "When a worker last got an answer to its question.",
+    "queue",
+    merge="max",
+)
+TASKS = Counter("tasks_total", "Tasks ended, `done` or `failed`: a failed one comes again.", "kind", "result")
+TASK_SECONDS = Histogram("task_duration_seconds", "How long a task took.", "kind")
+ATTEMPTS = Counter(
+    "delivery_attempts_total", "Attempts to deliver an event: `delivered`, or why not.", "outcome"
+)
+ATTEMPT_SECONDS = Histogram("delivery_duration_seconds", "How long an attempt took.")
+DELIVERIES = Counter("deliveries_ended_total", "Deliveries that ended, `delivered` or `failed`.", "status")
+
+# Asked of the database, when somebody reads --------------------------------------------------------
+
+OUTBOX = Asked("outbox_deliveries", "Deliveries that have not ended, by how their endpoint does.", "endpoint")
+OUTBOX_AGE = Asked("outbox_oldest_due_seconds", "For how long the oldest of them has been due.", "endpoint")
+DUE = Asked("tasks_due", "Tasks that are due and that no worker holds.", "queue")
+DUE_AGE = Asked("tasks_oldest_due_seconds", "For how long the oldest of them has been due.", "queue")
+DATABASE_UP = Asked("database_up", "Whether the database answered just now.", "kind")
+BUILD = Asked("build_info", "The version that runs.", "version", "python")
+
+Answers = Mapping[Asked, Mapping[tuple[str, ...], float]]
+
+
+# Keeping -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def directory() -> Iterator[Path]:
+    """A directory for the figures of this process and of those that it starts; gone at the end."""
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as made:
+        os.environ.update(PROMETHEUS_MULTIPROC_DIR=made)
+        yield Path(made)
+
+
+@cache
+def keep(given: Path | None) -> Path:
+    """Count from now on, in this directory or in one of this process alone; returns which."""
+    directory = given or own_directory()
+    # The library reads where that is when it is imported.
+    os.environ.update(PROMETHEUS_MULTIPROC_DIR=str(directory))
+    import prometheus_client
+
+    for figure in REGISTRY.values():
+        figure.begin(prometheus_client)
+    return directory
+
+
+def own_directory() -> Path:
+    """A directory that is gone when this process is."""
+    made = tempfile.mkdtemp(prefix=PREFIX)
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return Path(made)
+
+
+def write() -> None:
+    """Put what this process counted where others can read it."""
+    for figure in REGISTRY.values():
+        figure.write()
+
+
+@contextmanager
+def written(*samples: Callable[[], None]) -> Iterator[None]:
+    """Once a second have gauges set, and write what was counted; a last time at the end of the block."""
+    if not keep.cache_info().currsize:
+        yield
+        return
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(WRITTEN_EVERY_SECONDS):
+            for sample in samples:
+                sample()
+            write()
+
+    thread = threading.Thread(target=look, name="figures", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        write()
+
+
+# Reading -------------------------------------------------------------------------------------------
+
+
+def page(directory: Path, answers: Answers, accept: str) -> tuple[bytes, str]:
+    """The figures of all processes and these answers, in the form that the reader asks for; and its media type."""
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.exposition import choose_encoder
+    from prometheus_client.multiprocess import MultiProcessCollector
+
+    write()
+    forget_the_dead(directory)
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, str(directory))  # type: ignore[no-untyped-call]
+    registry.register(_Answers(answers))
+    encode, media_type = choose_encoder(accept)
+    return encode(registry), media_type
+
+
+class _Answers:
+    """The answers as the library collects them."""
+
+    def __init__(self, answers: Answers) -> None:
+        self._answers = answers
+
+    def collect(self) -> Iterator[Any]:
+        from prometheus_client.core import GaugeMetricFamily
+
+        for figure, values in self._answers.items():
+            family = GaugeMetricFamily(figure.name, figure.told, labels=figure.labels)
+            for labels, value in values.items():
+                family.add_metric(labels, value)
+            yield family
+
+
+def build() -> Answers:
+    """What runs here."""
+    return {BUILD: {(version("billing-control-plane"), platform.python_version()): 1}}
+
+
+def forget_the_dead(directory: Path) -> None:
+    """Take away what a process that ended says of the present; what it counted stays."""
+    for path in directory.glob("gauge_live*_*.db"):
+        if (pid := re.search(r"_(\d+)\.db$", path.name)) and not Path(f"/proc/{pid[1]}").exists():
+            path.unlink(missing_ok=True)

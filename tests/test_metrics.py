@@ -1,0 +1,252 @@
+"""Figures: what is counted is told, of all processes together, and nothing is told that a client chose."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+from prometheus_client.parser import text_string_to_metric_families
+
+from billing import metrics
+from billing.storage import database, embedded
+from tests import live
+from tests.conftest import API, PASSWORD, clone
+from tests.live import free_port
+
+ROOT = Path(__file__).parents[1]
+TOKEN = "of-a-prometheus-that-may-see-it"
+SUFFIXES = re.compile(r"_(bucket|sum|count|created)$")
+
+Figures = dict[str, dict[frozenset[tuple[str, str]], float]]
+
+
+def parsed(text: str) -> Figures:
+    """The samples by name and labels."""
+    figures: Figures = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            figures.setdefault(sample.name, {})[frozenset(sample.labels.items())] = sample.value
+    return figures
+
+
+def value(figures: Figures, name: str, **labels: str) -> float:
+    """The sum of what has these labels, whatever its others."""
+    return sum(number for key, number in figures.get(name, {}).items() if labels.items() <= set(key))
+
+
+# One process -------------------------------------------------------------------------------------
+
+
+def told(script: str) -> Figures:
+    """What a process of its own tells after this, so that ours keeps no figures."""
+    program = f"from billing import metrics\ndirectory = metrics.keep(None)\n{script}\n"
+    program += "print(metrics.page(directory, metrics.build(), '')[0].decode())"
+    ran = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return parsed(ran.stdout)
+
+
+def test_a_counter_counts_by_its_labels() -> None:
+    figures = told(
+        "for status in ('200', '200', '500'): metrics.REQUESTS.count('log_in', 'POST', status)\n"
+        "metrics.write()\nmetrics.REQUESTS.count('log_in', 'POST', '200')"
+    )
+    assert value(figures, "billing_requests_total", status="200") == 3
+    assert value(figures, "billing_requests_total", status="500") == 1
+
+
+def test_a_histogram_puts_each_value_where_it_belongs() -> None:
+    figures = told("for s in (0.001, 0.0011, 40.0): metrics.REQUEST_SECONDS.observe(s, 'log_in')")
+    counted = {bound: value(figures, "billing_request_duration_seconds_bucket", le=bound) for bound in BOUNDS}
+    assert counted == {"0.001": 1, "0.0025": 2, "30.0": 2, "+Inf": 3}
+    assert value(figures, "billing_request_duration_seconds_sum") == pytest.approx(40.0021)
+    assert value(figures, "billing_request_duration_seconds_count") == 3
+
+
+BOUNDS = ("0.001", "0.0025", "30.0", "+Inf")
+
+
+def test_every_figure_is_told_under_its_name_with_its_labels() -> None:
+    script = "\n".join(
+        f"metrics.REGISTRY[{name!r}].{call}({given}*{tuple('x' for _ in figure.labels)!r})"
+        for name, figure in metrics.REGISTRY.items()
+        if (call := {"counter": "count", "histogram": "observe", "gauge": "set"}[figure.kind])
+        if not isinstance(figure, metrics.Asked)
+        if (given := "" if call == "count" else "1, ") is not None
+    )
+    families = {SUFFIXES.sub("", name) for name in told(script)}
+    asked = {name for name, figure in metrics.REGISTRY.items() if isinstance(figure, metrics.Asked)}
+    assert families == metrics.REGISTRY.keys() - asked | {"billing_build_info"}
+
+
+def test_names_are_as_prometheus_has_them() -> None:
+    """https://prometheus.io/docs/practices/naming/"""
+    for name, figure in metrics.REGISTRY.items():
+        assert re.fullmatch(r"billing_[a-z]+(_[a-z]+)*", name)
+        assert name.endswith("_total") == (figure.kind == "counter")
+        assert figure.kind != "histogram" or name.endswith("_seconds")
+        assert figure.told.endswith(".")
+
+
+def test_what_a_process_that_ended_said_of_the_present_is_forgotten_and_what_it_counted_is_not() -> None:
+    figures = told(
+        "import os\n"
+        "metrics.WORKERS.set(1)\n"
+        "if not (child := os.fork()):\n"
+        "    metrics.WORKERS.set(1); metrics.REQUESTS.count('log_in', 'POST', '200'); metrics.write(); os._exit(0)\n"
+        "os.waitpid(child, 0)"
+    )
+    assert value(figures, "billing_worker_processes") == 1
+    assert value(figures, "billing_requests_total") == 1
+
+
+def test_where_nobody_asks_nothing_is_imported() -> None:
+    program = f"import app, sys; print(*(n for n in sys.modules if n.split('.')[0] in {FOR_WATCHERS}))"
+    clean = {
+        name: text for name, text in os.environ.items() if not name.startswith(("METRICS", "OTEL", "SENTRY"))
+    }
+    ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=clean, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout.strip()) == (0, ""), ran.stderr
+
+
+FOR_WATCHERS = {"prometheus_client", "opentelemetry", "sentry_sdk"}
+
+
+# Several processes -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def database_url(cluster: embedded.Cluster, worker_id: str) -> str:
+    name = f"billing_figures_{worker_id}"
+    clone(cluster, name)
+    return database.url(cluster, database.APP, name)
+
+
+@pytest.fixture(scope="module")
+def watched(database_url: str) -> Iterator[tuple[str, str]]:
+    """Two processes and a worker, and the port of their figures."""
+    port = str(free_port())
+    with live.serving({"DATABASE_URL": database_url, "METRICS_PORT": port}, "--workers", "2") as url:
+        yield url, f"http://127.0.0.1:{port}/metrics"
+
+
+def read(url: str, **headers: str) -> Figures:
+    answer = requests.get(url, headers=headers, timeout=10)
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith(("text/plain; version=", "application/openmetrics-text"))
+    return parsed(answer.text)
+
+
+def test_figures_are_of_all_processes(watched: tuple[str, str]) -> None:
+    url, figures_url = watched
+    for _ in range(40):  # Each by a connection of its own, which either process may take.
+        assert requests.get(f"{url}{API}/me/", timeout=10).status_code == 401
+    live.eventually(
+        lambda: (
+            value(read(figures_url), "billing_requests_total", operation="get_current_user", status="401")
+            == 40
+        )
+    )
+    figures = read(figures_url)
+    assert value(figures, "billing_request_duration_seconds_count", operation="get_current_user") == 40
+    assert value(figures, "billing_problems_total", code="credentials-missing") == 40
+    assert value(figures, "billing_worker_processes") == 1
+    live.eventually(
+        lambda: value(read(figures_url), "billing_lane_threads", lane="passwords") == 2 * 2, seconds=90
+    )
+    assert value(figures, "billing_database_pool_size", component="worker") > 0
+    assert value(figures, "billing_database_up", kind="external") == 1
+    assert set(figures["billing_tasks_due"]) == {
+        frozenset({("queue", name)}) for name in ("general", "checks", "webhooks", "slow_webhooks")
+    }
+
+
+def test_a_login_that_is_refused_is_told_by_its_reason(watched: tuple[str, str]) -> None:
+    url, figures_url = watched
+    body = {"email": "nobody@acme.example", "password": PASSWORD}
+    assert requests.post(f"{url}{API}/login/", json=body, timeout=10).status_code == 401
+    live.eventually(
+        lambda: (
+            value(read(figures_url), "billing_problems_total", operation="log_in", code="invalid-credentials")
+            == 1
+        )
+    )
+
+
+def test_what_a_client_chooses_makes_no_figure(watched: tuple[str, str]) -> None:
+    url, figures_url = watched
+    requests.get(f"{url}/secret-path?of=mine", timeout=10)
+    requests.request("BREW", f"{url}/coffee", timeout=10)
+    requests.request("PROPFIND", f"{url}{API}/me/", timeout=10)
+    live.eventually(lambda: value(read(figures_url), "billing_requests_total", method="other") > 0)
+    text = requests.get(figures_url, timeout=10).text
+    assert not re.search("secret-path|mine|BREW|coffee|PROPFIND", text)
+
+
+def test_the_apis_port_tells_nothing_when_figures_have_their_own(watched: tuple[str, str]) -> None:
+    url, figures_url = watched
+    assert requests.get(f"{url}/metrics", timeout=10).status_code == 404
+    assert requests.get(figures_url.removesuffix("metrics"), timeout=10).status_code == 404
+
+
+def test_openmetrics_is_told_to_whoever_asks_for_it(watched: tuple[str, str]) -> None:
+    answer = requests.get(
+        watched[1], headers={"accept": "application/openmetrics-text; version=1.0.0"}, timeout=10
+    )
+    assert answer.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+    assert answer.text.endswith("# EOF\n")
+
+
+# By token ----------------------------------------------------------------------------------------
+
+
+def test_with_a_token_alone_the_apis_port_tells_whoever_has_it(database_url: str) -> None:
+    with live.serving({"DATABASE_URL": database_url, "METRICS_TOKEN": TOKEN}, "--no-worker") as url:
+        page = f"{url}/metrics"
+        assert value(read(page, Authorization=f"Bearer {TOKEN}"), "billing_build_info") == 1
+        refused = {
+            "credentials-missing": {},
+            "token-invalid": {"Authorization": f"Bearer {TOKEN}x"},
+        }
+        for code, headers in refused.items():
+            answer = requests.get(page, headers=headers, timeout=10)
+            assert (answer.status_code, answer.json()["code"]) == (401, code)
+        assert requests.get(page, headers={"Authorization": f"Basic {TOKEN}"}, timeout=10).status_code == 401
+
+
+def test_with_both_the_port_takes_the_token(database_url: str) -> None:
+    port = str(free_port())
+    given = {"DATABASE_URL": database_url, "METRICS_PORT": port, "METRICS_TOKEN": TOKEN}
+    with live.serving(given, "--no-worker") as url:
+        page = f"http://127.0.0.1:{port}/metrics"
+        assert requests.get(page, timeout=10).status_code == 401
+        assert read(page, Authorization=f"Bearer {TOKEN}")
+        assert requests.get(f"{url}/metrics", timeout=10).status_code == 404
+
+
+def test_without_either_there_is_nothing(live_server_url: str) -> None:
+    assert requests.get(f"{live_server_url}/metrics", timeout=10).status_code == 404
+
+
+def test_while_the_database_is_away_the_page_says_so() -> None:
+    """And tells of no backlog: nothing would look like nothing to do."""
+    program = (
+        "from billing.http.exposition import answered\n"
+        "from billing.clock import utc_now\n"
+        "from billing.storage.store import Store\n"
+        "store = Store(None, connections=1)\n"
+        "store.open('postgresql+psycopg2://nobody@127.0.0.1:1/nothing')\n"
+        "directory_answers = answered(store, utc_now, 'external')\n"
+        "print({figure.name: values for figure, values in directory_answers.items()})"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.strip() == "{'billing_database_up': {('external',): 0}}"

@@ -1,0 +1,128 @@
+"""Traces: a real server tells a real collector who waited for what, and nothing that anybody sent."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import requests
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+from billing import tracing
+from billing.storage import database, embedded
+from tests import live
+from tests.conftest import API, PASSWORD, clone
+from tests.receivers import Receiver, answers, receiving
+
+TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+REQUEST_ID = "of-acme-who-registers"
+EMAIL = "ada@acme.example"
+
+
+@dataclass
+class Seen:
+    """What was collected, delivered and logged."""
+
+    collector: Receiver
+    webhooks: Receiver
+    log: Path
+
+    @property
+    def raw(self) -> bytes:
+        return b"".join(received.body for received in list(self.collector.received))
+
+    def spans(self, name: str) -> list[Span]:
+        exports = [ExportTraceServiceRequest.FromString(one.body) for one in list(self.collector.received)]
+        scopes = [
+            scope for one in exports for resource in one.resource_spans for scope in resource.scope_spans
+        ]
+        return [span for scope in scopes for span in scope.spans if span.name == name]
+
+
+def attributes(span: Span) -> dict[str, object]:
+    return {a.key: getattr(a.value, a.value.WhichOneof("value")) for a in span.attributes}
+
+
+@pytest.fixture(scope="module")
+def seen(
+    cluster: embedded.Cluster, worker_id: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Seen]:
+    """A tenant registers with an endpoint, within a trace; and somebody fails to log in."""
+    name = f"billing_traced_{worker_id}"
+    clone(cluster, name)
+    log = tmp_path_factory.mktemp("traced") / "log"
+    with receiving(answers()) as collector, receiving(answers()) as webhooks, log.open("wb") as sink:
+        environ = {
+            **live.OPEN_LOOPBACK,
+            "DATABASE_URL": database.url(cluster, database.APP, name),
+            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.port}",
+            "OTEL_BSP_SCHEDULE_DELAY": "200",
+        }
+        with live.serving(environ, log=sink) as url:
+            body = {
+                "company_name": "Acme",
+                "email": EMAIL,
+                "password": PASSWORD,
+                "webhook_url": webhooks.url.replace("127.0.0.1", "localhost"),
+            }
+            trace = {"traceparent": f"00-{TRACE}-{PARENT}-01", "X-Request-Id": REQUEST_ID}
+            made = requests.post(f"{url}{API}/register/", json=body, headers=trace, timeout=30)
+            assert made.status_code == 201
+            wrong = {"email": EMAIL, "password": f"{PASSWORD}?"}
+            assert requests.post(f"{url}{API}/login/?secret=query", json=wrong, timeout=30).status_code == 400
+            assert requests.post(f"{url}{API}/login/", json=wrong, timeout=30).status_code == 401
+            live.eventually(lambda: len(webhooks.received) > 0, seconds=60)
+        yield Seen(collector, webhooks, log)  # It has ended, and told what it had not told yet.
+
+
+def test_a_request_is_a_span_below_the_callers(seen: Seen) -> None:
+    [span] = seen.spans("POST register_tenant")
+    assert (span.trace_id.hex(), span.parent_span_id.hex()) == (TRACE, PARENT)
+    assert span.kind == Span.SPAN_KIND_SERVER
+    said = attributes(span)
+    assert said["http.response.status_code"] == 201
+    assert said["http.route"] == f"{API}/register/"
+    assert said["billing.operation_id"] == "register_tenant"
+    assert said["billing.request_id"] == REQUEST_ID
+
+
+def test_what_it_waited_for_stands_below_it(seen: Seen) -> None:
+    [request] = seen.spans("POST register_tenant")
+    for name in ("database transaction", "password hash"):
+        assert request.span_id in {s.parent_span_id for s in seen.spans(name)}, name
+    refused = [s for s in seen.spans("POST log_in") if attributes(s)["http.response.status_code"] == 401]
+    assert {s.span_id for s in refused} <= {s.parent_span_id for s in seen.spans("password check")}
+    assert attributes(refused[0])["billing.problem"] == "invalid-credentials"
+
+
+def test_a_delivery_is_traced_below_its_task_and_bears_the_trace(seen: Seen) -> None:
+    [task, *_] = seen.spans("task webhook.deliver")
+    [delivery, *_] = seen.spans("POST webhook")
+    assert delivery.parent_span_id == task.span_id
+    assert attributes(delivery)["billing.request_id"] == REQUEST_ID
+    version, trace, parent, _ = str(seen.webhooks.last.headers["traceparent"]).split("-")
+    assert (version, trace, parent) == ("00", delivery.trace_id.hex(), delivery.span_id.hex())
+
+
+def test_the_log_of_a_delivery_names_the_request_it_came_of(seen: Seen) -> None:
+    lines = [json.loads(line) for line in seen.log.read_text().splitlines() if line.startswith("{")]
+    [line, *_] = [line for line in lines if line["event"] == "delivery"]
+    assert (line["request_id"], line["status"], line["attempt"]) == (REQUEST_ID, "delivered", 1)
+    assert (line["task"], line["tenant_id"]) == ("webhook.deliver", line["task_id"])
+
+
+def test_no_trace_bears_what_anybody_sent(seen: Seen) -> None:
+    for secret in (PASSWORD, EMAIL, "secret=query", "SELECT", "whsec_", "Acme", f":{seen.webhooks.port}"):
+        assert secret.encode() not in seen.raw, secret
+
+
+def test_where_nobody_collects_a_span_is_nothing() -> None:
+    assert not tracing.is_on()
+    with tracing.span("nothing", of__this="is told") as span:
+        span.tell(nor="this")
+        span.fail("nor this")
+    assert tracing.headers() == {}

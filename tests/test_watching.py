@@ -1,0 +1,74 @@
+"""What is written down about figures, for people and for machines, against the figures that there are."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from billing.metrics import REGISTRY
+
+ROOT = Path(__file__).parents[1]
+DOCS = (ROOT / "docs/observability.md").read_text()
+DASHBOARD = json.loads((ROOT / "ops/grafana/billing.json").read_text())
+RULES = yaml.safe_load((ROOT / "ops/prometheus/alerts.yml").read_text())["groups"][0]["rules"]
+NAME = re.compile(r"\bbilling_[a-z_]+")
+
+
+def expressions() -> Iterator[str]:
+    yield from (rule["expr"] for rule in RULES)
+    yield from (target["expr"] for panel in DASHBOARD["panels"] for target in panel.get("targets", []))
+
+
+def exists(name: str) -> bool:
+    series = [
+        f"{n}{s}" for n, f in REGISTRY.items() if f.kind == "histogram" for s in ("_bucket", "_sum", "_count")
+    ]
+    return name in series or (name in REGISTRY and REGISTRY[name].kind != "histogram")
+
+
+def test_the_table_lists_every_figure_as_it_is() -> None:
+    listed = re.findall(r"^\| `(billing_\w+)` \| (\w+) \| (.*?) \| (.*?) \|$", DOCS, re.MULTILINE)
+    told = [
+        (name, figure.kind, ", ".join(f"`{label}`" for label in figure.labels) or "–", figure.told)
+        for name, figure in REGISTRY.items()
+    ]
+    assert listed == told
+
+
+@pytest.mark.parametrize("expression", sorted(set(expressions())))
+def test_an_alert_or_a_panel_asks_for_figures_that_there_are(expression: str) -> None:
+    names = NAME.findall(expression)
+    assert names
+    assert [name for name in names if not exists(name)] == []
+
+
+def test_labels_that_are_asked_for_are_there() -> None:
+    for expression in expressions():
+        for name, matchers in re.findall(r"\b(billing_[a-z_]+)\{([^}]*)\}", expression):
+            figure = REGISTRY.get(name) or REGISTRY[name.rpartition("_")[0]]
+            asked = set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", matchers)) - {"instance"}
+            assert asked <= {*figure.labels}, expression
+
+
+def test_every_figure_is_on_the_dashboard() -> None:
+    shown = set(NAME.findall(json.dumps(DASHBOARD)))
+    assert {n for n in REGISTRY if not any(name.startswith(n) for name in shown)} == set()
+
+
+def test_every_alert_says_what_to_do_here_and_in_the_docs() -> None:
+    listed = re.findall(r"^\| `(Billing\w+)` \| \S", DOCS, re.MULTILINE)
+    assert listed == [rule["alert"] for rule in RULES]
+    for rule in RULES:
+        assert rule["labels"]["severity"] in ("page", "ticket")
+        assert rule["annotations"].keys() == {"summary", "runbook"}
+
+
+def test_a_name_that_there_is_not_would_be_noticed() -> None:
+    assert not exists("billing_request_total")
+    assert not exists("billing_request_duration_seconds")
+    assert exists("billing_request_duration_seconds_bucket")
