@@ -121,10 +121,10 @@ async def running(
     """Everything that lives as long as the server: the database, the pool, the notes of used keys."""
     database = await to_thread.run_sync(open_database, settings)
     try:
-        store.open(database.app_url)
+        store.open(database.app_url, replica_url=database.replica_url)
         await to_thread.run_sync(store.require_ready)
         await to_thread.run_sync(store.require_safe)
-        lookups.open(database.app_url)
+        lookups.open(database.app_url, positioned=database.replica_url is not None)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(keep_flushing, uses, store)
             with metrics.written(*samples, partial(store.sample, "api")):

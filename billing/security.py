@@ -30,6 +30,8 @@ class Caller:
     tenant: Tenant
     user: User | None = None
     key: ApiKey | None = None
+    # What a replica must have replayed to show all that was there when the request came.
+    position: str | None = None
 
     @property
     def tenant_id(self) -> UUID:
@@ -76,11 +78,11 @@ class Doorkeeper:
         found = await self._lookups.find_key(self._digests.candidates(text))
         if found is None:
             raise KeyUnknown
-        tenant, key = found
+        tenant, key, position = found
         now = self._clock()
         key.require_works_at(now)
         self._uses.note(key, now)
-        return Caller(tenant, key=key)
+        return Caller(tenant, key=key, position=position)
 
     async def by_token(self, text: str) -> Caller:
         """The caller behind an access token; raises `TokenInvalid`, `TokenExpired` or `SessionEnded`."""
@@ -89,8 +91,8 @@ class Doorkeeper:
         found = await self._lookups.find_user(claims, now)
         if found is None:
             raise SessionEnded
-        tenant, user = found
-        return Caller(tenant, user=user)
+        tenant, user, position = found
+        return Caller(tenant, user=user, position=position)
 
 
 def require_allowed(caller: Caller, *, roles: Sequence[str], keys_allowed: bool) -> None:

@@ -45,6 +45,7 @@ class Settings:
     state_dir: Path
     postgres_bin: Path | None
     database_url: str | None = field(repr=False)
+    database_replica_url: str | None = field(repr=False)
     migration_database_url: str | None = field(repr=False)
     jwt_keys: Keyring
     encryption_keys: Keyring
@@ -136,6 +137,7 @@ class _Reader:
             state_dir=self.state_dir,
             postgres_bin=Path(self.given["BILLING_PG_BIN"]) if "BILLING_PG_BIN" in self.given else None,
             database_url=self.database_url(),
+            database_replica_url=self.database_replica_url(),
             migration_database_url=self.given.get("MIGRATION_DATABASE_URL"),
             jwt_keys=rings["JWT_KEYS"],
             encryption_keys=rings["ENCRYPTION_KEYS"],
@@ -251,6 +253,14 @@ class _Reader:
         url = self.given.get("DATABASE_URL")
         if url is None and self.production:
             raise SettingsError("DATABASE_URL is missing: production needs a PostgreSQL of its own.")
+        return url
+
+    def database_replica_url(self) -> str | None:
+        url = self.given.get("DATABASE_REPLICA_URL")
+        if url is not None and "DATABASE_URL" not in self.given:
+            raise SettingsError(
+                "DATABASE_REPLICA_URL needs DATABASE_URL: the embedded server has no replica."
+            )
         return url
 
     def keyrings(self) -> dict[str, Keyring]:

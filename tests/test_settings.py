@@ -50,6 +50,7 @@ DEFAULTS: dict[str, Any] = {
     "port": 8000,
     "postgres_bin": None,
     "database_url": None,
+    "database_replica_url": None,
     "migration_database_url": None,
     "password_cost": 12,
     "public_base_url": "http://127.0.0.1:8000",
@@ -220,13 +221,22 @@ def test_the_state_directory_by_default(
     assert default_state_dir(environ) == Path(expected)
 
 
+def test_a_replica_is_one_of_a_named_database(tmp_path: Path) -> None:
+    url = "postgresql://replica.example/billing"
+    assert refusal(tmp_path, DATABASE_REPLICA_URL=url).startswith("DATABASE_REPLICA_URL needs DATABASE_URL")
+    assert production(DATABASE_REPLICA_URL=url).database_replica_url == url
+
+
 def test_settings_are_frozen(tmp_path: Path) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         development(tmp_path).port = 1  # type: ignore[misc]
 
 
 def test_the_representation_shows_no_secret() -> None:
-    more = {"MIGRATION_DATABASE_URL": "postgresql://billing_owner:hunter3@db.example/billing"}
+    more = {
+        "MIGRATION_DATABASE_URL": "postgresql://billing_owner:hunter3@db.example/billing",
+        "DATABASE_REPLICA_URL": "postgresql://billing_app:hunter4@replica.example/billing",
+    }
     watched = {"METRICS_TOKEN": "hunter2-hunter2-hunter2", "SENTRY_DSN": "https://hunter2@sentry.example/1"}
     shown = repr(production(**more, STRIPE_SECRET_KEY="sk_live_hunter2", **watched))
     assert "hunter" not in shown

@@ -54,7 +54,7 @@ def said(error: BillingError) -> str:
 def opened_database(settings: Settings) -> Iterator[Database]:
     """The database of the settings, found to be of this version and safe to work with."""
     with closing(open_database(settings)) as database:
-        with _store_on(database, settings):
+        with _store_on(database, settings, replica_url=database.replica_url):
             pass
         yield database
 
@@ -81,9 +81,11 @@ def opened_as_owner() -> Iterator[Store]:
 
 
 @contextmanager
-def _store_on(database: Database, settings: Settings, *, connections: int = 1) -> Iterator[Store]:
+def _store_on(
+    database: Database, settings: Settings, *, connections: int = 1, replica_url: str | None = None
+) -> Iterator[Store]:
     with closing(new_store(settings, connections=connections)) as store:
-        store.open(database.app_url)
+        store.open(database.app_url, replica_url=replica_url)
         store.require_ready()
         store.require_safe()
         yield store

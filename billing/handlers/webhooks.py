@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -13,20 +14,28 @@ from billing.http.idempotency import Once
 from billing.http.lanes import Lane, runs_in
 from billing.http.replies import Reply, ok
 from billing.security import Caller
-from billing.storage.store import Store
+from billing.storage.store import Store, TenantTx
 from billing.webhooks import endpoints
-from billing.webhooks.endpoints import UrlPolicy
+from billing.webhooks.delivery import Delivery, Stats
+from billing.webhooks.endpoints import Endpoint, Secret, UrlPolicy
 from billing.webhooks.events import TEST
 
 RECENT = 20
 DEFAULT_GRACE_SECONDS = 86400
 
 
-def get_webhook_config(*, caller: Caller, actor: Actor, store: Store, clock: Clock, base_url: str) -> Reply:
+def get_webhook_config(*, caller: Caller, store: Store, clock: Clock, base_url: str) -> Reply:
     now = clock()
-    with store.tenant(caller.tenant_id, actor) as tx:
-        endpoint, secrets = tx.webhooks.find(), tx.webhooks.secrets(now)
-        recent, stats = tx.deliveries.recent(RECENT), tx.deliveries.stats(now)
+
+    def look(tx: TenantTx) -> tuple[Endpoint, Sequence[Secret], Sequence[Delivery], Stats]:
+        return (
+            tx.webhooks.find(),
+            tx.webhooks.secrets(now),
+            tx.deliveries.recent(RECENT),
+            tx.deliveries.stats(now),
+        )
+
+    endpoint, secrets, recent, stats = store.read(caller.tenant_id, look, since=caller.position)
     return ok(shapes.webhook_config(endpoint, secrets, recent, stats, base_url))
 
 

@@ -30,6 +30,7 @@ class Database:
     app_url: str = field(repr=False)
     owner_url: str | None = field(repr=False)
     server: embedded.Server | None = None
+    replica_url: str | None = field(default=None, repr=False)
 
     @property
     def is_embedded(self) -> bool:
@@ -57,10 +58,11 @@ class Database:
 def open_database(settings: Settings) -> Database:
     """The database of the settings. An embedded one is started, and brought to this version, if it is not."""
     if settings.database_url is not None:
-        owner = settings.migration_database_url
+        owner, replica = settings.migration_database_url, settings.database_replica_url
         return Database(
             _with_driver("DATABASE_URL", settings.database_url),
             owner and _with_driver("MIGRATION_DATABASE_URL", owner),
+            replica_url=replica and _with_driver("DATABASE_REPLICA_URL", replica),
         )
     return open_embedded(settings.state_dir, bin_dir=settings.postgres_bin)
 

@@ -77,11 +77,14 @@ class Question:
         return {f"{self.name}_scope": self.scope, self.name: self.query}
 
 
+# How far the log has come, where a replica is to be compared with it. Of what is inserted, not of what is flushed: a
+# commit may be acknowledged before that.
+POSITION = "CASE WHEN {positioned} THEN pg_current_wal_insert_lsn()::text END"
 FIND_KEY = Question(
     "find_key",
-    {"names": "text[]"},
+    {"names": "text[]", "positioned": "boolean"},
     "SELECT set_config('app.tenant_id', tenant_id::text, true) FROM app.find('api_key', {names})",
-    f"SELECT {TENANT}, {KEY} {FROM_TENANT} "
+    f"SELECT {TENANT}, {KEY}, {POSITION} {FROM_TENANT} "
     "JOIN api_keys ON api_keys.tenant_id = tenants.id WHERE api_keys.digest = ANY ({names})",
 )
 FIND_USER = Question(
@@ -92,9 +95,10 @@ FIND_USER = Question(
         "session_id": "uuid",
         "token_version": "bigint",
         "now": "timestamptz",
+        "positioned": "boolean",
     },
     "SELECT set_config('app.tenant_id', ({tenant_id})::text, true)",
-    f"SELECT {TENANT}, {USER} {FROM_TENANT} "
+    f"SELECT {TENANT}, {USER}, {POSITION} {FROM_TENANT} "
     "JOIN users ON users.tenant_id = tenants.id "
     "JOIN sessions ON sessions.tenant_id = users.tenant_id AND sessions.user_id = users.id "
     "WHERE tenants.id = {tenant_id} AND users.id = {user_id} AND users.token_version = {token_version} "
@@ -109,34 +113,44 @@ class Lookups:
     def __init__(self, lines: int = LINES) -> None:
         self._most = lines
         self._url: str | None = None
+        self._positioned = False
         self._lines: set[Line] = set()
         self._idle: list[Line] = []
         self._opening: set[asyncio.Task[None]] = set()
         self._waiting: deque[tuple[asyncio.Future[Line], float]] = deque()
         self._watch: asyncio.TimerHandle | None = None
 
-    def open(self, url: str) -> None:
-        """Take the address of the database; connections are made when they are needed, on this event loop."""
+    def open(self, url: str, *, positioned: bool = False) -> None:
+        """Take the address of the database; connections are made when they are needed, on this event loop.
+
+        `positioned` has each answer tell how far the database's log has come, for `Store.read`.
+        """
         self._url = url
+        self._positioned = positioned
         self._loop = asyncio.get_running_loop()
         self._look()
 
-    async def find_key(self, digests: Sequence[str]) -> tuple[Tenant, ApiKey] | None:
-        """The key stored under one of these digests, and whose it is."""
-        row = await self._ask(FIND_KEY, {"names": list(digests)})
-        return (tenants.tenant_of(row[:TENANT_ENDS]), api_keys.key_of(row[TENANT_ENDS:])) if row else None
+    async def find_key(self, digests: Sequence[str]) -> tuple[Tenant, ApiKey, str | None] | None:
+        """The key stored under one of these digests, whose it is, and the position."""
+        row = await self._ask(FIND_KEY, {"names": list(digests), "positioned": self._positioned})
+        if row is None:
+            return None
+        return tenants.tenant_of(row[:TENANT_ENDS]), api_keys.key_of(row[TENANT_ENDS:-1]), row[-1]
 
-    async def find_user(self, claims: Claims, now: datetime) -> tuple[Tenant, User] | None:
-        """The user whom an access token names, while user, version and session hold."""
+    async def find_user(self, claims: Claims, now: datetime) -> tuple[Tenant, User, str | None] | None:
+        """The user whom an access token names, while user, version and session hold, and the position."""
         parameters = {
             "tenant_id": claims.tenant_id,
             "user_id": claims.user_id,
             "session_id": claims.session_id,
             "token_version": claims.token_version,
             "now": now,
+            "positioned": self._positioned,
         }
         row = await self._ask(FIND_USER, parameters)
-        return (tenants.tenant_of(row[:TENANT_ENDS]), users.user_of(row[TENANT_ENDS:])) if row else None
+        if row is None:
+            return None
+        return tenants.tenant_of(row[:TENANT_ENDS]), users.user_of(row[TENANT_ENDS:-1]), row[-1]
 
     def close(self) -> None:
         """Let go of every connection; who waits is told that there is none."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime
+from typing import TypeVar
 from uuid import UUID
 
 from sqlalchemy import Connection, Engine, create_engine, exc
@@ -24,6 +25,7 @@ from billing.storage.idempotency import IdempotencyKeys, forget_answers
 from billing.storage.operator import Operator
 from billing.storage.platform import Platform
 from billing.storage.pool import Pool
+from billing.storage.replica import IDENTITY, NotThere, Replica
 from billing.storage.sessions import Sessions
 from billing.storage.stripe_connect import StripeConnect
 from billing.storage.tasks import Tasks, take_due
@@ -32,6 +34,8 @@ from billing.storage.users import Users
 from billing.storage.watchdog import STATEMENT_SECONDS, Watchdog
 from billing.storage.webhooks import Webhooks
 from billing.tasks import Backlog, Queue, Task
+
+T = TypeVar("T")
 
 POOL_WAIT_SECONDS = 3
 # Either kind of timeout alone hangs in a real partition: see docs/decisions.md.
@@ -98,9 +102,10 @@ class Store:
         self._statement_seconds = statement_seconds
         self._watchdog: Watchdog | None = None
         self._opened: Engine | None = None
+        self._replica: Replica | None = None
 
-    def open(self, url: str) -> None:
-        """Take the address of the database; connections are made when they are needed."""
+    def open(self, url: str, *, replica_url: str | None = None) -> None:
+        """Take the addresses of the database and of its replica; connections are made when they are needed."""
         self._watchdog = Watchdog(self._statement_seconds)
         self._opened = create_engine(
             url,
@@ -112,6 +117,13 @@ class Store:
             hide_parameters=True,
             connect_args=CONNECT_ARGS | self._watchdog.connect_args,
         )
+        if replica_url is not None:
+            self._replica = Replica(
+                replica_url,
+                connections=self._connections,
+                connect_args=CONNECT_ARGS,
+                primary=self._identity,
+            )
 
     @property
     def _engine(self) -> Engine:
@@ -133,6 +145,19 @@ class Store:
             if exclusive:
                 tx.tenants.lock()
             yield tx
+
+    def read(self, tenant_id: UUID, look: Callable[[TenantTx], T], *, since: str | None) -> T:
+        """What `look`, which changes nothing, finds: on the replica, if there is one with all that was there `since`.
+
+        `since` is a caller's `position`. What the replica cannot answer the primary is asked, from the beginning.
+        """
+        if self._replica is not None and since is not None:
+            with suppress(NotThere):
+                return self._replica.read(
+                    tenant_id, since, lambda c: look(TenantTx(c, tenant_id, SYSTEM, self._vault))
+                )
+        with self.tenant(tenant_id) as tx:
+            return look(tx)
 
     @contextmanager
     def platform(self) -> Iterator[Platform]:
@@ -177,11 +202,21 @@ class Store:
             schema.require_current(connection)
 
     def require_safe(self) -> None:
-        """Raises `schema.SchemaError` unless row security holds for the role that we are."""
+        """Raises `schema.SchemaError` unless row security holds for the role that we are, on the replica too."""
         with _in_our_words(), self._engine.connect() as connection:
             schema.require_safe(connection)
+        if self._replica is not None:
+            self._replica.require_usable()
+
+    def _identity(self) -> int:
+        """Which cluster of PostgreSQL's this is: a replica's is the same."""
+        with self._engine.connect() as connection:
+            return int(connection.exec_driver_sql(IDENTITY).scalar_one())
 
     def close(self) -> None:
+        if self._replica is not None:
+            self._replica.close()
+            self._replica = None
         if self._opened is not None:
             self._opened.dispose()
             self._opened = None

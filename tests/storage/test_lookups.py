@@ -80,7 +80,7 @@ def test_each_key_is_its_own_tenants(
         return [await asked.find_key(digests.candidates(new.text)) for made in two for new in made.keys]
 
     found = ask(test_database.app_url, all_of_them)
-    assert found == [(made.tenant, new.key) for made in two for new in made.keys]
+    assert found == [(made.tenant, new.key, None) for made in two for new in made.keys]
 
 
 def test_of_many_at_once_each_gets_its_own_answer(
@@ -92,7 +92,7 @@ def test_of_many_at_once_each_gets_its_own_answer(
         return await asyncio.gather(*(asked.find_key(digests.candidates(new.text)) for new in asked_for))
 
     found = ask(test_database.app_url, all_at_once)
-    assert [(tenant.id, key.id) for tenant, key in found] == [
+    assert [(tenant.id, key.id) for tenant, key, _ in found] == [
         (new.key.tenant_id, new.key.id) for new in asked_for
     ]
 
@@ -118,7 +118,7 @@ def test_a_token_names_its_user_and_with_anything_else_nobody(
     async def both(asked: Lookups) -> list[Any]:
         return [await asked.find_user(said, NOW) for said in (claims, replace(claims, **changes))]
 
-    assert ask(test_database.app_url, both) == [(two[0].tenant, two[0].owner), None]
+    assert ask(test_database.app_url, both) == [(two[0].tenant, two[0].owner, None), None]
 
 
 def test_a_token_of_one_tenant_names_no_user_of_another(
@@ -190,7 +190,7 @@ def test_a_connection_that_was_closed_is_replaced(
         return [*before, *at_once, await asked.find_key(candidates)]
 
     found = ask(test_database.app_url, through_a_restart)
-    assert [tenant for tenant, _ in found] == [two[0].tenant] * 9
+    assert [tenant for tenant, *_ in found] == [two[0].tenant] * 9
 
 
 @contextmanager
@@ -220,7 +220,7 @@ def test_a_backend_that_has_stopped_is_given_up_and_another_asked(
         with stopped(backends(superuser)):
             return [first, await asked.find_key(candidates)]
 
-    assert [tenant for tenant, _ in ask(test_database.app_url, past_it, lines=1)] == [two[0].tenant] * 2
+    assert [tenant for tenant, *_ in ask(test_database.app_url, past_it, lines=1)] == [two[0].tenant] * 2
 
 
 def test_without_a_database_everybody_is_told_soon() -> None:

@@ -1,0 +1,145 @@
+"""A read replica: read from where it has all that the primary had when the request came, and left out while it fails.
+
+How far the primary's log had come is told with the look-up of the caller, which always asks the primary. A replica
+that has replayed as much has every write that anybody had been told of by then, through whichever process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from threading import Lock
+from typing import Any, TypeVar
+from uuid import UUID
+
+import structlog
+from sqlalchemy import Connection, create_engine, exc
+
+from billing.storage import schema
+from billing.storage.watchdog import Watchdog
+
+T = TypeVar("T")
+
+# Short: behind it stands the primary, and a request that has time for that.
+STATEMENT_SECONDS = 2.0
+REST_SECONDS = 5.0
+
+# NULL, and so no, on a server that replays nothing.
+OPEN = "SELECT set_config('app.tenant_id', %s, true), pg_last_wal_replay_lsn() >= %s::pg_lsn"
+IDENTITY = "SELECT system_identifier FROM pg_control_system()"
+
+log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.storage")
+
+
+class NotThere(Exception):
+    """The replica cannot answer this: it lags, or it fails, or it is left out for a while."""
+
+
+class Replica:
+    """Reads of one tenant at a time."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        connections: int,
+        connect_args: dict[str, Any],
+        primary: Callable[[], int],
+    ) -> None:
+        self._primary = primary
+        self._fuse = _Fuse(REST_SECONDS)
+        self._is_known = False
+        self._watchdog = Watchdog(STATEMENT_SECONDS)
+        self._engine = create_engine(
+            url,
+            pool_size=connections,
+            max_overflow=0,
+            pool_timeout=STATEMENT_SECONDS,
+            hide_parameters=True,
+            connect_args=connect_args | {"connect_timeout": 2} | self._watchdog.connect_args,
+        )
+
+    def require_usable(self) -> None:
+        """Raises `schema.SchemaError` unless it replays our primary, for a role that row security holds.
+
+        One that does not answer may come back: it is looked at again then, before anything is read from it.
+        """
+        try:
+            with self._engine.connect() as connection:
+                self._look_at(connection)
+        except exc.DBAPIError as error:
+            self._fuse.blow(error)
+
+    def read(self, tenant_id: UUID, since: str, look: Callable[[Connection], T]) -> T:
+        """What `look` finds, with all that was written up to `since`; raises `NotThere`."""
+        if self._fuse.is_blown():
+            raise NotThere
+        try:
+            answer = self._ask(tenant_id, since, look)
+        except (exc.DBAPIError, exc.TimeoutError, schema.SchemaError) as error:
+            self._is_known = False
+            self._fuse.blow(error)
+            raise NotThere from error
+        self._fuse.mend()
+        return answer
+
+    def _ask(self, tenant_id: UUID, since: str, look: Callable[[Connection], T]) -> T:
+        with self._engine.begin() as connection:
+            if not self._is_known:
+                self._look_at(connection)
+            _, has_it_all = connection.exec_driver_sql(OPEN, (str(tenant_id), since)).one()
+            if not has_it_all:
+                self._fuse.mend()
+                raise NotThere
+            return look(connection)
+
+    def _look_at(self, connection: Connection) -> None:
+        if not connection.exec_driver_sql("SELECT pg_is_in_recovery()").scalar_one():
+            raise schema.SchemaError("DATABASE_REPLICA_URL is no replica: it replays nothing.")
+        if connection.exec_driver_sql(IDENTITY).scalar_one() != self._primary():
+            raise schema.SchemaError("DATABASE_REPLICA_URL is no replica of DATABASE_URL.")
+        schema.require_safe(connection)
+        self._is_known = True
+
+    def close(self) -> None:
+        self._engine.dispose()
+        self._watchdog.close()
+
+
+class _Fuse:
+    """Whether the replica is left out: for some seconds after a failure, then for all but one who tries."""
+
+    def __init__(self, rest_seconds: float) -> None:
+        self._rest_seconds = rest_seconds
+        self._lock = Lock()
+        self._blown_until: float | None = None
+
+    def is_blown(self) -> bool:
+        if self._blown_until is None:
+            return False
+        with self._lock:
+            return self._is_resting(time.monotonic())
+
+    def _is_resting(self, now: float) -> bool:
+        if self._blown_until is None or now < self._blown_until:
+            return self._blown_until is not None
+        self._blown_until = now + self._rest_seconds
+        return False
+
+    def blow(self, cause: Exception) -> None:
+        with self._lock:
+            if self._blown_until is None:
+                log.warning("the replica fails, and is left out", cause=_why(cause))
+            self._blown_until = time.monotonic() + self._rest_seconds
+
+    def mend(self) -> None:
+        if self._blown_until is None:
+            return
+        with self._lock:
+            self._blown_until = None
+        log.info("the replica answers again")
+
+
+def _why(cause: Exception) -> str:
+    # A driver's message can have values in it; ours are made to be read.
+    return str(cause) if isinstance(cause, schema.SchemaError) else type(cause).__name__
