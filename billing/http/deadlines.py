@@ -23,41 +23,71 @@ class Deadline:
     def __init__(self, app: ASGIApp, *, seconds: float) -> None:
         self.app = app
         self.seconds = seconds
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        answer = Answer(send)
+        answer = self._expect(send)
         try:
-            async with asyncio.timeout(self.seconds) as answer.timeout:
-                await self.app(scope, receive, answer.send)
-        except TimeoutError:
-            if answer.timeout is None or not answer.timeout.expired():
-                raise  # An answer has begun, or the error is the application's own.
+            await self.app(scope, receive, answer.send)
+            return
         except asyncio.CancelledError:
-            # A server that drains no longer ends what is in flight, and a client of that is owed an answer too.
+            # Past its deadline; or given up by a server that drains no longer, whose client is owed an answer too.
             if answer.has_begun:
                 raise
-        else:
-            return
+        finally:
+            self._expected.pop(answer, None)
+        answer.settle()
         log.warning(errors.DeadlineExceeded.code())
         await apologise(send, scope, errors.DeadlineExceeded())
 
+    def _expect(self, send: Send) -> Answer:
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._loop, self._is_watching = loop, False
+            # In the order of their deadlines, for all have the same time: only the first need be looked at.
+            self._expected: dict[Answer, float] = {}
+        answer = Answer(send)
+        self._expected[answer] = due = loop.time() + self.seconds
+        if not self._is_watching:
+            self._is_watching = True
+            loop.call_at(due, self._look, loop)
+        return answer
+
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Cancel what is late, and look again at the next deadline: one timer costs less than one for each."""
+        self._is_watching = False
+        for answer, due in list(self._expected.items()):
+            if due > loop.time():
+                self._is_watching = True
+                loop.call_at(due, self._look, loop)
+                return
+            self._expected.pop(answer)
+            answer.cancel()
+
 
 class Answer:
-    """An answer on its way. Once it has begun, nothing hurries it: its client may read slowly."""
+    """An answer on its way, and the task that makes it."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
-        self.timeout: asyncio.Timeout | None = None
-
-    @property
-    def has_begun(self) -> bool:
-        return self.timeout is None
+        self._task = asyncio.current_task()
+        self.has_begun = False
+        self._is_late = False
 
     async def send(self, message: Message) -> None:
-        timeout, self.timeout = self.timeout, None
-        if timeout is not None and not timeout.expired():
-            timeout.reschedule(None)
+        self.has_begun = True
         await self._send(message)
+
+    def cancel(self) -> None:
+        """End it, unless it has begun: then its client may read as slowly as they like."""
+        if self._task is not None and not self.has_begun:
+            self._is_late = True
+            self._task.cancel()
+
+    def settle(self) -> None:
+        """The task has been cancelled, and goes on: to tell why."""
+        if self._task is not None and self._is_late:
+            self._task.uncancel()
