@@ -20,7 +20,7 @@ LOCK := $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashe
 LOCK_PROJECT := $(LOCK) pyproject.toml --extra build
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format types unit browser node openssl fuzz lock clean bench bench-storm bench-scale bench-start bench-tools bench-webhooks sdk contract diff contract-tools compilers
+.PHONY: help serve test check format types unit browser node openssl redis fuzz lock clean bench bench-storm bench-scale bench-start bench-tools bench-webhooks sdk contract diff contract-tools compilers
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,7 +29,7 @@ serve: $(VENV)/.serve ## Start the API on an embedded PostgreSQL at http://127.0
 	@$(if $(filter local,$(WEBHOOKS)),$(OPEN_LOOPBACK)) \
 	  $(if $(filter sandbox,$(STRIPE)),$(BIN)/python -m sandbox,$(BIN)/billing) serve $(ARGS)
 
-test: check browser node openssl unit ## Run everything that must pass
+test: check browser node openssl redis unit ## Run everything that must pass
 
 check: $(VENV)/.test ## Lint, formatting, types
 	$(BIN)/ruff check .
@@ -60,6 +60,12 @@ openssl: ## Install openssl where that can be done (Debian, as root)
 	  || [ "$$BILLING_TESTS_WITHOUT_OPENSSL" = 1 ] \
 	  || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq openssl >/dev/null; } \
 	  || { echo "Install openssl, or set BILLING_TESTS_WITHOUT_OPENSSL=1 to leave its tests out."; exit 1; }
+
+redis: ## Install redis-server where that can be done (Debian, as root)
+	@command -v redis-server >/dev/null \
+	  || [ "$$BILLING_TESTS_WITHOUT_REDIS" = 1 ] \
+	  || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq redis-server >/dev/null; } \
+	  || { echo "Install redis-server, or set BILLING_TESTS_WITHOUT_REDIS=1 to leave its tests out."; exit 1; }
 
 bench: bench-tools ## Measure requests beside Starlette, FastAPI and Django, for under 28 minutes; ARGS="--quick" for three
 	$(BIN)/python -m benchmarks.requests $(ARGS)

@@ -17,6 +17,7 @@ from billing.cli import main
 from billing.cli.watchers import tell_others
 from billing.clock import Clock, utc_now
 from billing.connections import connections_for
+from billing.counters import counters_for
 from billing.deliveries import policy_for, tester_for
 from billing.encryption import Vault
 from billing.errors import DatabaseUnavailable
@@ -30,8 +31,10 @@ from billing.http.lanes import (
     Lanes,
     end_with_main_thread,
 )
+from billing.http.limits import Limits
 from billing.http.pages import pages
 from billing.keys import KeyDigests
+from billing.limits import UNLIMITED, Counters, Meter, Policies
 from billing.passwords import Passwords
 from billing.security import Doorkeeper, KeyUses
 from billing.settings import Settings
@@ -47,9 +50,16 @@ KEY_USES_FLUSHED_EVERY_SECONDS = 1
 SHARED_CONNECTIONS = 4
 # For each of the last things, and for the threads that then still run.
 FAREWELL_SECONDS = 3
+POLICIES = Policies()
 
 
-def create_app(settings: Settings, *, clock: Clock = utc_now) -> ASGIApp:
+def create_app(
+    settings: Settings,
+    *,
+    clock: Clock = utc_now,
+    policies: Policies = POLICIES,
+    counters: Counters | None = None,
+) -> ASGIApp:
     """The application for these settings. The database is opened by its lifespan."""
     problems.configure(settings.public_base_url)
     contract = document.load()
@@ -61,6 +71,8 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> ASGIApp:
     served = document.served(contract, settings.public_base_url)
     tell_others(settings, "billing-api")
     figures = metrics.keep(settings.prometheus_multiproc_dir) if settings.are_figures_wanted else None
+    counters = counters or counters_for(settings)
+    meter = Meter(counters, settings.key_peppers.first[1], clock)
     edge = application.build(
         contract,
         services={
@@ -80,10 +92,11 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> ASGIApp:
             *pages(served=served, ready=readiness(store)),
             *exposition.routes(settings, figures, store, clock),
         ],
-        lifespan=lambda _: running(settings, store, lookups, uses, (edge.sample, lanes.sample)),
+        lifespan=lambda _: running(settings, store, lookups, uses, counters, (edge.sample, lanes.sample)),
         lanes=lanes,
         allowed_origins=settings.cors_allowed_origins,
         trusted_proxies=settings.trusted_proxies,
+        limits=Limits(meter, policies if settings.rate_limits else UNLIMITED),
         compiled=settings.compiled_operations,
         timeout_seconds=settings.request_timeout_seconds,
     )
@@ -116,9 +129,10 @@ async def running(
     store: Store,
     lookups: Lookups,
     uses: KeyUses,
+    counters: Counters,
     samples: Sequence[Callable[[], None]],
 ) -> AsyncIterator[None]:
-    """Everything that lives as long as the server: the database, the pool, the notes of used keys."""
+    """Everything that lives as long as the server: the database, the pool, the notes of used keys, the counts."""
     database = await to_thread.run_sync(open_database, settings)
     try:
         store.open(database.app_url, replica_url=database.replica_url)
@@ -133,6 +147,8 @@ async def running(
     finally:
         lookups.close()
         end_with_main_thread(FAREWELL_SECONDS)
+        with anyio.move_on_after(FAREWELL_SECONDS, shield=True):
+            await counters.close()
         await farewell(store.close)
         await farewell(database.close)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import threading
 import time
@@ -44,9 +43,6 @@ MOST_PROVEN = 10_000
 # Above this a receiver would hold the threads of those that answer at once.
 SLOW_MS = 2000
 PAUSE = timedelta(seconds=4)
-
-MOST_TESTS = 10
-MINUTE = timedelta(minutes=1)
 
 JITTER = random.SystemRandom()
 
@@ -292,14 +288,15 @@ class Report:
 
 
 class Tester:
-    """Sends one event at once, for whoever builds a receiver. `most` a minute and tenant; None for any number."""
+    """Sends one event at once, for whoever builds a receiver."""
 
-    def __init__(self, store: Store, egress: Egress, clock: Clock, *, most: int | None = MOST_TESTS) -> None:
+    def __init__(self, store: Store, egress: Egress, clock: Clock, *, one_at_a_time: bool = True) -> None:
         self._store = store
         self._egress = egress
         self._clock = clock
-        self._most = most
-        # Whose test is in flight: one at a time, or one tenant's slow receiver would be everybody's wait.
+        # Or one tenant's slow receiver would be everybody's wait. How many a minute is `limits.Policies`' part.
+        self._one_at_a_time = one_at_a_time
+        # Whose test is in flight.
         self._busy: set[UUID] = set()
         self._lock = threading.Lock()
 
@@ -322,7 +319,7 @@ class Tester:
     @contextmanager
     def _alone(self, tenant_id: UUID) -> Iterator[None]:
         with self._lock:
-            if self._most is not None and tenant_id in self._busy:
+            if self._one_at_a_time and tenant_id in self._busy:
                 raise RateLimited("A test is on its way already.")
             self._busy.add(tenant_id)
         try:
@@ -337,15 +334,8 @@ class Tester:
         with self._store.tenant(tenant_id, exclusive=True) as tx:
             now = self._clock()
             url = endpoints.require_url(tx.webhooks.find())
-            self._require_rate(tx.events.tests_since(now - MINUTE), now)
             secrets = tx.webhooks.signing_secrets(now)
             return url, secrets, tx.events.keep_test(event_type, data, now=now)
-
-    def _require_rate(self, made: Sequence[datetime], now: datetime) -> None:
-        if self._most is not None and len(made) >= self._most:
-            frees_up = made[len(made) - self._most] + MINUTE
-            seconds = max(1, math.ceil((frees_up - now).total_seconds()))
-            raise RateLimited("There were too many tests within a minute.", retry_after_seconds=seconds)
 
 
 def _tested(begun: Begun, event: Event, attempt: Attempt, now: datetime) -> Delivery:
@@ -384,4 +374,4 @@ def deliveries_for(settings: Settings, store: Store, clock: Clock, *, threads: i
 
 def tester_for(settings: Settings, store: Store, clock: Clock) -> Tester:
     """Tests as this installation's settings allow them."""
-    return Tester(store, egress_for(settings), clock, most=MOST_TESTS if settings.rate_limits else None)
+    return Tester(store, egress_for(settings), clock, one_at_a_time=settings.rate_limits)

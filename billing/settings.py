@@ -62,6 +62,7 @@ class Settings:
     webhook_allow_cidrs: tuple[Network, ...]
     webhook_allow_http: bool
     rate_limits: bool
+    rate_limit_storage_url: str | None = field(repr=False)
     worker_threads: int
     compiled_operations: bool
     request_timeout_seconds: int
@@ -156,6 +157,7 @@ class _Reader:
             webhook_allow_cidrs=self.development_only("WEBHOOK_ALLOW_CIDRS", self.networks),
             webhook_allow_http=self.development_only("WEBHOOK_ALLOW_HTTP", self.switch),
             rate_limits=self.choice("RATE_LIMITS", "on", "off") == "on",
+            rate_limit_storage_url=self.rate_limit_storage_url(),
             worker_threads=self.whole("WORKER_THREADS", 8, lowest=1, highest=64),
             compiled_operations=self.choice("COMPILED_OPERATIONS", "on", "off") == "on",
             request_timeout_seconds=self.whole("REQUEST_TIMEOUT_SECONDS", 30, lowest=1, highest=300),
@@ -209,6 +211,14 @@ class _Reader:
             raise SettingsError(
                 f"{name} must list networks such as 10.0.0.0/8, separated by commas."
             ) from None
+
+    def rate_limit_storage_url(self) -> str | None:
+        text = self.given.get("RATE_LIMIT_STORAGE_URL", "memory")
+        if text == "memory":
+            return None
+        if not _is_redis(text):
+            raise SettingsError("RATE_LIMIT_STORAGE_URL must be memory, redis://host:6379/0 or rediss://….")
+        return text
 
     def development_only(self, name: str, read: Callable[[str], T]) -> T:
         if self.production and name in self.given:
@@ -281,6 +291,15 @@ def _is_origin(text: str) -> bool:
     # Put together again it has no user, no path, no capitals and no port 65536.
     plain = f"{scheme}://{host}" + ("" if port is None else f":{port}")
     return scheme in ("http", "https") and text == plain and HOST.fullmatch(host) is not None
+
+
+def _is_redis(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:
+        return False
+    return parts.scheme in ("redis", "rediss") and bool(parts.hostname) and port != 0
 
 
 def _keyring(name: str, text: str) -> Keyring:

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from sqlalchemy import Engine, create_engine, text
 from starlette.testclient import TestClient
 
 from app import create_app
+from billing.counters import InProcess
 from billing.encryption import Vault
 from billing.settings import Settings
 from billing.storage import database, embedded
@@ -140,16 +141,39 @@ def clock(shared_clock: TurnedClock) -> TurnedClock:
 
 
 @pytest.fixture(scope="session")
-def running_app(settings: Settings, shared_clock: TurnedClock) -> Iterator[TestClient]:
-    with CheckedClient(create_app(settings, clock=shared_clock), raise_server_exceptions=False) as client:
+def shared_counters() -> InProcess:
+    """What limits have counted, by all applications of the run."""
+    return InProcess()
+
+
+@pytest.fixture
+def uncounted(shared_counters: InProcess) -> None:
+    """Limits are on, as they are for strangers; each test has all that they leave."""
+    shared_counters.counts.clear()
+
+
+@pytest.fixture(scope="session")
+def running_app(
+    settings: Settings, shared_clock: TurnedClock, shared_counters: InProcess
+) -> Iterator[TestClient]:
+    app = create_app(settings, clock=shared_clock, counters=shared_counters)
+    with CheckedClient(app, raise_server_exceptions=False) as client:
         yield client
 
 
 @pytest.fixture
-def client(running_app: TestClient, clock: TurnedClock, clean: None) -> TestClient:
+def client(running_app: TestClient, clock: TurnedClock, uncounted: None, clean: None) -> TestClient:
     """A client whose every answer is held against the document."""
     running_app.cookies.clear()
     return running_app
+
+
+@pytest.fixture
+def flooded(settings: Settings, clock: TurnedClock, clean: None) -> Iterator[TestClient]:
+    """A client of a server without limits."""
+    app = create_app(replace(settings, rate_limits=False), clock=clock)
+    with CheckedClient(app, raise_server_exceptions=False) as client:
+        yield client
 
 
 class CheckedClient(TestClient):

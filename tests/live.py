@@ -29,12 +29,15 @@ def free_port() -> int:
 
 @contextmanager
 def serving(environ: Mapping[str, str], *arguments: str, log: IO[bytes] | None = None) -> Iterator[str]:
-    """The base URL of a server that runs as long as the block; what it says goes to `log`, or to ours."""
+    """The base URL of a server that runs as long as the block; what it says goes to `log`, or to ours.
+
+    Limits are off unless `environ` has them on: many tests share one server, and all have one address.
+    """
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     process = subprocess.Popen(
         [sys.executable, "-m", "billing.cli", "serve", "--port", str(port), *arguments],
-        env={**os.environ, "PUBLIC_BASE_URL": url, **environ},
+        env={**os.environ, "PUBLIC_BASE_URL": url, "RATE_LIMITS": "off", **environ},
         stdout=log,
         stderr=log,
     )

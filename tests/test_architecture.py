@@ -18,7 +18,7 @@ FLOORS = (
     (5, "app billing.cli"),
     (4, "billing.handlers billing.security billing.http billing.connections billing.worker"),
     (4, "billing.deliveries billing.housekeeping"),
-    (3, "billing.storage billing.gateway"),
+    (3, "billing.storage billing.gateway billing.counters billing.shared_counters"),
     (2, "billing.tenants billing.users billing.tokens billing.keys billing.sessions billing.stripe_connect"),
     (2, "billing.webhooks.endpoints billing.webhooks.egress billing.webhooks.replay"),
     (2, "billing.idempotency"),
@@ -26,7 +26,7 @@ FLOORS = (
     (1, "billing.webhooks.delivery billing.webhooks.events billing.webhooks.signing"),
     (1, "billing.outbound"),
     (0, "billing.errors billing.ids billing.clock billing.settings billing.keyrings billing.tasks"),
-    (0, "billing.metrics billing.tracing"),
+    (0, "billing.limits billing.metrics billing.tracing"),
 )
 FLOOR_OF = {name: floor for floor, names in FLOORS for name in names.split()}
 # They have a docstring, and no floor: nothing is in them but what stands beside them.
@@ -49,6 +49,8 @@ LIBRARIES = {
     "urllib3": ("billing.outbound", "billing.webhooks", "billing.gateway"),
     "click": ("billing.cli",),
     "dotenv": ("billing.settings",),
+    "limits": ("billing.shared_counters",),
+    "redis": ("billing.shared_counters",),
     "slugify": ("billing.tenants",),
     "uuid_utils": ("billing.ids",),
     "prometheus_client": ("billing.metrics",),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from http import HTTPStatus
 from typing import Any
 
+from connexion.exceptions import ProblemException
 from connexion.lifecycle import ConnexionRequest
 from connexion.security import NO_VALUE, ApiKeySecurityHandler, BearerSecurityHandler
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from billing.errors import CredentialsMissing, TokenInvalid
+from billing.errors import CredentialsMissing, TokenInvalid, Unauthenticated
 from billing.http.document import Operation
+from billing.http.limits import Limits
 from billing.security import Caller, Doorkeeper, require_allowed
 
 API_KEY = "apiKeyAuth"
@@ -21,15 +24,27 @@ Headers = Iterable[tuple[bytes, bytes]]
 class Access:
     """Who sends a request, and whether they may."""
 
-    def __init__(self, doorkeeper: Doorkeeper) -> None:
+    def __init__(self, doorkeeper: Doorkeeper, limits: Limits) -> None:
         self._doorkeeper = doorkeeper
+        self._limits = limits
 
     async def admit(self, scope: Scope, operation: Operation) -> None:
-        """Leave the caller in the state; raises `Unauthenticated`, or `Forbidden` for one who may not do this."""
+        """Leave the caller in the state; raises `Unauthenticated`, or `Forbidden` for one who may not do this.
+
+        For too many requests of either it raises `RateLimited` instead.
+        """
+        try:
+            await self._find(scope, operation)
+        except Unauthenticated:
+            await self._limits.note_stranger(scope)
+            raise
+        await self._limits.admit_caller(scope, operation)
+        require_allowed_in(scope, operation)
+
+    async def _find(self, scope: Scope, operation: Operation) -> None:
         by_key = self.by_api_key if API_KEY in operation.schemes else nobody
         if not (await self.by_bearer(scope) or await by_key(scope)):
             raise CredentialsMissing
-        require_allowed_in(scope, operation)
 
     async def by_bearer(self, scope: Scope) -> bool:
         """Find the caller by `Authorization`; False where there is no such header.
@@ -111,19 +126,49 @@ def _handler(base: type, find: Callable[[Scope], Awaitable[bool]]) -> type:
 
 
 class Gate:
-    """ASGI middleware between Connexion's security and its validation: may this caller do this?
+    """ASGI middleware between Connexion's security and its validation: may this caller do this, and once more?
 
     Here, and not in a security function: an error raised there is swallowed when another scheme passes.
     """
 
-    def __init__(self, app: ASGIApp, *, operations: Mapping[str, Operation]) -> None:
+    def __init__(self, app: ASGIApp, *, operations: Mapping[str, Operation], limits: Limits) -> None:
         self.app = app
         self.operations = operations
+        self.limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and "caller" in scope["state"]:
-            require_allowed_in(scope, self.operations[operation_id_of(scope)])
+            operation = self.operations[operation_id_of(scope)]
+            await self.limits.admit_caller(scope, operation)
+            require_allowed_in(scope, operation)
         await self.app(scope, receive, send)
+
+
+class Turnstile:
+    """ASGI middleware around Connexion's security: counts public operations, and whoever is not let in."""
+
+    def __init__(self, app: ASGIApp, *, operations: Mapping[str, Operation], limits: Limits) -> None:
+        self.app = app
+        self.operations = operations
+        self.limits = limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        operation = self.operations.get(operation_id_of(scope)) if scope["type"] == "http" else None
+        if operation is None:
+            await self.app(scope, receive, send)
+            return
+        await self.limits.admit(scope, operation)
+        try:
+            await self.app(scope, receive, send)
+        except (Unauthenticated, ProblemException) as error:
+            if operation.schemes and "caller" not in scope["state"] and is_about_credentials(error):
+                await self.limits.note_stranger(scope)
+            raise
+
+
+def is_about_credentials(error: Unauthenticated | ProblemException) -> bool:
+    """Whether they were bad, or missing, for which Connexion has an error of its own."""
+    return isinstance(error, Unauthenticated) or error.status == HTTPStatus.UNAUTHORIZED
 
 
 class NameOperation:

@@ -18,13 +18,14 @@ from starlette.routing import Route, Router
 from billing import errors
 from billing.errors import BillingError
 from billing.http import crashes, problems
-from billing.http.access import Access, Gate, NameOperation, security_map
+from billing.http.access import Access, Gate, NameOperation, Turnstile, security_map
 from billing.http.cors import Cors
 from billing.http.deadlines import Deadline
 from billing.http.document import Operation, operations
 from billing.http.edge import Edge, Network
 from billing.http.guard import Guard
 from billing.http.lanes import Lanes
+from billing.http.limits import Limits
 from billing.http.operations import Operations, compile_all
 from billing.http.pages import beside
 from billing.http.validation import Rules, validator_map
@@ -59,17 +60,20 @@ def build(
     allowed_origins: Collection[str],
     trusted_proxies: Sequence[Network],
     timeout_seconds: float,
+    limits: Limits,
     compiled: bool = True,
 ) -> Edge:
     """The whole ASGI application; raises at once what is wrong with the document or a handler."""
     listed = operations(document)
+    by_id = {o.operation_id: o for o in listed}
     rules = {o.operation_id: Rules(document, o) for o in listed}
-    answering = endpoints(listed, services, lanes)
-    access = Access(doorkeeper)
+    handling = endpoints(listed, services, lanes)
+    answering = {o.operation_id: limits.throttled(o, handling[o.operation_id]) for o in listed}
+    access = Access(doorkeeper, limits)
     app = connexion.AsyncApp(
         "billing",
         lifespan=lifespan,
-        middlewares=MIDDLEWARES,
+        middlewares=[*MIDDLEWARES],  # Connexion adds ours to the list itself.
         swagger_ui_options=SwaggerUIOptions(swagger_ui=False, serve_spec=False),
         resolver=ByOperationId(listed, answering),
         validator_map=validator_map(rules),
@@ -78,13 +82,19 @@ def build(
     app.add_middleware(Guard, position=MiddlewarePosition.BEFORE_SWAGGER)
     app.add_middleware(beside, position=MiddlewarePosition.BEFORE_ROUTING, routes=routes)
     app.add_middleware(NameOperation, position=MiddlewarePosition.BEFORE_SECURITY)
-    by_id = {o.operation_id: o for o in listed}
-    app.add_middleware(Gate, position=MiddlewarePosition.BEFORE_VALIDATION, operations=by_id)
+    app.add_middleware(
+        Turnstile, position=MiddlewarePosition.BEFORE_SECURITY, operations=by_id, limits=limits
+    )
+    app.add_middleware(Gate, position=MiddlewarePosition.BEFORE_VALIDATION, operations=by_id, limits=limits)
     for kind in (BillingError, ProblemException, HTTPException, Exception):
         app.add_error_handler(kind, answer_with(allowed_methods(listed)))
     app.add_api(document)
     start(app)
-    runs = compile_all(listed, access=access, rules=rules, endpoints=answering) if compiled else {}
+    runs = (
+        compile_all(listed, access=access, limits=limits, rules=rules, endpoints=answering)
+        if compiled
+        else {}
+    )
     in_time = Deadline(Operations(app, runs), seconds=timeout_seconds)
     return Edge(Cors(in_time, allowed_origins), trusted_proxies=trusted_proxies)
 

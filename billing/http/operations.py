@@ -16,6 +16,7 @@ from billing.http import problems
 from billing.http.access import Access
 from billing.http.document import Operation
 from billing.http.guard import Intake
+from billing.http.limits import Limits
 from billing.http.replies import Rendered
 from billing.http.validation import Rules
 from billing.http.wiring import Endpoint
@@ -48,24 +49,28 @@ def compile_all(
     operations: Sequence[Operation],
     *,
     access: Access,
+    limits: Limits,
     rules: Mapping[str, Rules],
     endpoints: Mapping[str, Endpoint],
 ) -> dict[tuple[str, str], Run]:
     """What runs each operation, by its method and path."""
     intake = Intake()
     return {
-        (o.method, o.path): _run(o, intake, access, rules[o.operation_id], endpoints[o.operation_id])
+        (o.method, o.path): _run(o, intake, limits, access, rules[o.operation_id], endpoints[o.operation_id])
         for o in operations
     }
 
 
-def _run(operation: Operation, intake: Intake, access: Access, rules: Rules, endpoint: Endpoint) -> Run:
+def _run(
+    operation: Operation, intake: Intake, limits: Limits, access: Access, rules: Rules, endpoint: Endpoint
+) -> Run:
     async def run(scope: Scope, receive: Receive) -> Rendered | None:
         state = scope["state"]
         state["operation_id"] = operation.operation_id
         body = await intake.take(scope, receive)
         if body is None:
             return None
+        await limits.admit(scope, operation)
         if operation.schemes:
             await access.admit(scope, operation)
         state["query"] = rules.query(scope["query_string"])

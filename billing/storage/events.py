@@ -49,13 +49,6 @@ class Events(Shelf):
         """Keep an event of which nothing but a test is made."""
         return self._keep(type, data, livemode=False, is_test=True, now=now)
 
-    def tests_since(self, moment: datetime) -> list[datetime]:
-        """When the tests since then were made, the oldest first."""
-        since = and_(self.mine(events), events.c.created_at > moment, events.c.is_test)
-        return list(
-            self._connection.scalars(select(events.c.created_at).where(since).order_by(events.c.created_at))
-        )
-
     def _keep(
         self, type: str, data: Mapping[str, object], *, livemode: bool, is_test: bool, now: datetime
     ) -> Event:

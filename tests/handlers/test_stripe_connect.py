@@ -23,6 +23,7 @@ from starlette.testclient import TestClient
 from app import create_app
 from billing import gateway
 from billing.connections import Connections, connections_for
+from billing.counters import InProcess
 from billing.http.lanes import STRIPE_THREADS
 from billing.settings import Settings
 from billing.storage.store import Store
@@ -62,18 +63,22 @@ def stripe_settings(settings: Settings, running_stripe: Sandbox) -> Settings:
 
 
 @pytest.fixture(scope="module")
-def stripe_app(stripe_settings: Settings, shared_clock: TurnedClock) -> Iterator[TestClient]:
+def stripe_app(
+    stripe_settings: Settings, shared_clock: TurnedClock, shared_counters: InProcess
+) -> Iterator[TestClient]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gateway, "TOTAL_SECONDS", PATIENCE_SECONDS)
         # It would stay blown for the next test.
         patch.setattr(gateway.Fuse, "OPEN_SECONDS", 0)
-        app = create_app(stripe_settings, clock=shared_clock)
+        app = create_app(stripe_settings, clock=shared_clock, counters=shared_counters)
         with CheckedClient(app, raise_server_exceptions=False) as client:
             yield client
 
 
 @pytest.fixture
-def client(stripe_app: TestClient, stripe: Sandbox, clock: TurnedClock, clean: None) -> TestClient:
+def client(
+    stripe_app: TestClient, stripe: Sandbox, clock: TurnedClock, uncounted: None, clean: None
+) -> TestClient:
     """In the place of everybody's: a client of a server with a Stripe."""
     stripe_app.cookies.clear()
     return stripe_app

@@ -12,6 +12,8 @@ from connexion.lifecycle import ConnexionRequest
 from connexion.security import NO_VALUE, ApiKeySecurityHandler, BearerSecurityHandler
 from starlette.types import Receive, Scope, Send
 
+from billing.clock import utc_now
+from billing.counters import InProcess
 from billing.errors import (
     BillingError,
     KeyUnknown,
@@ -19,12 +21,15 @@ from billing.errors import (
 )
 from billing.http.access import Access, Gate, NameOperation, bearer_credential, operation_id_of, security_map
 from billing.http.document import load, operations
+from billing.http.limits import Limits
 from billing.ids import new_id
 from billing.keys import ApiKey
+from billing.limits import UNLIMITED, Meter
 from billing.security import Caller
 from tests.test_tenants import ACME, ADA
 
 NOW = datetime(2026, 1, 15, 9, 30, tzinfo=UTC)
+NO_LIMITS = Limits(Meter(InProcess(), b"", utc_now), UNLIMITED)
 KEY = ApiKey(ACME.id, new_id(), "live_secret", None, "abcd", NOW)
 BY_USER, BY_KEY = Caller(ACME, user=ADA), Caller(ACME, key=KEY)
 
@@ -49,7 +54,7 @@ class Doorkeeper:
 
 
 def access(doorkeeper: Doorkeeper) -> Access:
-    return Access(doorkeeper)  # type: ignore[arg-type]
+    return Access(doorkeeper, NO_LIMITS)  # type: ignore[arg-type]
 
 
 def outcome(scheme: str, headers: list[tuple[str, str]], doorkeeper: Doorkeeper | None = None) -> Any:
@@ -154,7 +159,7 @@ def through(caller: Caller | None, operation_id: str | None) -> str:
         "extensions": {"connexion_routing": {"operation_id": operation_id}},
     }
     try:
-        asyncio.run(Gate(app, operations=OPERATIONS)(scope, None, None))  # type: ignore[arg-type]
+        asyncio.run(Gate(app, operations=OPERATIONS, limits=NO_LIMITS)(scope, None, None))  # type: ignore[arg-type]
     except BillingError as error:
         assert not reached
         return type(error).__name__

@@ -187,7 +187,6 @@ ATTEMPTS: dict[str, Attempt] = {
     "deliveries.prune": lambda tx, h: tx.deliveries.prune(MUCH_LATER) or None,
     "events.record": lambda tx, h: tx.events.record("webhook.test", {}, now=NOW),
     "events.keep_test": lambda tx, h: tx.events.keep_test("webhook.test", {}, now=NOW) and None,
-    "events.tests_since": lambda tx, h: tx.events.tests_since(NOW - timedelta(days=1000)),
     "events.count": lambda tx, h: tx.events.count(chosen(h), wanted=()) or None,
     "events.chosen": lambda tx, h: tx.events.chosen(chosen(h), wanted=(), after=0, most=100),
     "tasks.add": lambda tx, h: tx.tasks.add(CHECK, h.task.id, subject="stolen", due_at=NOW, now=NOW),

@@ -21,10 +21,10 @@ from typing import Any, get_args
 import pytest
 import requests
 
-from billing.deliveries import MOST_TESTS
 from billing.housekeeping import KEPT
 from billing.ids import new_id
 from billing.keys import TOLD_BEFORE
+from billing.limits import Policies
 from billing.webhooks.delivery import LONGEST_STRETCH, RETRY_DELAYS
 from billing.webhooks.egress import Egress, Failure
 from billing.webhooks.events import CATALOGUE, envelope
@@ -93,7 +93,8 @@ def test_the_limits_are_those_of_the_code() -> None:
     assert f"no whole answer within {limits['total_seconds']}." in said
     assert f"{limits['read_bytes'] // 1024} KiB are read" in said
     assert f"answer 2xx within {limits['total_seconds']} seconds" in PAGE
-    assert f"may send {MOST_TESTS} tests a minute" in " ".join(section("Events").split())
+    tests = Policies().costly["send_test_webhook"]
+    assert f"may send {tests.quota} tests a minute" in " ".join(section("Events").split())
 
 
 def test_the_words_for_failures_are_those_of_the_document_and_of_the_code() -> None:

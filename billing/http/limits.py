@@ -1,0 +1,125 @@
+"""Limits on the wire: who is over one is answered 429, and each answer says what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from functools import lru_cache
+
+from starlette.types import Scope
+
+from billing.errors import InvalidCredentials, RateLimited, WrongPassword
+from billing.http.document import Operation
+from billing.http.edge import parse_address
+from billing.http.replies import Rendered
+from billing.limits import Meter, Policies, Policy, Usage
+from billing.users import normalise_email
+
+# Whoever asks by a Unix socket is one and the same.
+NO_ADDRESS = "local"
+IPV6_HOST_BITS = 64
+
+Endpoint = Callable[[Scope], Awaitable[Rendered]]
+
+
+class Limits:
+    """What counts the requests of a server: each method is a step of a request."""
+
+    def __init__(self, meter: Meter, policies: Policies) -> None:
+        self._meter = meter
+        self._policies = policies
+
+    async def admit(self, scope: Scope, operation: Operation) -> None:
+        """Count a public operation by address, before anything is looked at; raises `RateLimited`."""
+        await self._require(scope, self._policies.by_address.get(operation.operation_id), address_of(scope))
+
+    async def note_stranger(self, scope: Scope) -> None:
+        """Count by address that credentials were missing or bad; raises `RateLimited`.
+
+        Good ones are let in all the same: whoever shares their address must not be able to lock them out.
+        """
+        await self._require(scope, self._policies.strangers, address_of(scope))
+
+    async def admit_caller(self, scope: Scope, operation: Operation) -> None:
+        """Count by tenant, once the caller is known; raises `RateLimited`."""
+        tenant = scope["state"]["caller"].tenant
+        await self._require(scope, self._policies.by_tenant.get(tenant.tier), str(tenant.id))
+        await self._require(scope, self._policies.costly.get(operation.operation_id), str(tenant.id))
+
+    def throttled(self, operation: Operation, endpoint: Endpoint) -> Endpoint:
+        """The endpoint; where it checks a password, only until too many were wrong.
+
+        An attempt is counted before it is made, or many at once would pass together. It stays counted if the
+        password was wrong, is forgotten with those before it if it was right, and is taken back if nobody knows.
+        """
+        policy = self._policies.wrong_passwords.get(operation.operation_id)
+        if policy is None:
+            return endpoint
+
+        async def attempt(scope: Scope) -> Rendered:
+            usage = await self._count(scope, policy, holder_of(scope))
+            try:
+                answer = await endpoint(scope)
+            except (InvalidCredentials, WrongPassword):
+                raise
+            except Exception:
+                await self._meter.take_back(usage)
+                raise
+            if answer.status < 400:
+                await self._meter.forget(usage)
+            return answer
+
+        return attempt
+
+    async def _require(self, scope: Scope, policy: Policy | None, subject: str) -> None:
+        if policy is not None:
+            await self._count(scope, policy, subject)
+
+    async def _count(self, scope: Scope, policy: Policy, subject: str) -> Usage:
+        usage = await self._meter.count(policy, subject)
+        tell(scope, usage)
+        if usage.is_over:
+            raise refusal(usage)
+        return usage
+
+
+def refusal(usage: Usage) -> RateLimited:
+    """Why, and until when."""
+    policy = usage.window.policy
+    return RateLimited(
+        f"The limit `{policy.name}` is reached: {policy.quota} within {policy.seconds} seconds.",
+        retry_after_seconds=usage.window.seconds_left,
+    )
+
+
+def tell(scope: Scope, usage: Usage) -> None:
+    """Have the answer say what is left, beside what it says of other limits (draft-ietf-httpapi-ratelimit-headers)."""
+    policy, left = usage.window.policy, usage.window.seconds_left
+    scope["state"]["answer_headers"] += [
+        (b"ratelimit-policy", f'"{policy.name}";q={policy.quota};w={policy.seconds}'.encode()),
+        (b"ratelimit", f'"{policy.name}";r={usage.remaining};t={left}'.encode()),
+    ]
+
+
+def address_of(scope: Scope) -> str:
+    """Whom a limit by address counts."""
+    return network_of(scope["state"]["client_address"] or NO_ADDRESS)
+
+
+@lru_cache(maxsize=1024)
+def network_of(address: str) -> str:
+    """The address itself; of IPv6 the /64, which is one customer's, who may take any address in it."""
+    parsed = parse_address(address)
+    if parsed is None or parsed.version == 4:
+        return address
+    return f"{int(parsed) >> IPV6_HOST_BITS:x}::/64"
+
+
+def holder_of(scope: Scope) -> str:
+    """Whose password is tried: the user who is logged in, or an account as seen from one address.
+
+    By both, so that nobody can lock an account for its owner elsewhere; known or not, so that none is told apart.
+    """
+    caller = scope["state"].get("caller")
+    if caller is not None:
+        return str(caller.signed_in_user().id)
+    return f"{address_of(scope)} {normalise_email(scope['state']['body']['email'])}"

@@ -1,0 +1,136 @@
+"""Limits: how many requests in which window of time, whose they are, and what is left."""
+
+from __future__ import annotations
+
+import hmac
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from billing.clock import Clock
+
+MINUTE = 60
+HOUR = 60 * MINUTE
+DIGEST_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Policy:
+    """At most `quota` requests in each window of `seconds`."""
+
+    name: str
+    quota: int
+    seconds: int
+
+
+@dataclass(frozen=True)
+class Policies:
+    """What is limited, by whom it is counted. docs/limits.md has the same in tables."""
+
+    # Public operations, by address.
+    by_address: Mapping[str, Policy] = field(
+        default_factory=lambda: {
+            "register_tenant": Policy("register", 20, HOUR),
+            "log_in": Policy("login", 10, MINUTE),
+            "refresh_tokens": Policy("refresh", 60, MINUTE),
+            "complete_stripe_connect": Policy("callback", 60, MINUTE),
+        }
+    )
+    # Requests whose credentials are missing or bad, by address.
+    strangers: Policy | None = Policy("credentials", 60, MINUTE)
+    # All other requests, by tenant: what each tier may do.
+    by_tenant: Mapping[str, Policy] = field(
+        default_factory=lambda: {
+            "free": Policy("default", 600, MINUTE),
+            "pro": Policy("default", 3_000, MINUTE),
+            "enterprise": Policy("default", 12_000, MINUTE),
+        }
+    )
+    # Operations that cost others something, by tenant: beside the tier's.
+    costly: Mapping[str, Policy] = field(
+        default_factory=lambda: {"send_test_webhook": Policy("test-deliveries", 10, MINUTE)}
+    )
+    # Wrong passwords: at log-in by account and address, at a change of password by user.
+    wrong_passwords: Mapping[str, Policy] = field(
+        default_factory=lambda: {
+            "log_in": Policy("login-failures", 5, 5 * MINUTE),
+            "change_password": Policy("password-failures", 5, 5 * MINUTE),
+        }
+    )
+
+
+# RATE_LIMITS=off.
+UNLIMITED = Policies({}, None, {}, {}, {})
+
+
+@dataclass(frozen=True)
+class Window:
+    """One window of one policy for one subject. Its key tells nobody who that is."""
+
+    policy: Policy
+    key: str
+    seconds_left: int
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How much of a window is used."""
+
+    window: Window
+    count: int
+
+    @property
+    def is_over(self) -> bool:
+        return self.count > self.window.policy.quota
+
+    @property
+    def remaining(self) -> int:
+        return max(0, self.window.policy.quota - self.count)
+
+
+class Meter:
+    """Counts, by policy and subject, in fixed windows.
+
+    Each subject has windows of its own phase, so that not all begin anew at once, and their ends need not be kept
+    anywhere: processes that share a clock and a pepper agree on them. docs/decisions.md says why not sliding ones.
+    """
+
+    def __init__(self, counters: Counters, pepper: bytes, clock: Clock) -> None:
+        self._counters = counters
+        self._pepper = hmac.digest(pepper, b"limits", "sha256")
+        self._clock = clock
+
+    def window(self, policy: Policy, subject: str) -> Window:
+        """The window of now."""
+        digest = hmac.digest(self._pepper, f"{policy.name}:{subject}".encode(), "sha256")[:DIGEST_BYTES]
+        now = self._clock().timestamp() + int.from_bytes(digest[:4]) % policy.seconds
+        number = int(now // policy.seconds)
+        left = math.ceil((number + 1) * policy.seconds - now)
+        return Window(policy, f"{policy.name}:{digest.hex()}:{number}", max(1, left))
+
+    async def count(self, policy: Policy, subject: str) -> Usage:
+        """Count one more."""
+        window = self.window(policy, subject)
+        return Usage(window, await self._counters.add(window.key, 1, seconds=policy.seconds))
+
+    async def take_back(self, usage: Usage) -> None:
+        """Have it not counted after all."""
+        await self._counters.add(usage.window.key, -1, seconds=usage.window.policy.seconds)
+
+    async def forget(self, usage: Usage) -> None:
+        """Begin the window from nothing."""
+        await self._counters.forget(usage.window.key)
+
+
+class Counters(Protocol):
+    """Where counts are kept."""
+
+    async def add(self, key: str, amount: int, *, seconds: int) -> int:
+        """Add to a count, and say what it is now. `seconds` later nobody asks for it."""
+
+    async def forget(self, key: str) -> None:
+        """Forget a count."""
+
+    async def close(self) -> None:
+        """Let go of whatever is open."""

@@ -1,0 +1,96 @@
+"""Counts that many processes share, in Redis; and what becomes of them while it does not answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import structlog
+from limits.aio.storage import RedisStorage
+from limits.errors import StorageError
+from redis.asyncio import BlockingConnectionPool
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from billing.limits import Counters
+
+T = TypeVar("T")
+
+PREFIX = "billing"
+# Redis answers in less than one hundredth of this; a request should not wait for longer to be counted.
+DEADLINE_SECONDS = 0.1
+# How long a Redis that did not answer is left alone.
+REST_SECONDS = 5.0
+CONNECTIONS = 16
+
+log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing")
+
+
+class InRedis:
+    """Counts that processes share; while Redis does not answer, each counts for itself.
+
+    Being counted is never worth an outage: an answer has a tenth of a second, and after one that did not come
+    one request every few seconds tries again.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        instead: Counters,
+        deadline_seconds: float = DEADLINE_SECONDS,
+        rest_seconds: float = REST_SECONDS,
+    ) -> None:
+        # One for each request in flight would be opened at once after a start, and most of them too late.
+        self._pool = BlockingConnectionPool.from_url(
+            url, max_connections=CONNECTIONS, timeout=deadline_seconds, retry=Retry(NoBackoff(), 0)
+        )
+        options: dict[str, Any] = {"connection_pool": self._pool}
+        self._redis = RedisStorage(
+            url, wrap_exceptions=True, implementation="redispy", key_prefix=PREFIX, **options
+        )
+        self._instead = instead
+        self._deadline_seconds = deadline_seconds
+        self._rest_seconds = rest_seconds
+        self._is_away = False
+        self._asked_again_at = 0.0
+
+    async def add(self, key: str, amount: int, *, seconds: int) -> int:
+        count = await self._ask(lambda: self._redis.incr(key, seconds, amount))
+        return await self._instead.add(key, amount, seconds=seconds) if count is None else count
+
+    async def forget(self, key: str) -> None:
+        await self._instead.forget(key)
+        await self._ask(lambda: self._redis.clear(key))
+
+    async def close(self) -> None:
+        await self._pool.aclose()
+
+    async def _ask(self, question: Callable[[], Coroutine[Any, Any, T]]) -> T | None:
+        """Redis's answer, None if there is none in time."""
+        now = time.monotonic()
+        if self._is_away and now < self._asked_again_at:
+            return None
+        # Whoever comes while this one tries does not try as well.
+        self._asked_again_at = now + self._rest_seconds
+        try:
+            async with asyncio.timeout(self._deadline_seconds):
+                answer = await question()
+        except (StorageError, OSError) as error:  # A TimeoutError is an OSError.
+            self._note_absence(error)
+            return None
+        self._note_presence()
+        return answer
+
+    def _note_absence(self, error: Exception) -> None:
+        if not self._is_away:
+            self._is_away = True
+            cause = error.__cause__ if isinstance(error, StorageError) else error
+            log.warning("Redis does not answer: requests are counted here alone", cause=type(cause).__name__)
+
+    def _note_presence(self) -> None:
+        if self._is_away:
+            self._is_away = False
+            log.info("Redis answers again: requests are counted there")

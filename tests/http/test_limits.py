@@ -1,0 +1,268 @@
+"""Limits on the wire: who is counted, what an answer says of it, and when it is 429."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import Engine, text
+from starlette.testclient import TestClient
+
+from app import create_app
+from billing.counters import InProcess
+from billing.http.document import Operation, load, operations
+from billing.http.limits import network_of
+from billing.limits import MINUTE, Policies, Policy
+from billing.settings import Settings
+from tests.clock import TurnedClock
+from tests.conftest import API, PASSWORD, Account, CheckedClient, bearer, log_in, register
+
+OPERATIONS = {o.operation_id: o for o in operations(load())}
+PUBLIC = {name for name, operation in OPERATIONS.items() if not operation.schemes}
+SECURED = sorted(OPERATIONS.keys() - PUBLIC)
+VERIFY = f"{API}/verify/"
+
+
+def small() -> Policies:
+    """Two requests of each kind."""
+    usual = Policies()
+    return Policies(
+        by_address={name: Policy(policy.name, 2, MINUTE) for name, policy in usual.by_address.items()},
+        strangers=Policy("credentials", 2, MINUTE),
+        by_tenant={tier: Policy("default", 2, MINUTE) for tier in usual.by_tenant},
+        costly=usual.costly,
+        wrong_passwords=usual.wrong_passwords,
+    )
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["compiled", "by Connexion"])
+def tight_app(
+    request: pytest.FixtureRequest,
+    settings: Settings,
+    shared_clock: TurnedClock,
+    shared_counters: InProcess,
+) -> Iterator[TestClient]:
+    built = replace(settings, compiled_operations=request.param)
+    app = create_app(built, clock=shared_clock, policies=small(), counters=shared_counters)
+    with CheckedClient(app, raise_server_exceptions=False) as client:
+        yield client
+
+
+@pytest.fixture
+def tight(tight_app: TestClient, clock: TurnedClock, uncounted: None, clean: None) -> TestClient:
+    """A client of a server that lets two requests pass."""
+    tight_app.cookies.clear()
+    return tight_app
+
+
+def ask(client: TestClient, operation: Operation, **more: Any) -> httpx.Response:
+    # No operation's good body: a limit is looked at before the body is.
+    body = {"json": {}} if operation.method == "POST" else {}
+    return client.request(operation.method, operation.path, **body, **more)
+
+
+def standing(answer: httpx.Response) -> dict[str, tuple[int, int, int, int]]:
+    """What the answer says of each limit: quota, window, remaining, seconds left."""
+    quotas, left = (answer.headers.get_list(name, True) for name in ("ratelimit-policy", "ratelimit"))
+    said = {}
+    for policy, state in zip(quotas, left, strict=True):
+        (name, q, w), (again, r, t) = policy.split(";"), state.split(";")
+        assert name == again
+        assert (q[:2], w[:2], r[:2], t[:2]) == ("q=", "w=", "r=", "t=")
+        said[name.strip('"')] = tuple(int(part[2:]) for part in (q, w, r, t))
+    return said  # type: ignore[return-value]
+
+
+def assert_over(answer: httpx.Response, limit: str) -> None:
+    """It is 429, and says so in each of the ways there are."""
+    assert (answer.status_code, answer.json()["code"]) == (429, "rate-limited")
+    assert limit in answer.json()["detail"]
+    _, window, remaining, seconds = standing(answer)[limit]
+    assert remaining == 0
+    assert 1 <= seconds <= int(answer.headers["retry-after"]) <= window
+
+
+# Every operation ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operation_id", sorted(PUBLIC))
+def test_a_public_operation_is_counted_by_address(
+    tight: TestClient, clock: TurnedClock, operation_id: str
+) -> None:
+    operation, name = OPERATIONS[operation_id], Policies().by_address[operation_id].name
+    passed = [ask(tight, operation) for _ in range(2)]
+    assert [answer.status_code for answer in passed] == [400, 400]
+    assert [standing(answer)[name][:3] for answer in passed] == [(2, 60, 1), (2, 60, 0)]
+    refused = ask(tight, operation)
+    assert_over(refused, name)
+    clock.turn(seconds=int(refused.headers["retry-after"]))
+    assert ask(tight, operation).status_code == 400
+
+
+@pytest.mark.parametrize("operation_id", SECURED)
+def test_any_other_operation_is_counted_by_tenant(
+    tight: TestClient, clock: TurnedClock, operation_id: str
+) -> None:
+    acme = Account(tight, register(tight).json())
+    credentials = bearer(acme.tokens["access"])
+    answers = [ask(tight, OPERATIONS["get_current_user"], headers=credentials) for _ in range(2)]
+    assert [standing(answer)["default"][:3] for answer in answers] == [(2, 60, 1), (2, 60, 0)]
+    refused = ask(tight, OPERATIONS[operation_id], headers=credentials)
+    assert_over(refused, "default")
+    clock.turn(seconds=int(refused.headers["retry-after"]))
+    answer = ask(tight, OPERATIONS[operation_id], headers=credentials)
+    assert answer.status_code != 429
+    assert standing(answer)["default"][2] == 1
+
+
+@pytest.mark.parametrize("operation_id", SECURED)
+def test_429_for_those_without_good_credentials_who_go_on(tight: TestClient, operation_id: str) -> None:
+    operation = OPERATIONS[operation_id]
+    missing, bad = ask(tight, operation), ask(tight, operation, headers=bearer("nonsense"))
+    assert [missing.status_code, bad.status_code] == [401, 401]
+    assert [standing(answer)["credentials"][2] for answer in (missing, bad)] == [1, 0]
+    for credentials in ({}, bearer("nonsense"), {"X-API-Key": "nonsense"}):
+        refused = ask(tight, operation, headers=credentials)
+        assert_over(refused, "credentials")
+        assert "www-authenticate" not in refused.headers
+
+
+# Who is counted ----------------------------------------------------------------------------------
+
+
+def test_a_stranger_cannot_lock_out_those_behind_the_same_address(tight: TestClient) -> None:
+    acme = Account(tight, register(tight).json())
+    for _ in range(5):
+        tight.get(VERIFY)
+    assert tight.get(VERIFY).status_code == 429
+    assert acme.get("/verify/").status_code == 200
+
+
+def test_tenants_are_counted_apart_and_all_of_one_together(tight: TestClient) -> None:
+    acme = Account(tight, register(tight).json())
+    globex = Account(tight, register(tight, "Globex Ltd.").json())
+    by_key = tight.get(VERIFY, headers={"X-API-Key": acme.tenant["api_key_public"]})
+    by_user = acme.get("/verify/")
+    assert [standing(answer)["default"][2] for answer in (by_key, by_user)] == [1, 0]
+    assert acme.get("/me/").status_code == 429
+    assert globex.get("/me/").status_code == 200
+
+
+@pytest.mark.parametrize(("tier", "quota"), [("free", 600), ("pro", 3000), ("enterprise", 12_000)])
+def test_a_tier_has_its_own_limit(acme: Account, superuser: Engine, tier: str, quota: int) -> None:
+    with superuser.begin() as connection:
+        connection.execute(text("UPDATE tenants SET tier = :tier"), {"tier": tier})
+    assert standing(acme.get("/verify/"))["default"][:3] == (quota, 60, quota - 1)
+
+
+def test_a_test_delivery_is_counted_twice(acme: Account) -> None:
+    answer = acme.post("/webhooks/test/", {})
+    assert answer.status_code == 409
+    assert standing(answer).keys() == {"default", "test-deliveries"}
+    assert standing(answer)["test-deliveries"][:3] == (10, 60, 9)
+
+
+@pytest.mark.parametrize(
+    ("address", "network"),
+    [
+        ("192.0.2.1", "192.0.2.1"),
+        ("::ffff:192.0.2.1", "::ffff:192.0.2.1"),
+        ("2001:db8:1:2:3:4:5:6", "20010db800010002::/64"),
+        ("2001:db8:1:2::", "20010db800010002::/64"),
+        ("2001:db8:1:3::", "20010db800010003::/64"),
+        ("local", "local"),
+    ],
+)
+def test_the_network_that_counts_as_one(address: str, network: str) -> None:
+    assert network_of(address) == network
+
+
+def test_pages_and_what_does_not_exist_are_not_limited(client: TestClient) -> None:
+    for path in ("/healthz", "/docs/", "/openapi.json", "/nothing/"):
+        assert "ratelimit" not in client.get(path).headers
+
+
+# Wrong passwords ---------------------------------------------------------------------------------
+
+
+def test_429_after_five_wrong_passwords_for_one_account(acme: Account, clock: TurnedClock) -> None:
+    for left in (4, 3, 2, 1, 0):
+        wrong = log_in(acme.client, acme.email, "wrong")
+        assert wrong.status_code == 401
+        assert standing(wrong)["login-failures"][:3] == (5, 300, left)
+    # Not even the right one is looked at, in whatever capitals.
+    refused = log_in(acme.client, acme.email.upper())
+    assert_over(refused, "login-failures")
+    clock.turn(seconds=int(refused.headers["retry-after"]))
+    assert log_in(acme.client, acme.email).status_code == 200
+
+
+def test_an_unknown_email_is_throttled_alike(acme: Account) -> None:
+    def told(email: str) -> list[Any]:
+        answers = [log_in(acme.client, email, "wrong") for _ in range(5)]
+        return [(answer.status_code, answer.json()["code"]) for answer in answers]
+
+    assert told(acme.email) == told("nobody@acme.example") == [(401, "invalid-credentials")] * 5
+
+
+def test_the_right_password_begins_anew(acme: Account, clock: TurnedClock) -> None:
+    for _ in range(2):
+        assert [log_in(acme.client, acme.email, "wrong").status_code for _ in range(4)] == [401] * 4
+        assert log_in(acme.client, acme.email).status_code == 200
+        clock.turn(minutes=1)
+
+
+def test_nobody_can_lock_an_account_for_its_owner_elsewhere(
+    settings: Settings, clock: TurnedClock, uncounted: None, clean: None
+) -> None:
+    app = create_app(settings, clock=clock)
+    with CheckedClient(app, client=("198.51.100.7", 1)) as stranger:
+        acme = Account(stranger, register(stranger).json())
+        statuses = [log_in(stranger, acme.email, "wrong").status_code for _ in range(6)]
+        owner = CheckedClient(app, client=("192.0.2.1", 1))
+        owner.portal = stranger.portal
+        assert statuses == [401] * 5 + [429]
+        assert log_in(owner, acme.email).status_code == 200
+        assert log_in(stranger, acme.email).status_code == 429
+
+
+def test_429_after_ten_logins_from_one_address(acme: Account) -> None:
+    answers = [log_in(acme.client, f"{number}@acme.example", "wrong") for number in range(11)]
+    assert [answer.status_code for answer in answers] == [401] * 10 + [429]
+    assert_over(answers[-1], "login")
+
+
+def change(acme: Account, old: str, new: str = "NewSecurePassword456!") -> httpx.Response:
+    return acme.post("/change-password/", {"old_password": old, "new_password": new})
+
+
+def test_429_after_five_wrong_old_passwords(acme: Account, clock: TurnedClock) -> None:
+    assert [change(acme, "wrong").status_code for _ in range(5)] == [403] * 5
+    refused = change(acme, PASSWORD)
+    assert_over(refused, "password-failures")
+    clock.turn(seconds=int(refused.headers["retry-after"]))
+    assert change(acme, PASSWORD).status_code == 200
+
+
+def test_a_right_password_and_a_weak_new_one_is_no_failure(acme: Account) -> None:
+    assert [change(acme, PASSWORD, "acme.example1").status_code for _ in range(7)] == [422] * 7
+    assert change(acme, PASSWORD).status_code == 200
+
+
+def test_users_are_throttled_apart(acme: Account, globex: Account) -> None:
+    for _ in range(6):
+        change(acme, "wrong")
+    assert change(acme, PASSWORD).status_code == 429
+    assert change(globex, PASSWORD).status_code == 200
+
+
+# Off -----------------------------------------------------------------------------------------------
+
+
+def test_without_limits_no_answer_speaks_of_them(flooded: TestClient) -> None:
+    answers = [log_in(flooded, "nobody@acme.example", "wrong") for _ in range(12)]
+    assert {answer.status_code for answer in answers} == {401}
+    assert not {"ratelimit", "ratelimit-policy"} & answers[0].headers.keys()
