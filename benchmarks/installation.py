@@ -46,7 +46,8 @@ class Installation:
 def installed(**variables: str) -> Iterator[Installation]:
     """An installation on disk, as durable as any, with these settings; removed with the block."""
     with state_directory() as state_dir:
-        environ = {"BILLING_STATE_DIR": str(state_dir), "ENVIRONMENT": "development", **variables}
+        given = {"ENVIRONMENT": "development", "RATE_LIMITS": "off", **variables}
+        environ = {"BILLING_STATE_DIR": str(state_dir), **given}
         settings = Settings.load(environ, dotenv=None)
         with (
             closing(database.open_embedded(state_dir)) as opened,

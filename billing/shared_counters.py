@@ -43,9 +43,12 @@ class InRedis:
         deadline_seconds: float = DEADLINE_SECONDS,
         rest_seconds: float = REST_SECONDS,
     ) -> None:
-        # One for each request in flight would be opened at once after a start, and most of them too late.
+        # Few: one for each request in flight would be opened at once after a start, and most of them too late.
         self._pool = BlockingConnectionPool.from_url(
-            url, max_connections=CONNECTIONS, timeout=deadline_seconds, retry=Retry(NoBackoff(), 0)
+            url,
+            max_connections=CONNECTIONS,
+            timeout=deadline_seconds,
+            retry=Retry(NoBackoff(), 1),  # A connection may have been closed since it was last used.
         )
         options: dict[str, Any] = {"connection_pool": self._pool}
         self._redis = RedisStorage(

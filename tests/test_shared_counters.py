@@ -148,6 +148,18 @@ def test_a_redis_that_is_killed_and_brought_back(server: RedisServer) -> None:
     story(server, told)
 
 
+def test_a_connection_that_was_closed_meanwhile_is_opened_anew(server: RedisServer) -> None:
+    async def told(counters: InRedis) -> None:
+        await add(counters)
+        server.kill()
+        server.start()
+        with structlog.testing.capture_logs() as lines:
+            assert [await add(counters) for _ in range(2)] == [1, 2]
+        assert not lines
+
+    story(server, told)
+
+
 def test_while_it_is_away_one_asks_and_nobody_else_waits(server: RedisServer) -> None:
     async def told(counters: InRedis) -> None:
         server.pause()

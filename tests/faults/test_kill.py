@@ -34,7 +34,12 @@ class Installation:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> subprocess.Popen[bytes]:
-        environ = {**os.environ, "BILLING_STATE_DIR": str(self.state_dir), "PASSWORD_COST": "4", "RATE_LIMITS": "off"}
+        environ = {
+            **os.environ,
+            "BILLING_STATE_DIR": str(self.state_dir),
+            "PASSWORD_COST": "4",
+            "RATE_LIMITS": "off",
+        }
         environ.pop("DATABASE_URL", None)
         command = [sys.executable, "-m", "billing.cli", "serve", "--port", str(self.port)]
         process = subprocess.Popen(command, env=environ, start_new_session=True)
