@@ -12,11 +12,14 @@ import pytest
 import redis
 import structlog
 
+from app import create_app
 from billing import shared_counters
 from billing.counters import InProcess, counters_for
 from billing.limits import Counters
 from billing.settings import Settings
 from billing.shared_counters import InRedis
+from tests.clock import TurnedClock
+from tests.conftest import CheckedClient, log_in
 from tests.redis import RedisServer, required_program, running
 
 # Both long, for a machine that is busy with other tests.
@@ -65,6 +68,18 @@ def test_processes_share_a_count(server: RedisServer) -> None:
             return [*counts, await add(one)]
 
     assert asyncio.run(tell()) == [1, 2, 3, 1]
+
+
+def test_servers_share_a_limit(
+    server: RedisServer, settings: Settings, clock: TurnedClock, clean: None
+) -> None:
+    def served() -> CheckedClient:
+        counters = InRedis(server.url, instead=InProcess(), deadline_seconds=DEADLINE_SECONDS)
+        return CheckedClient(create_app(settings, clock=clock, counters=counters))
+
+    with served() as one, served() as other:
+        statuses = [log_in(client, "nobody@acme.example", "wrong").status_code for client in (one, other) * 3]
+    assert statuses == [401] * 5 + [429]
 
 
 def test_a_hundred_at_once_are_a_hundred(server: RedisServer) -> None:
