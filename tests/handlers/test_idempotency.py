@@ -16,6 +16,7 @@ from sqlalchemy import Engine, text
 from starlette.testclient import TestClient
 
 from app import create_app
+from billing.counters import InProcess
 from billing.http.document import operations
 from billing.http.wiring import takes_key
 from billing.idempotency import KEPT, LEASE
@@ -52,7 +53,9 @@ STAYS_SIGNED_IN = [name for name in BODIES if name != "change_password"]
 
 
 @pytest.fixture(scope="module")
-def whole_app(settings: Settings, running_stripe: Sandbox, shared_clock: TurnedClock) -> Iterator[TestClient]:
+def whole_app(
+    settings: Settings, running_stripe: Sandbox, shared_clock: TurnedClock, shared_counters: InProcess
+) -> Iterator[TestClient]:
     """An app with a Stripe, that may call loopback."""
     opened = replace(
         settings,
@@ -63,12 +66,15 @@ def whole_app(settings: Settings, running_stripe: Sandbox, shared_clock: TurnedC
         webhook_allow_cidrs=(ip_network("127.0.0.0/8"), ip_network("::1/128")),
         webhook_allow_http=True,
     )
-    with CheckedClient(create_app(opened, clock=shared_clock), raise_server_exceptions=False) as client:
+    app = create_app(opened, clock=shared_clock, counters=shared_counters)
+    with CheckedClient(app, raise_server_exceptions=False) as client:
         yield client
 
 
 @pytest.fixture
-def client(whole_app: TestClient, stripe: Sandbox, clock: TurnedClock, clean: None) -> TestClient:
+def client(
+    whole_app: TestClient, stripe: Sandbox, clock: TurnedClock, uncounted: None, clean: None
+) -> TestClient:
     whole_app.cookies.clear()
     return whole_app
 
@@ -141,7 +147,7 @@ def test_a_repeat_is_answered_alike_and_changes_nothing(
     assert (again.status_code, again.content) == (first.status_code, first.content)
     assert (is_replayed(first), is_replayed(again)) == (False, True)
     assert everything(superuser) == before
-    own = {"x-request-id", "idempotent-replayed"}
+    own = {"x-request-id", "idempotent-replayed", "ratelimit"}
     assert {k: v for k, v in again.headers.items() if k not in own} == {
         k: v for k, v in first.headers.items() if k not in own
     }
