@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import structlog
 from limits.aio.storage import RedisStorage
 from limits.errors import StorageError
-from redis.asyncio import BlockingConnectionPool
+from redis.asyncio import ConnectionPool
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
@@ -44,10 +44,12 @@ class InRedis:
         rest_seconds: float = REST_SECONDS,
     ) -> None:
         # Few: one for each request in flight would be opened at once after a start, and most of them too late.
-        self._pool = BlockingConnectionPool.from_url(
+        self._free = asyncio.Semaphore(CONNECTIONS)
+        self._pool = ConnectionPool.from_url(
             url,
             max_connections=CONNECTIONS,
-            timeout=deadline_seconds,
+            socket_connect_timeout=deadline_seconds,
+            socket_timeout=deadline_seconds,
             retry=Retry(NoBackoff(), 1),  # A connection may have been closed since it was last used.
         )
         options: dict[str, Any] = {"connection_pool": self._pool}
@@ -79,13 +81,27 @@ class InRedis:
         # Whoever comes while this one tries does not try as well.
         self._asked_again_at = now + self._rest_seconds
         try:
-            async with asyncio.timeout(self._deadline_seconds):
-                answer = await question()
+            answer = await self._in_time(question)
         except (StorageError, OSError) as error:  # A TimeoutError is an OSError.
             self._note_absence(error)
             return None
         self._note_presence()
         return answer
+
+    async def _in_time(self, question: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        # Not asyncio.timeout: while connecting, the client loses one in ten cancellations and goes on. What is left
+        # behind here ends by the socket's own timeouts.
+        asking = asyncio.create_task(self._with_a_connection(question))
+        done, _ = await asyncio.wait({asking}, timeout=self._deadline_seconds)
+        if not done:
+            asking.add_done_callback(overlook)
+            asking.cancel()
+            raise TimeoutError
+        return asking.result()
+
+    async def _with_a_connection(self, question: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        async with self._free:
+            return await question()
 
     def _note_absence(self, error: Exception) -> None:
         if not self._is_away:
@@ -97,3 +113,9 @@ class InRedis:
         if self._is_away:
             self._is_away = False
             log.info("Redis answers again: requests are counted there")
+
+
+def overlook(asked: asyncio.Task[Any]) -> None:
+    """Look at what became of a question that nobody waits for, or asyncio logs that nobody did."""
+    if not asked.cancelled():
+        asked.exception()
