@@ -99,6 +99,7 @@ def create_app(
         limits=Limits(meter, policies if settings.rate_limits else UNLIMITED),
         compiled=settings.compiled_operations,
         timeout_seconds=settings.request_timeout_seconds,
+        https_only=settings.public_base_url.startswith("https:"),
     )
     return edge
 

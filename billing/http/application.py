@@ -61,6 +61,7 @@ def build(
     trusted_proxies: Sequence[Network],
     timeout_seconds: float,
     limits: Limits,
+    https_only: bool,
     compiled: bool = True,
 ) -> Edge:
     """The whole ASGI application; raises at once what is wrong with the document or a handler."""
@@ -96,7 +97,7 @@ def build(
         else {}
     )
     in_time = Deadline(Operations(app, runs), seconds=timeout_seconds)
-    return Edge(Cors(in_time, allowed_origins), trusted_proxies=trusted_proxies)
+    return Edge(Cors(in_time, allowed_origins), trusted_proxies=trusted_proxies, https_only=https_only)
 
 
 def start(app: connexion.AsyncApp) -> None:

@@ -80,6 +80,7 @@ def test_a_newcomer_registers_and_calls_with_both_credentials(
     opened(swagger_ui, "verify_api_key")
     status, verified = executed(swagger_ui, "verify_api_key")
     assert (status, verified["key"]["type"]) == (200, "live_secret")
+    assert swagger_ui.evaluate("localStorage.length + sessionStorage.length") == 0
     assert complaints == []
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 from sqlalchemy import create_engine, text
 from starlette.testclient import TestClient
 
+from app import create_app
+from billing.settings import Settings
 from tests.conftest import API, Account, TestDatabase, log_in, register
 
 OURS = {"Origin": "https://app.acme.example"}
@@ -24,6 +27,17 @@ def test_a_configured_origin_is_allowed_once(client: TestClient, path: str) -> N
 def test_a_strange_origin_is_not_allowed(client: TestClient, origin: str) -> None:
     answer = client.get(f"{API}/me/", headers={"Origin": origin})
     assert "access-control-allow-origin" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("base_url", "is_told"), [("https://billing.example", True), ("http://127.0.0.1", False)]
+)
+def test_browsers_hear_of_https_where_the_public_address_has_it(
+    settings: Settings, base_url: str, is_told: bool
+) -> None:
+    client = TestClient(create_app(replace(settings, public_base_url=base_url)))
+    for path in ("/", "/healthz", "/nowhere"):
+        assert ("strict-transport-security" in client.get(path).headers) == is_told
 
 
 @pytest.fixture

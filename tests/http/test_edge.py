@@ -113,7 +113,16 @@ def test_an_answer_bears_one_request_id_and_the_security_headers() -> None:
     assert names.count(b"x-request-id") == 1
     assert header(sent, b"x-content-type-options") == [b"nosniff"]
     assert header(sent, b"referrer-policy") == [b"no-referrer"]
+    (policy,) = header(sent, b"content-security-policy")
+    assert {b"default-src 'none'", b"base-uri 'none'", b"frame-ancestors 'none'"} <= set(policy.split(b"; "))
     assert header(sent, b"content-type") == [b"text/html"]
+
+
+@pytest.mark.parametrize("https_only", [True, False])
+def test_browsers_are_told_to_keep_to_https_where_clients_come_by_it(https_only: bool) -> None:
+    sent = through(Edge(answering(), https_only=https_only))
+    told = [b"max-age=31536000; includeSubDomains"] if https_only else []
+    assert header(sent, b"strict-transport-security") == told
 
 
 def test_what_was_said_on_the_way_is_on_every_answer() -> None:
@@ -152,6 +161,12 @@ def test_one_line_a_request(events: list[Any]) -> None:
         "operation_id": "log_in",
         "tenant_id": str(UUID(int=7)),
     }
+
+
+def test_a_refusal_is_logged_by_its_problem(events: list[Any]) -> None:
+    through(Edge(answering(403, operation_id="list_api_keys", problem="insufficient-scope")))
+    (event,) = events
+    assert (event["status"], event["problem"]) == (403, "insufficient-scope")
 
 
 def test_a_path_is_logged_only_without_an_operation_escaped_and_cut(events: list[Any]) -> None:

@@ -63,6 +63,8 @@ def test_pages_bear_a_strict_policy_and_obey_it(client: TestClient, path: str) -
     assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
     assert "script-src 'self';" in answer.headers["Content-Security-Policy"]
     assert "unsafe" not in answer.headers["Content-Security-Policy"]
+    assert "base-uri 'none'" in answer.headers["Content-Security-Policy"]
+    assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
     assert answer.headers["X-Frame-Options"] == "DENY"
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
     assert not re.search(r"<style|style=|<script>|\son\w+=", answer.text)

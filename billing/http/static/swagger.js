@@ -17,7 +17,8 @@ async function open() {
     dom_id: "#swagger-ui",
     layout: "BaseLayout",
     deepLinking: true,
-    persistAuthorization: true,
+    // Neither a token nor a key is left behind in the browser's storage.
+    persistAuthorization: false,
     displayRequestDuration: true,
     tryItOutEnabled: true,
     filter: false,
