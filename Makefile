@@ -20,7 +20,7 @@ LOCK := $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashe
 LOCK_PROJECT := $(LOCK) pyproject.toml --extra build
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format types unit browser node openssl redis fuzz lock clean bench bench-storm bench-scale bench-start bench-tools bench-webhooks sdk contract diff contract-tools compilers
+.PHONY: help serve test check format types unit browser node openssl redis fuzz lock clean bench bench-storm bench-scale bench-start bench-tools bench-webhooks sdk contract diff contract-tools compilers sbom
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -109,6 +109,10 @@ lock: $(VENV)/.test ## Renew the locks from pyproject.toml
 	$(LOCK_PROJECT) --extra test -c requirements.lock -o requirements-dev.lock
 	$(LOCK) --group contract -c requirements-dev.lock -o requirements-contract.lock
 	$(LOCK) --group bench -c requirements-dev.lock -o requirements-bench.lock
+
+sbom: $(VENV)/.test ## Write what the server is made of to dist/sbom.json (CycloneDX)
+	@mkdir -p dist
+	$(BIN)/cyclonedx-py requirements requirements.lock --pyproject pyproject.toml --mc-type application --output-reproducible -o dist/sbom.json
 
 clean: ## Remove the environment and what tools left behind
 	rm -rf $(VENV) $(CONTRACT_VENV) $(BENCH_VENV) $(JS)/node_modules $(CONTRACT_JS)/node_modules dist/sdk .mypy_cache .ruff_cache .pytest_cache .hypothesis .schemathesis
