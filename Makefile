@@ -10,6 +10,9 @@ CONTRACT_JS   := contract/node
 CONTRACT_VENV := .venv-contract
 BENCH_VENV    := .venv-bench
 IS_NODE_RECENT := node -e 'const [a, b] = process.versions.node.split("."); process.exit(a * 100 + +b < 2019 ? 1 : 0)'
+CLUSTER       := postgresql patroni etcd-server redis-server haproxy libfaketime
+# Debian starts what it installs; none of that is wanted.
+CREATION      := /etc/postgresql-common/createcluster.conf
 JAKARTA       := /usr/share/java/jakarta-annotation-api.jar
 
 # Webhooks may go to this machine, and in clear. Production refuses both settings.
@@ -20,7 +23,7 @@ LOCK := $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashe
 LOCK_PROJECT := $(LOCK) pyproject.toml --extra build
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format types unit browser node openssl redis fuzz lock clean bench bench-storm bench-scale bench-start bench-tools bench-webhooks sdk contract diff contract-tools compilers sbom
+.PHONY: help serve test check format types unit browser node openssl redis fuzz lock clean bench bench-storm bench-scale bench-start bench-tools bench-webhooks faults cluster sdk contract diff contract-tools compilers sbom
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -83,6 +86,17 @@ bench-tools: $(VENV)/.test $(BENCH_VENV)/.installed ## Install what the measurem
 	@command -v wrk >/dev/null \
 	  || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq wrk >/dev/null; } \
 	  || { echo "Install wrk."; exit 1; }
+
+faults: $(VENV)/.test cluster ## Kill, stop, cut off and fill a whole installation, for some twenty minutes; ARGS="--only 'disk full'"
+	@$(BIN)/python -m tests.faults.cluster $(ARGS)
+
+cluster: ## Install PostgreSQL, Patroni, etcd, Redis, HAProxy and libfaketime where that can be done (Debian, as root)
+	@{ command -v patroni && command -v etcd && command -v redis-server && command -v haproxy && ls /usr/lib/postgresql/*/bin/postgres \
+	   && ls /usr/lib/*/faketime/libfaketimeMT.so.1; } >/dev/null 2>&1 \
+	  || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
+	       && mkdir -p /etc/postgresql-common && { [ -e $(CREATION) ] || echo 'create_main_cluster = false' > $(CREATION); } \
+	       && RUNLEVEL=1 apt-get install -y -qq --no-install-recommends $(CLUSTER) >/dev/null; } \
+	  || { echo "Install $(CLUSTER)."; exit 1; }
 
 bench-webhooks: $(VENV)/.test ## Measure deliveries and their latency, for some four minutes
 	$(BIN)/python -m benchmarks.webhooks $(ARGS)

@@ -114,6 +114,9 @@ class Store:
             max_overflow=0,
             pool_timeout=self._pool_wait_seconds,
             pool_pre_ping=True,
+            # The last that worked is taken first: after a failover a new connection may cost the time in which a
+            # host that hangs is given up, and each of those that were lost would cost it in turn.
+            pool_use_lifo=True,
             hide_parameters=True,
             connect_args=CONNECT_ARGS | self._watchdog.connect_args,
         )
