@@ -11,6 +11,7 @@ import asyncio
 import select
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from time import monotonic
@@ -324,10 +325,29 @@ MESSAGES = {(q.name, prepared): q.message(prepared=prepared) for q in QUESTIONS 
 def connect(url: str) -> tuple[Any, bool]:
     """A connection that is ready to be asked, and whether its statements are prepared.
 
-    In a thread: libpq looks names up without asking whether that may take long.
+    In a thread: libpq looks names up without asking whether that may take long. Of several hosts each has its own
+    time: libpq's asynchronous side knows no `connect_timeout`, and would wait for the first for ever.
     """
     _, arguments = PGDialect_psycopg2().create_connect_args(make_url(url))  # type: ignore[no-untyped-call]
-    connection = psycopg2.connect(**(CONNECT_ARGS | arguments), async_=1)
+    *others, last = each_host(arguments)
+    for host in others:
+        with suppress(psycopg2.OperationalError):
+            return _connect_to(host)
+    return _connect_to(last)
+
+
+def each_host(arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The arguments for one host at a time; libpq separates hosts, and their ports, by commas."""
+    hosts = str(arguments.get("host", "")).split(",")
+    if len(hosts) == 1:
+        return [dict(arguments)]
+    ports = str(arguments.get("port", "," * (len(hosts) - 1))).split(",")
+    ports = ports if len(ports) == len(hosts) else ports * len(hosts)
+    return [{**arguments, "host": host, "port": port} for host, port in zip(hosts, ports, strict=True)]
+
+
+def _connect_to(arguments: Mapping[str, Any]) -> tuple[Any, bool]:
+    connection = psycopg2.connect(**{**CONNECT_ARGS, **arguments}, async_=1)
     deadline = monotonic() + CONNECTING_SECONDS
     try:
         settle(connection, deadline)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, make_url, text
 
 from billing import sessions, tenants
 from billing.errors import DatabaseUnavailable
@@ -275,3 +276,34 @@ def test_a_lock_that_is_held_is_a_database_that_is_away(
         return await asked.find_key(candidates)
 
     assert ask(test_database.app_url, story)[0] == two[0].tenant
+
+
+def test_a_host_that_hangs_is_passed_over(
+    test_database: TestDatabase, two: list[Registered], claims: Claims, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a failover, while the primary of before was only stopped: it takes connections and says nothing."""
+    monkeypatch.setattr(lookups, "CONNECTING_SECONDS", SHORT)
+    well = make_url(test_database.app_url)
+    with socket.create_server(("127.0.0.1", 0)) as hanging:
+        hosts = (f"127.0.0.1:{hanging.getsockname()[1]}", f"{well.query['host']}:{well.query['port']}")
+        query = {"host": hosts, "target_session_attrs": "read-write"}
+        url = well.set(query=query).render_as_string(hide_password=False)
+        found = ask(url, lambda opened: opened.find_user(claims, NOW))
+    assert found is not None
+    assert found[0].id == two[0].tenant.id
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hosts"),
+    [
+        ({"user": "me"}, [{"user": "me"}]),
+        ({"host": "one", "port": 1}, [{"host": "one", "port": 1}]),
+        ({"host": "one,two", "port": "1,2"}, [{"host": "one", "port": "1"}, {"host": "two", "port": "2"}]),
+        ({"host": "one,two", "port": ","}, [{"host": "one", "port": ""}, {"host": "two", "port": ""}]),
+        ({"host": "one,two", "port": "7"}, [{"host": "one", "port": "7"}, {"host": "two", "port": "7"}]),
+    ],
+)
+def test_hosts_are_told_apart_as_libpq_does(
+    arguments: dict[str, object], hosts: list[dict[str, object]]
+) -> None:
+    assert lookups.each_host(arguments) == hosts
