@@ -10,7 +10,7 @@ CONTRACT_JS   := contract/node
 CONTRACT_VENV := .venv-contract
 BENCH_VENV    := .venv-bench
 IS_NODE_RECENT := node -e 'const [a, b] = process.versions.node.split("."); process.exit(a * 100 + +b < 2019 ? 1 : 0)'
-CLUSTER       := postgresql patroni etcd-server redis-server haproxy libfaketime
+CLUSTER       := postgresql patroni python3-etcd etcd-server redis-server haproxy libfaketime
 # Debian starts what it installs; none of that is wanted.
 CREATION      := /etc/postgresql-common/createcluster.conf
 JAKARTA       := /usr/share/java/jakarta-annotation-api.jar

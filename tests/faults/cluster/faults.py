@@ -194,7 +194,12 @@ FAULTS = [
     Fault("etcd stopped", "SIGSTOP of etcd for 30 s", stops_etcd, 10),
     Fault("disk full", "not a byte is left on the primary's disk, for 40 s", fills_disk, 60),
     Fault(
-        "clock steps", "the clock of one API and one worker: 100 s ahead, 100 s behind, right", steps_clock, 5
+        "clock steps",
+        "the clock of one API and one worker steps 100 s ahead, 200 s back, and is right again; both are "
+        "restarted before and after",
+        steps_clock,
+        15,
+        clocks_differ=True,
     ),
     Fault("power failure", "kill -9 of everything at once", power_fails, 60),
 ]

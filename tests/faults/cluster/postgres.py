@@ -234,7 +234,7 @@ class Cluster:
     def _etcd_command(self) -> list[str]:
         clients, peers = (f"http://127.0.0.1:{port}" for port in (self._etcd_port, free_port()))
         return [
-            "etcd", "--name", "one", "--data-dir", str(self._directory / "etcd" / "data"),
+            "etcd", "--enable-v2", "--name", "one", "--data-dir", str(self._directory / "etcd" / "data"),
             "--listen-client-urls", clients, "--advertise-client-urls", clients,
             "--listen-peer-urls", peers, "--initial-advertise-peer-urls", peers,
             "--initial-cluster", f"one={peers}",
@@ -248,7 +248,8 @@ class Cluster:
             "scope": SCOPE,
             "name": node.name,
             "restapi": {"listen": f"127.0.0.1:{node.rest_port}", "connect_address": f"127.0.0.1:{node.rest_port}"},
-            "etcd3": {"host": f"127.0.0.1:{self._etcd_port}"},
+            # Not etcd3: Patroni 3.0 overwrites the leader's key there without a look when it was paused itself.
+            "etcd": {"host": f"127.0.0.1:{self._etcd_port}"},
             "bootstrap": {
                 "dcs": DYNAMIC,
                 "initdb": [
