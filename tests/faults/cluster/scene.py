@@ -60,6 +60,7 @@ class Scene:
             for number, environ in enumerate(self.environs, start=1)
         ]
         self.book = Book()
+        self.known: set[str] = set()
         self.keyed = False
         self.crowd: Crowd
 

@@ -126,6 +126,11 @@ def _judge(outcome: Outcome, scene: Scene) -> None:
         lambda: checks.pending(scene.cluster) == 0, "all events are delivered", seconds=DELIVERED_SECONDS
     )
     found = checks.stored(scene.cluster)
-    outcome.problems += checks.found_wrong(scene.book.accounts, found, keyed=scene.keyed)
-    outcome.problems += checks.wrongly_received(scene.receiver.received, scene.book.accounts, found)
+    wrong = [
+        *checks.found_wrong(scene.book.accounts, found, keyed=scene.keyed),
+        *checks.wrongly_received(scene.receiver.received, scene.book.accounts, found),
+    ]
+    # What an earlier fault broke is not this one's.
+    outcome.problems += [problem for problem in wrong if problem not in scene.known]
+    scene.known |= set(wrong)
     eventually(scene.cluster.is_whole, "three nodes that replicate synchronously", seconds=WHOLE_SECONDS)
