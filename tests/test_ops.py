@@ -16,6 +16,7 @@ import yaml
 
 from billing.cli import main
 from billing.cli.serve import DRAIN_SECONDS
+from billing.http.edge import STRICT_TRANSPORT
 from billing.http.guard import BODY_TIMEOUT_SECONDS, MAX_BODY_BYTES
 from billing.settings import Settings
 
@@ -105,6 +106,13 @@ def test_the_proxy_is_a_little_wider_than_the_server(settings: Settings) -> None
     assert int(said["client_max_body_size"].removesuffix("k")) * 1024 > MAX_BODY_BYTES
     assert seconds(said["client_body_timeout"]) >= BODY_TIMEOUT_SECONDS
     assert seconds(said["proxy_read_timeout"]) > settings.request_timeout_seconds
+
+
+def test_the_proxy_keeps_to_https_as_the_server_does() -> None:
+    over_http, _, over_https = (OPS / "nginx/billing.conf").read_text().partition("listen 443")
+    assert re.search(r"location /api/ \{\s+return 403;", over_http)
+    assert f'add_header Strict-Transport-Security "{STRICT_TRANSPORT[1].decode()}" always;' in over_https
+    assert "proxy_hide_header Strict-Transport-Security;" in over_https
 
 
 def test_nginx_understands_the_proxys_configuration(tmp_path: Path) -> None:
