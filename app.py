@@ -6,6 +6,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import Protocol
 
 import anyio
 import structlog
@@ -21,6 +22,7 @@ from billing.counters import counters_for
 from billing.deliveries import policy_for, tester_for
 from billing.encryption import Vault
 from billing.errors import DatabaseUnavailable
+from billing.failed_logins import FailedLogins
 from billing.http import application, document, exposition, logs, problems
 from billing.http.idempotency import Idempotency
 from billing.http.lanes import (
@@ -46,7 +48,7 @@ from billing.tokens import Tokens
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing")
 
-KEY_USES_FLUSHED_EVERY_SECONDS = 1
+NOTES_FLUSHED_EVERY_SECONDS = 1
 SHARED_CONNECTIONS = 4
 # For each of the last things, and for the threads that then still run.
 FAREWELL_SECONDS = 3
@@ -66,7 +68,7 @@ def create_app(
     store = Store(Vault(settings.encryption_keys), connections=connections_of(settings))
     tokens = Tokens(settings.jwt_keys, settings.public_base_url)
     digests = KeyDigests(settings.key_peppers)
-    lookups, uses = Lookups(), KeyUses()
+    lookups, uses, failed_logins = Lookups(), KeyUses(), FailedLogins(clock)
     lanes = Lanes(threads_of(settings))
     served = document.served(contract, settings.public_base_url)
     tell_others(settings, "billing-api")
@@ -86,13 +88,16 @@ def create_app(
             "url_policy": policy_for(settings),
             "tester": tester_for(settings, store, clock),
             "base_url": settings.public_base_url,
+            "failed_logins": failed_logins,
         },
         doorkeeper=Doorkeeper(lookups, tokens, digests, uses, clock),
         routes=[
             *pages(served=served, ready=readiness(store)),
             *exposition.routes(settings, figures, store, clock),
         ],
-        lifespan=lambda _: running(settings, store, lookups, uses, counters, (edge.sample, lanes.sample)),
+        lifespan=lambda _: running(
+            settings, store, lookups, (uses, failed_logins), counters, (edge.sample, lanes.sample)
+        ),
         lanes=lanes,
         allowed_origins=settings.cors_allowed_origins,
         trusted_proxies=settings.trusted_proxies,
@@ -115,7 +120,7 @@ def threads_of(settings: Settings) -> dict[Lane, int]:
 
 
 def connections_of(settings: Settings) -> int:
-    """One for each thread that may want one, and one each for readiness and the notes of used keys.
+    """One for each thread that may want one, and one each for readiness and for what was noted.
 
     Threads that wait for Stripe or for a receiver want none meanwhile, and share a few.
     """
@@ -129,11 +134,11 @@ async def running(
     settings: Settings,
     store: Store,
     lookups: Lookups,
-    uses: KeyUses,
+    notes: Sequence[Notes],
     counters: Counters,
     samples: Sequence[Callable[[], None]],
 ) -> AsyncIterator[None]:
-    """Everything that lives as long as the server: the database, the pool, the notes of used keys, the counts."""
+    """Everything that lives as long as the server: the database, the pool, the counts, what is to be written down."""
     database = await to_thread.run_sync(open_database, settings)
     try:
         store.open(database.app_url, replica_url=database.replica_url)
@@ -141,7 +146,7 @@ async def running(
         await to_thread.run_sync(store.require_safe)
         lookups.open(database.app_url, positioned=database.replica_url is not None)
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(keep_flushing, uses, store)
+            tasks.start_soon(keep_flushing, notes, store)
             with metrics.written(*samples, partial(store.sample, "api")):
                 yield
             tasks.cancel_scope.cancel()
@@ -160,22 +165,30 @@ async def farewell(call: Callable[[], None]) -> None:
         await to_thread.run_sync(call, abandon_on_cancel=True)
 
 
-async def keep_flushing(uses: KeyUses, store: Store) -> None:
-    """Write down which keys were used, once a second and a last time at the end."""
+class Notes(Protocol):
+    """What requests leave behind in memory, to be written down outside of them."""
+
+    def flush(self, store: Store) -> None: ...
+
+
+async def keep_flushing(notes: Sequence[Notes], store: Store) -> None:
+    """Write down what was noted, once a second and a last time at the end."""
     try:
         while True:
-            await anyio.sleep(KEY_USES_FLUSHED_EVERY_SECONDS)
-            await to_thread.run_sync(flush, uses, store, abandon_on_cancel=True)
+            await anyio.sleep(NOTES_FLUSHED_EVERY_SECONDS)
+            await to_thread.run_sync(flush, notes, store, abandon_on_cancel=True)
     finally:
-        await farewell(partial(flush, uses, store))
+        await farewell(partial(flush, notes, store))
 
 
-def flush(uses: KeyUses, store: Store) -> None:
-    """A note that cannot be written must not end the server: the next use notes the key again."""
-    try:
-        uses.flush(store)
-    except (DatabaseUnavailable, StorageError) as error:
-        log.warning("key uses were not written down", cause=type(error).__name__)
+def flush(notes: Sequence[Notes], store: Store) -> None:
+    """A note that cannot be written must not end the server."""
+    for noted in notes:
+        try:
+            noted.flush(store)
+        except (DatabaseUnavailable, StorageError) as error:
+            what, cause = type(noted).__name__, type(error).__name__
+            log.warning("notes were not written down", what=what, cause=cause)
 
 
 def readiness(store: Store) -> Callable[[], Awaitable[None]]:

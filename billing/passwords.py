@@ -14,7 +14,7 @@ import bcrypt
 from zxcvbn import zxcvbn
 
 from billing import tracing
-from billing.errors import PasswordTooWeak, WrongPassword
+from billing.errors import PasswordTooWeak
 from billing.keyrings import Keyring
 
 SCHEME = "bcrypt-hmac-sha384"
@@ -71,11 +71,6 @@ class Passwords:
         # stored one up to the present one add up to the difference.
         for cost in range(cost_of(hashed), self._cost):
             bcrypt.hashpw(prehashed, bcrypt.gensalt(cost))
-
-    def require(self, password: str, stored: str) -> None:
-        """Raises `WrongPassword` unless the password is the stored one."""
-        if not self.check(password, stored):
-            raise WrongPassword
 
     def renewed(self, password: str, stored: str) -> str | None:
         """What to store instead, if another pepper or cost is the present one."""

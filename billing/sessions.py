@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Protocol
@@ -14,6 +15,7 @@ from billing.errors import (
     RefreshTokenReused,
     SessionEnded,
     TenantDisabled,
+    WrongPassword,
 )
 from billing.ids import new_id
 from billing.passwords import Passwords
@@ -64,12 +66,37 @@ def start(tx: Storage, user: User, *, tokens: Tokens, now: datetime) -> TokenPai
     return _pair(tokens, _holder(user, session.id), jti, session, now)
 
 
-def authenticate(account: Account | None, password: str, passwords: Passwords) -> Account:
-    """The account, if the password is its own; raises `InvalidCredentials`, for each reason as slowly."""
+def authenticate(
+    account: Account | None, password: str, passwords: Passwords, failed: Callable[[User, str], None]
+) -> Account:
+    """The account, if the password is its own; raises `InvalidCredentials`, for each reason as slowly.
+
+    `failed` is told of an account that there is, and why it was refused.
+    """
     matches = passwords.check(password, account.password_hash if account else None)
-    if account is None or not matches or not (account.user.is_active and account.tenant.is_active):
+    if account is None:
+        raise InvalidCredentials
+    if cause := _cause(account, matches=matches):
+        failed(account.user, cause)
         raise InvalidCredentials
     return account
+
+
+def _cause(account: Account, *, matches: bool) -> str | None:
+    if not matches:
+        return "wrong password"
+    if not account.user.is_active:
+        return "user disabled"
+    return None if account.tenant.is_active else "tenant disabled"
+
+
+def require_password(
+    user: User, password: str, stored: str, passwords: Passwords, failed: Callable[[User, str], None]
+) -> None:
+    """Raises `WrongPassword` unless the password is the stored one of this user, and tells `failed`."""
+    if not passwords.check(password, stored):
+        failed(user, "wrong password")
+        raise WrongPassword
 
 
 def log_in(

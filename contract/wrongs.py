@@ -412,8 +412,8 @@ IN_WHO_MAY = (
     Wrong(
         "disabled users log in",
         "billing/sessions.py",
-        "not (account.user.is_active and account.tenant.is_active)",
-        "not account.tenant.is_active",
+        "    if not account.user.is_active:\n",
+        "    if account.user.is_active is None:\n",
         ("tests/test_sessions.py",),
     ),
     Wrong(
@@ -460,6 +460,13 @@ IN_STORAGE = (
         "GRANT SELECT, INSERT ON directory, audit_log",
         "GRANT SELECT, INSERT, UPDATE ON directory, audit_log",
         ("tests/storage/test_audit.py", "tests/storage/test_isolation.py"),
+    ),
+    Wrong(
+        "the head of the audit log can be moved",
+        "billing/storage/migrations/versions/0005_audit_heads.py",
+        "REVOKE INSERT, UPDATE ON audit_heads FROM billing_app;",
+        "",
+        ("tests/storage/test_audit.py",),
     ),
     Wrong(
         "a transaction takes no lock",

@@ -28,7 +28,7 @@ from dotenv import dotenv_values
 from sqlalchemy import create_engine, text
 
 from billing.cli import main
-from billing.cli.webhooks import Moment
+from billing.cli.console import Moment
 from billing.cli.worker import END_SECONDS, Companion
 from billing.settings import KEYRINGS, Settings
 from billing.storage import database

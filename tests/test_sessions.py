@@ -8,12 +8,13 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from billing.errors import InvalidCredentials
+from billing.errors import InvalidCredentials, WrongPassword
 from billing.ids import new_id
 from billing.keyrings import Keyring
 from billing.passwords import Passwords
-from billing.sessions import FAMILY_LIFETIME, RETRY_WINDOW, Session, authenticate, hashed
+from billing.sessions import FAMILY_LIFETIME, RETRY_WINDOW, Session, authenticate, hashed, require_password
 from billing.tenants import Account
+from billing.users import User
 from tests.test_tenants import ACME, ADA
 
 NOW = datetime(2026, 1, 15, 9, 30, tzinfo=UTC)
@@ -80,25 +81,40 @@ GOOD = Account(ACME, ADA, STORED)
 
 
 @pytest.mark.parametrize(
-    ("account", "password", "passes"),
+    ("account", "password", "cause"),
     [
-        (GOOD, "correct horse", True),
-        (GOOD, "wrong", False),
-        (None, "correct horse", False),
-        (Account(ACME, replace(ADA, is_active=False), STORED), "correct horse", False),
-        (Account(replace(ACME, is_active=False), ADA, STORED), "correct horse", False),
+        (GOOD, "wrong", "wrong password"),
+        (None, "correct horse", None),
+        (Account(ACME, replace(ADA, is_active=False), STORED), "correct horse", "user disabled"),
+        (Account(ACME, replace(ADA, is_active=False), STORED), "wrong", "wrong password"),
+        (Account(replace(ACME, is_active=False), ADA, STORED), "correct horse", "tenant disabled"),
     ],
 )
 def test_authenticate_refuses_for_each_reason_alike_and_always_checks(
-    monkeypatch: pytest.MonkeyPatch, account: Account | None, password: str, passes: bool
+    monkeypatch: pytest.MonkeyPatch, account: Account | None, password: str, cause: str | None
 ) -> None:
     checks: list[str | None] = []
+    told: list[str] = []
     real = PASSWORDS.check
     monkeypatch.setattr(PASSWORDS, "check", lambda p, s: checks.append(s) or real(p, s))
-    if passes:
-        assert authenticate(account, password, PASSWORDS) == account
-    else:
-        with pytest.raises(InvalidCredentials) as caught:
-            authenticate(account, password, PASSWORDS)
-        assert caught.value.detail == InvalidCredentials().detail
+    with pytest.raises(InvalidCredentials) as caught:
+        authenticate(account, password, PASSWORDS, lambda _, cause: told.append(cause))
+    assert caught.value.detail == InvalidCredentials().detail
+    assert told == [cause for cause in [cause] if cause]
     assert checks == [account.password_hash if account else None]
+
+
+def test_authenticate_knows_the_password_and_tells_nobody() -> None:
+    assert authenticate(GOOD, "correct horse", PASSWORDS, not_told) == GOOD
+
+
+def test_a_wrong_password_is_told_and_refused() -> None:
+    told: list[str] = []
+    require_password(ADA, "correct horse", STORED, PASSWORDS, not_told)
+    with pytest.raises(WrongPassword):
+        require_password(ADA, "wrong", STORED, PASSWORDS, lambda user, _: told.append(user.email))
+    assert told == [ADA.email]
+
+
+def not_told(user: User, cause: str) -> None:
+    raise AssertionError(f"{user.email}: {cause}")

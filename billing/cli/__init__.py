@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from billing.cli.audit import audit
 from billing.cli.check import check
 from billing.cli.console import Commands
 from billing.cli.installation import migrate, secrets
@@ -27,5 +28,5 @@ def main() -> None:
     """
 
 
-for command in (serve, worker, migrate, tenants, users, webhooks, secrets, check):
+for command in (serve, worker, migrate, tenants, users, webhooks, audit, secrets, check):
     main.add_command(command)

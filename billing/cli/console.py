@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import click
 import orjson
 
+from billing.clock import utc_now
 from billing.encryption import Vault
 from billing.errors import BillingError, DatabaseUnavailable
 from billing.http.logs import redact
@@ -94,6 +96,40 @@ def _store_on(
 def new_store(settings: Settings, *, connections: int = 1) -> Store:
     """A store that is yet to be opened, for that many questions at a time."""
     return Store(Vault(settings.encryption_keys), connections=connections)
+
+
+# What is asked ------------------------------------------------------------------------------------
+
+# No more digits than a timedelta takes.
+AGO = re.compile(r"([0-9]{1,5})([mhd])", re.ASCII)
+UNITS = {"m": timedelta(minutes=1), "h": timedelta(hours=1), "d": timedelta(days=1)}
+
+
+class Moment(click.ParamType[datetime]):
+    """A time as RFC 3339 writes it, or how long ago it was."""
+
+    name = "time"
+
+    def convert(
+        self, value: str | datetime, param: click.Parameter | None, ctx: click.Context | None
+    ) -> datetime:
+        if isinstance(value, datetime):
+            return value
+        if ago := AGO.fullmatch(value):
+            return utc_now() - int(ago[1]) * UNITS[ago[2]]
+        moment = time_of(value)
+        if moment is None:
+            self.fail("must be like 2026-01-15T09:30:00Z, or 90m, 2h, 3d for so long ago.", param, ctx)
+        return moment
+
+
+def time_of(text: str) -> datetime | None:
+    """The time in UTC, None where the text is none, or has no offset."""
+    try:
+        moment = datetime.fromisoformat(text)
+        return moment.astimezone(UTC) if moment.tzinfo else None
+    except (ValueError, OverflowError):
+        return None
 
 
 # What is printed -----------------------------------------------------------------------------------

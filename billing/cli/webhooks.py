@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import get_args
 from uuid import UUID
 
 import click
 
 from billing.actors import OPERATOR
-from billing.cli.console import as_json, cell, done, opened_store, say_json, show
+from billing.cli.console import Moment, as_json, cell, done, opened_store, say_json, show
 from billing.cli.tenants import slug_argument, tenant_called, transaction_of
 from billing.clock import utc_now
 from billing.storage.store import Store
@@ -32,36 +31,6 @@ COLUMNS = (
     "next_attempt_at",
     "created_at",
 )
-# No more digits than a timedelta takes.
-AGO = re.compile(r"([0-9]{1,5})([mhd])", re.ASCII)
-UNITS = {"m": timedelta(minutes=1), "h": timedelta(hours=1), "d": timedelta(days=1)}
-
-
-class Moment(click.ParamType[datetime]):
-    """A time as RFC 3339 writes it, or how long ago it was."""
-
-    name = "time"
-
-    def convert(
-        self, value: str | datetime, param: click.Parameter | None, ctx: click.Context | None
-    ) -> datetime:
-        if isinstance(value, datetime):
-            return value
-        if ago := AGO.fullmatch(value):
-            return utc_now() - int(ago[1]) * UNITS[ago[2]]
-        moment = time_of(value)
-        if moment is None:
-            self.fail("must be like 2026-01-15T09:30:00Z, or 90m, 2h, 3d for so long ago.", param, ctx)
-        return moment
-
-
-def time_of(text: str) -> datetime | None:
-    """The time in UTC, None where the text is none, or has no offset."""
-    try:
-        moment = datetime.fromisoformat(text)
-        return moment.astimezone(UTC) if moment.tzinfo else None
-    except (ValueError, OverflowError):
-        return None
 
 
 @click.group()

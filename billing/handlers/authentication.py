@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from billing import sessions, tenants
 from billing.actors import Actor
 from billing.clock import Clock
 from billing.errors import settled
+from billing.failed_logins import FailedLogins
 from billing.handlers import shapes
 from billing.http.idempotency import Once
 from billing.http.lanes import Lane, runs_in
@@ -61,10 +64,12 @@ def log_in(
     clock: Clock,
     passwords: Passwords,
     tokens: Tokens,
+    failed_logins: FailedLogins,
 ) -> Reply:
     with store.platform() as platform:
         found = platform.find_account(normalise_email(body["email"]))
-    account = sessions.authenticate(found, body["password"], passwords)
+    failed = partial(failed_logins.note, "user.login_failed", actor)
+    account = sessions.authenticate(found, body["password"], passwords, failed)
     renewed = passwords.renewed(body["password"], account.password_hash)
     with store.tenant(account.tenant.id, actor) as tx:
         user, pair = sessions.log_in(tx, account, renewed_hash=renewed, tokens=tokens, now=clock())
@@ -104,11 +109,13 @@ def change_password(
     passwords: Passwords,
     tokens: Tokens,
     once: Once,
+    failed_logins: FailedLogins,
 ) -> Reply:
     user = caller.signed_in_user()
     with store.tenant(caller.tenant_id, actor) as tx:
         stored = tx.users.password_hash(user.id)
-    passwords.require(body["old_password"], stored)
+    failed = partial(failed_logins.note, "user.password_change_failed", actor)
+    sessions.require_password(user, body["old_password"], stored, passwords, failed)
     require_strength(body["new_password"], tenants.words_of(user, caller.tenant))
     password_hash = passwords.hash(body["new_password"])
     with store.tenant(caller.tenant_id, actor) as tx:

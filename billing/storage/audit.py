@@ -1,21 +1,19 @@
-"""The shelf of the audit log: rows are added, each bound to the one before by its hash."""
+"""The shelf of the audit log: rows are added, each bound to the one before by its hash, and read."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from uuid import UUID
 
-import orjson
-from sqlalchemy import Connection
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy import ColumnElement, Connection, func, select
 
 from billing.actors import Actor
-from billing.storage.shelf import Shelf
+from billing.audit import Choice, Head, Row, chained
+from billing.storage.shelf import Shelf, columns_of
 from billing.storage.tables import audit_heads, audit_log
 
-GENESIS = bytes(32)
+COLUMNS = columns_of(Row, audit_log)
 
 
 class AuditLog(Shelf):
@@ -34,11 +32,12 @@ class AuditLog(Shelf):
         reason: str | None = None,
         details: Mapping[str, object] | None = None,
     ) -> None:
-        """Add a row: `hash = SHA-256(previous hash ‖ canonical row)`."""
-        sequence, previous = self._take_head()
-        row = {
+        """Add a row, whose hash is made of it and of the last row's."""
+        # This holds the head until the end: one writer a tenant at a time, or the chain would fork.
+        head = self._connection.exec_driver_sql("SELECT sequence, hash FROM app.lock_audit_head()").one()
+        content = {
             "tenant_id": self._tenant_id,
-            "sequence": sequence,
+            "sequence": head.sequence + 1,
             "at": now.astimezone(UTC),
             "action": action,
             "actor_kind": self._actor.kind,
@@ -49,23 +48,49 @@ class AuditLog(Shelf):
             "address": self._actor.address,
             "request_id": self._actor.request_id,
         }
-        digest = hashlib.sha256(previous + canonical(row)).digest()
-        self.insert(audit_log, row | {"hash": digest})
-        self._connection.execute(
-            audit_heads.update().where(self.mine(audit_heads)).values(sequence=sequence, hash=digest)
-        )
+        self.insert(audit_log, content | {"hash": chained(bytes(head.hash), content)})
+        self._connection.exec_driver_sql("SELECT app.advance_audit_head()")
 
-    def _take_head(self) -> tuple[int, bytes]:
-        # Inserting or updating, this locks the head: one writer a tenant at a time, or the chain would fork.
-        first = insert(audit_heads).values(tenant_id=self._tenant_id, sequence=0, hash=GENESIS)
+    def head(self) -> Head | None:
+        """The last row that was written, as the head remembers it."""
         row = self._connection.execute(
-            first.on_conflict_do_update(
-                index_elements=[audit_heads.c.tenant_id], set_={"sequence": audit_heads.c.sequence}
-            ).returning(audit_heads.c.sequence, audit_heads.c.hash)
-        ).one()
-        return row.sequence + 1, bytes(row.hash)
+            select(audit_heads.c.sequence, audit_heads.c.hash).where(self.mine(audit_heads))
+        ).one_or_none()
+        return Head(*row) if row else None
+
+    def after(self, sequence: int | None, *, most: int, upto: int | None = None) -> list[Row]:
+        """The first rows after this one, or after none, and no further than another: the oldest first."""
+        query = select(*COLUMNS).where(self.mine(audit_log)).order_by(audit_log.c.sequence).limit(most)
+        if sequence is not None:
+            query = query.where(audit_log.c.sequence > sequence)
+        if upto is not None:
+            query = query.where(audit_log.c.sequence <= upto)
+        return [Row(*row) for row in self._connection.execute(query)]
+
+    def beyond_head(self) -> int | None:
+        """The number of the first row after the head, at one moment: there should be none."""
+        head = select(audit_heads.c.sequence).where(self.mine(audit_heads)).scalar_subquery()
+        query = select(func.min(audit_log.c.sequence)).where(
+            self.mine(audit_log), audit_log.c.sequence > func.coalesce(head, 0)
+        )
+        found: int | None = self._connection.scalar(query)
+        return found
+
+    def recent(self, choice: Choice, *, most: int) -> list[Row]:
+        """The last rows of the choice, the newest first."""
+        query = select(*COLUMNS).where(self.mine(audit_log), *_chosen(choice))
+        ordered = query.order_by(audit_log.c.sequence.desc()).limit(most)
+        return [Row(*row) for row in self._connection.execute(ordered)]
 
 
-def canonical(row: Mapping[str, object]) -> bytes:
-    """The bytes that are hashed: JSON with sorted keys, times in UTC."""
-    return orjson.dumps(row, option=orjson.OPT_SORT_KEYS | orjson.OPT_UTC_Z)
+def _chosen(choice: Choice) -> Iterator[ColumnElement[bool]]:
+    if choice.action is not None:
+        yield audit_log.c.action == choice.action
+    if isinstance(choice.actor, UUID):
+        yield audit_log.c.actor_id == choice.actor
+    elif choice.actor is not None:
+        yield audit_log.c.actor_kind == choice.actor
+    if choice.since is not None:
+        yield audit_log.c.at >= choice.since
+    if choice.until is not None:
+        yield audit_log.c.at < choice.until

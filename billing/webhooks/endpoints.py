@@ -110,6 +110,11 @@ class Endpoint:
         return self.url is not None and self.disabled_reason is None
 
     @property
+    def host(self) -> str | None:
+        """Of the URL what may be kept for ever: the rest of it may be a secret."""
+        return urlsplit(self.url).hostname if self.url else None
+
+    @property
     def wanted(self) -> tuple[str, ...]:
         """The types of events that are sent, none for all. That it is disabled an endpoint is always told."""
         return (*self.event_types, DISABLED) if self.event_types else ()
@@ -165,7 +170,8 @@ def configure(
     )
     text = _renew_secret(tx, now, grace=grace) if regenerate_secret or not tx.webhooks.secrets(now) else None
     if text is not None or not is_as_it_was:
-        tx.audit.record("webhook.configured", now=now, details={"new_secret": text is not None})
+        details = {"new_secret": text is not None}
+        tx.audit.record("webhook.configured", subject=endpoint.host, now=now, details=details)
     if not is_as_it_was:
         tx.webhooks.keep(endpoint, now)
         tx.tenants.touch(now)
@@ -199,7 +205,7 @@ def remove(tx: Storage, *, now: datetime) -> bool:
     tx.webhooks.keep(Endpoint(None, before.event_types), now)
     tx.deliveries.cancel(CANCELLED, now)
     tx.tenants.touch(now)
-    tx.audit.record("webhook.removed", now=now)
+    tx.audit.record("webhook.removed", subject=before.host, now=now)
     _wake(tx, now)
     return True
 
@@ -218,7 +224,7 @@ def disable(tx: Storage, endpoint: Endpoint, reason: DisabledReason, *, now: dat
     """
     since = None if reason == "gone" else endpoint.failing_since
     data = {"webhook_url": endpoint.url, "disabled_reason": reason, "failing_since": since}
-    tx.audit.record("webhook.disabled", reason=reason, now=now)
+    tx.audit.record("webhook.disabled", subject=endpoint.host, reason=reason, now=now)
     tx.events.record(DISABLED, data, now=now)
     tx.webhooks.keep(replace(endpoint, disabled_reason=reason), now)
 

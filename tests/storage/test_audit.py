@@ -16,11 +16,11 @@ from sqlalchemy import Engine, create_engine, exc, select, text
 
 from billing import tenants
 from billing.actors import Actor
+from billing.audit import GENESIS, canonical
 from billing.encryption import Vault
 from billing.ids import new_id
 from billing.keys import KeyDigests
 from billing.settings import Settings
-from billing.storage.audit import GENESIS, canonical
 from billing.storage.store import Store
 from billing.storage.tables import audit_heads, audit_log
 from tests.conftest import TestDatabase
@@ -221,6 +221,9 @@ REFUSED = "permission denied|must be owner"
         "DELETE FROM audit_log",
         "TRUNCATE audit_log",
         "TRUNCATE tenants CASCADE",
+        "INSERT INTO audit_heads SELECT * FROM audit_heads",
+        "UPDATE audit_heads SET sequence = 1",
+        "SELECT * FROM audit_heads FOR UPDATE",
         "DELETE FROM audit_heads",
         "TRUNCATE audit_heads",
         "DROP TABLE audit_log",
@@ -240,6 +243,30 @@ def test_the_application_may_add_and_read_and_no_more(
         assert connection.scalar(text("SELECT count(*) FROM audit_log")) == 2
         connection.execute(text(statement))
     assert broken_at(rows_of(superuser, acme)) == []
+
+
+def test_the_head_goes_to_the_next_row_and_nowhere_else(
+    application: Engine, acme: UUID, superuser: Engine
+) -> None:
+    before = head_of(superuser, acme)
+    with application.begin() as connection:
+        connection.execute(text("SELECT set_config('app.tenant_id', :id, true)"), {"id": str(acme)})
+        locked = connection.execute(text("SELECT * FROM app.lock_audit_head()")).one()
+        assert (locked.sequence, bytes(locked.hash)) == before
+        assert connection.scalar(text("SELECT app.advance_audit_head()")) is None
+    assert head_of(superuser, acme) == before
+
+
+def test_no_role_of_the_server_may_change_or_remove_a_row(superuser: Engine) -> None:
+    roles = "SELECT rolname FROM pg_roles WHERE rolname IN ('billing_app', 'billing_lookup')"
+    query = f"SELECT role, has_table_privilege(role, 'audit_log', :what) FROM ({roles}) AS r (role)"
+    with superuser.connect() as connection:
+        for what in ("UPDATE", "DELETE", "TRUNCATE", "TRIGGER"):
+            rows = connection.execute(text(query), {"what": what})
+            assert {row.role: row.has_table_privilege for row in rows} == {
+                "billing_app": False,
+                "billing_lookup": False,
+            }
 
 
 def test_a_tenant_cannot_write_into_the_log_of_another(

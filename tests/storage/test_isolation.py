@@ -11,6 +11,8 @@ import pytest
 from sqlalchemy import Engine, create_engine, exc, text, true
 
 from billing import keys, sessions, stripe_connect, tenants
+from billing.audit import Choice as AuditChoice
+from billing.audit import Row as AuditRow
 from billing.errors import BillingError, NotFound, StateUnknown
 from billing.idempotency import Answer, Claim
 from billing.ids import new_id
@@ -50,6 +52,8 @@ class House:
         self.claim, self.kept = self.ask(self.acme, b"claimed"), self.ask(self.acme, b"kept")
         with self.store.tenant(self.acme.tenant.id) as tx:
             assert tx.idempotency.keep(self.kept, ANSWER, until=LATER)
+        with store.tenant(self.globex.tenant.id) as tx:
+            self.head = tx.audit.head()
         subject = self.connection.account.id
         self.task = Task(self.acme.tenant.id, CHECK, self.connection.id, subject, "general", NOW, 0, 0)
 
@@ -199,6 +203,10 @@ ATTEMPTS: dict[str, Attempt] = {
     "idempotency.find": lambda tx, h: tx.idempotency.find(h.kept.name),
     "idempotency.keep": lambda tx, h: tx.idempotency.keep(h.claim, ANSWER, until=LATER) or None,
     "idempotency.release": lambda tx, h: tx.idempotency.release(h.claim),
+    "audit.head": lambda tx, h: [head for head in [tx.audit.head()] if head != h.head],
+    "audit.after": lambda tx, h: strange(tx, tx.audit.after(None, most=100)),
+    "audit.beyond_head": lambda tx, h: tx.audit.beyond_head(),
+    "audit.recent": lambda tx, h: strange(tx, tx.audit.recent(AuditChoice(), most=100)),
     "users.add": lambda tx, h: tx.users.add(replace(h.acme.owner, id=new_id()), password_hash="-"),
 }
 
@@ -241,6 +249,10 @@ def session_of(tx: TenantTx, house: House) -> Any:
 
 def foreign(tx: TenantTx, found: list[keys.ApiKey]) -> list[keys.ApiKey]:
     return [key for key in found if key.tenant_id != tx.tenant_id]
+
+
+def strange(tx: TenantTx, found: list[AuditRow]) -> list[AuditRow]:
+    return [row for row in found if row.tenant_id != tx.tenant_id]
 
 
 def regenerate(tx: TenantTx, house: House) -> list[keys.ApiKey]:
