@@ -1,12 +1,14 @@
-"""`billing migrate` and `billing secrets`: what an installation needs before it serves."""
+"""`billing migrate` and `billing secrets`: what an installation needs before it serves, and to renew its keys."""
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import closing
 
 import click
 
-from billing.cli.console import done
+from billing.cli.console import as_json, done, opened_as_owner, opened_store, show
+from billing.clock import utc_now
 from billing.settings import Settings, migration_database_url, new_secrets
 from billing.storage import database, schema
 
@@ -57,3 +59,39 @@ def generate() -> None:
     """
     done("These are secrets: keep them where only the server can read them, and keep a copy.")
     click.echo("\n".join(f"{name}={value}" for name, value in new_secrets().items()))
+
+
+@secrets.command()
+@as_json
+def status(as_json: bool) -> None:
+    """Count what is kept under each key of the rings: one that nothing needs any more can be taken out.
+
+    Unless the database is the embedded one, this needs MIGRATION_DATABASE_URL.
+
+    \b
+    Example:
+      billing secrets status
+    """
+    with opened_as_owner() as owner, owner.operator() as operator:
+        tenants = operator.tenants()
+    needed: Counter[tuple[str, str]] = Counter()
+    with opened_store() as (settings, store):
+        for tenant in tenants:
+            with store.tenant(tenant.id) as tx:
+                needed.update({(ring, kid): rows for ring, kid, rows in tx.secrets.counts(utc_now())})
+    show(ring_rows(settings, needed), ("ring", "key", "needed_by", "is"), as_json=as_json)
+
+
+def ring_rows(settings: Settings, needed: Counter[tuple[str, str]]) -> list[dict[str, object]]:
+    """A row for each key of the rings that leave something behind, and for each that is needed and missing."""
+    rings = {
+        "ENCRYPTION_KEYS": settings.encryption_keys,
+        "KEY_PEPPERS": settings.key_peppers,
+        "PASSWORD_PEPPERS": settings.password_peppers,
+    }
+    held = {(name, kid): "kept" for name, ring in rings.items() for kid, _ in ring}
+    held |= {(name, ring.first[0]): "first" for name, ring in rings.items()}
+    return [
+        {"ring": name, "key": kid, "needed_by": needed[name, kid], "is": held.get((name, kid), "MISSING")}
+        for name, kid in sorted(held.keys() | needed.keys())
+    ]

@@ -67,13 +67,22 @@ def _in_our_words() -> Iterator[None]:
 
 
 def require_current(connection: Connection) -> None:
-    """Raises `SchemaError` when the tables are not of this version."""
+    """Raises `SchemaError` unless the tables are of this version, or of a newer one that this version may run on."""
     has_versions = connection.dialect.has_table(connection, "alembic_version")
     present = MigrationContext.configure(connection).get_current_revision() if has_versions else None
-    if present != _head():
-        raise SchemaError(
-            f"The database is at migration {present or 'none'}, this version needs {_head()}: run `billing migrate`."
-        )
+    if present == _head() or _is_newer_and_serves_us(connection, present):
+        return
+    raise SchemaError(
+        f"The database is at migration {present or 'none'}, this version needs {_head()}: run `billing migrate`."
+    )
+
+
+def _is_newer_and_serves_us(connection: Connection, present: str | None) -> bool:
+    # A newer schema is one that we have never heard of. It names the oldest whose server it serves.
+    names_it = "SELECT to_regprocedure('app.oldest_server()') IS NOT NULL"
+    if present is None or present in _known() or not connection.scalar(text(names_it)):
+        return False
+    return connection.scalar(text("SELECT app.oldest_server()")) in _known()
 
 
 def require_safe(connection: Connection) -> None:
@@ -103,6 +112,12 @@ def _config() -> Config:
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
     return config
+
+
+@cache
+def _known() -> frozenset[str]:
+    """The migrations that this version has."""
+    return frozenset(script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions())
 
 
 @cache

@@ -26,6 +26,7 @@ from billing.storage.operator import Operator
 from billing.storage.platform import Platform
 from billing.storage.pool import Pool
 from billing.storage.replica import IDENTITY, NotThere, Replica
+from billing.storage.secrets import Secrets
 from billing.storage.sessions import Sessions
 from billing.storage.stripe_connect import StripeConnect
 from billing.storage.tasks import Tasks, take_due
@@ -82,6 +83,7 @@ class TenantTx:
         self.tasks = Tasks(connection, tenant_id)
         self.directory = Directory(connection, tenant_id)
         self.idempotency = IdempotencyKeys(connection, tenant_id, vault)
+        self.secrets = Secrets(connection, tenant_id)
         self.audit = AuditLog(connection, tenant_id, actor)
 
 

@@ -91,6 +91,37 @@ def test_the_server_refuses_a_schema_of_another_version(spare: TestDatabase, set
     store.open(spare.app_url)
     store.require_ready()
     run(spare.superuser_url, "UPDATE alembic_version SET version_num = '0000'")
+    run(spare.superuser_url, "DROP FUNCTION app.oldest_server")
+    with pytest.raises(schema.SchemaError, match="billing migrate"):
+        store.require_ready()
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("oldest", "serves"), [("0005", True), ("0001", True), ("9998", False), ("9999", False)]
+)
+def test_the_server_runs_on_a_newer_schema_that_says_so(
+    spare: TestDatabase, settings: Settings, oldest: str, serves: bool
+) -> None:
+    store = Store(Vault(settings.encryption_keys), connections=1)
+    store.open(spare.app_url)
+    run(spare.superuser_url, "UPDATE alembic_version SET version_num = '9999'")
+    newer = f"CREATE OR REPLACE FUNCTION app.oldest_server() RETURNS text LANGUAGE sql RETURN '{oldest}'"
+    run(spare.superuser_url, newer)
+    try:
+        if serves:
+            store.require_ready()
+        else:
+            with pytest.raises(schema.SchemaError, match="9999"):
+                store.require_ready()
+    finally:
+        store.close()
+
+
+def test_an_older_schema_is_refused_whatever_it_says(spare: TestDatabase, settings: Settings) -> None:
+    store = Store(Vault(settings.encryption_keys), connections=1)
+    store.open(spare.app_url)
+    run(spare.superuser_url, "UPDATE alembic_version SET version_num = '0003'")
     with pytest.raises(schema.SchemaError, match="billing migrate"):
         store.require_ready()
     store.close()
