@@ -23,7 +23,7 @@ LOCK := $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashe
 LOCK_PROJECT := $(LOCK) pyproject.toml --extra build
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format types unit browser node openssl redis fuzz lock clean bench bench-storm bench-scale bench-start bench-tools bench-webhooks faults cluster sdk contract diff contract-tools compilers sbom
+.PHONY: help serve test check format types unit browser node openssl redis fuzz lock clean bench bench-storm bench-scale bench-start bench-tools bench-webhooks faults cluster sdk contract diff rolling contract-tools compilers sbom
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -109,6 +109,9 @@ contract: contract-tools node ## Everything that judges the contract: linters, S
 
 diff: $(VENV)/.test $(CONTRACT_JS)/node_modules/.installed ## Name what breaks clients of an earlier document: BASE=v0.1.0
 	@$(BIN)/python -m contract.breaking "$(BASE)"
+
+rolling: $(VENV)/.test ## Try an earlier revision on the schema of this one: BASE=v0.1.0
+	$(BIN)/python -m tests.rolling "$(BASE)"
 
 contract-tools: $(VENV)/.test $(CONTRACT_JS)/node_modules/.installed $(CONTRACT_VENV)/.installed compilers ## Install what judges the document and makes SDKs
 

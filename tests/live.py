@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO
 
 import requests
@@ -28,7 +29,9 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(environ: Mapping[str, str], *arguments: str, log: IO[bytes] | None = None) -> Iterator[str]:
+def serving(
+    environ: Mapping[str, str], *arguments: str, log: IO[bytes] | None = None, cwd: Path | None = None
+) -> Iterator[str]:
     """The base URL of a server that runs as long as the block; what it says goes to `log`, or to ours.
 
     Limits are off unless `environ` has them on: many tests share one server, and all have one address.
@@ -40,6 +43,7 @@ def serving(environ: Mapping[str, str], *arguments: str, log: IO[bytes] | None =
         env={**os.environ, "PUBLIC_BASE_URL": url, "RATE_LIMITS": "off", **environ},
         stdout=log,
         stderr=log,
+        cwd=cwd,
     )
     try:
         await_ready(process, url)
