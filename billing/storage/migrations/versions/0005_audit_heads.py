@@ -5,7 +5,8 @@ from __future__ import annotations
 from alembic import op
 
 revision = "0005"
-down_revision = "0004"
+# 0006 was there first: put before it, this would be missed by a database that is there already.
+down_revision = "0006"
 
 
 def upgrade() -> None:
