@@ -77,10 +77,11 @@ def test_what_was_dumped_works_where_it_is_restored(place: Callable[[str], Path]
         run(opened, "pg_restore", "--exit-on-error", "--create", "--dbname=postgres", dump)
         assert billing(new, "audit", "verify", "--all") == heads
         with live.serving({"BILLING_STATE_DIR": str(new), "DATABASE_URL": ""}, "--no-worker") as url:
-            assert call(url, "POST", "/login/", json=ada)["tenant"]["id"] == made["tenant"]["id"]
+            back = call(url, "POST", "/login/", json=ada)
+            assert back["tenant"]["id"] == made["tenant"]["id"]
             key = {"X-API-Key": made["tenant"]["api_key_secret"]}
             assert call(url, "GET", "/verify/", headers=key)["valid"] is True
-            bearer = {"Authorization": f"Bearer {made['tokens']['access']}"}
+            bearer = {"Authorization": f"Bearer {back['tokens']['access']}"}
             assert call(
                 url, "POST", "/api-keys/revoke/", headers=bearer, json={"key_type": "all", "confirm": True}
             )
