@@ -12,8 +12,8 @@ from uuid import UUID, uuid5
 from billing.errors import IdempotencyInProgress, IdempotencyKeyReused
 from billing.ids import new_id
 
-# Longer than any request: Stripe may take twice eight seconds, a receiver fifteen.
-LEASE = timedelta(seconds=60)
+# Longer than a request may take. One that is given more loses its claim to a repeat, and its change is rolled back.
+LEASE = timedelta(seconds=40)
 KEPT = timedelta(hours=24)
 # Names what belongs to an address. A UUID of version 5, it can be no tenant's id.
 ADDRESSES = UUID("9f0c6a52-3d0b-4d8a-9a55-7f1c1f0d6c11")

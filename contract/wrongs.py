@@ -463,7 +463,7 @@ IN_STORAGE = (
     ),
     Wrong(
         "the head of the audit log can be moved",
-        "billing/storage/migrations/versions/0005_audit_heads.py",
+        "billing/storage/migrations/versions/0006_audit_heads.py",
         "REVOKE INSERT, UPDATE ON audit_heads FROM billing_app;",
         "",
         ("tests/storage/test_audit.py",),

@@ -1,6 +1,6 @@
 """An earlier revision on the schema of this one: its server is started there, and its own `billing check` walks it.
 
-`make rolling BASE=v0.1.0`. Earlier than migration 0005 there is nothing to try: those demand exactly their own schema.
+`make rolling BASE=v0.1.0`. Earlier than migration 0006 there is nothing to try: those demand exactly their own schema.
 """
 
 from __future__ import annotations

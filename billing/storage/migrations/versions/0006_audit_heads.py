@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from alembic import op
 
-revision = "0005"
-# 0006 was there first: put before it, this would be missed by a database that is there already.
-down_revision = "0006"
+revision = "0006"
+down_revision = "0005"
 
 
 def upgrade() -> None:
@@ -54,4 +53,4 @@ REVOKE INSERT, UPDATE ON audit_heads FROM billing_app;
 """
 
 # The oldest schema whose server still runs on this one. A migration that takes something away puts its own name here.
-SERVES = "CREATE FUNCTION app.oldest_server() RETURNS text LANGUAGE sql IMMUTABLE RETURN '0005'"
+SERVES = "CREATE FUNCTION app.oldest_server() RETURNS text LANGUAGE sql IMMUTABLE RETURN '0006'"
