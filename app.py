@@ -13,7 +13,7 @@ import structlog
 from anyio import to_thread
 from starlette.types import ASGIApp
 
-from billing import metrics
+from billing import metrics, tracing
 from billing.cli import main
 from billing.cli.watchers import tell_others
 from billing.clock import Clock, utc_now
@@ -157,6 +157,7 @@ async def running(
             await counters.close()
         await farewell(store.close)
         await farewell(database.close)
+        await farewell(tracing.end)
 
 
 async def farewell(call: Callable[[], None]) -> None:

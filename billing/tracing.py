@@ -6,6 +6,7 @@ parameter of a statement, and no message of an error: its type alone.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
@@ -15,13 +16,17 @@ from typing import Any, Literal
 Kind = Literal["internal", "server", "client", "producer", "consumer"]
 Value = str | int | float | bool
 
+# What is left at the end is sent within this time or not at all: a collector that is away keeps no server.
+FAREWELL_SECONDS = 2.0
+
+_PROVIDER: Any = None
 _TRACER: Any = None
 
 
 @cache
 def begin(endpoint: str, service: str) -> None:
     """From now on send spans to this collector, by OTLP over HTTP, in a thread of their own."""
-    global _TRACER
+    global _PROVIDER, _TRACER
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
@@ -29,9 +34,20 @@ def begin(endpoint: str, service: str) -> None:
 
     ours = {"service.name": service, "service.version": version("billing-control-plane")}
     # The environment's OTEL_RESOURCE_ATTRIBUTES and OTEL_TRACES_SAMPLER are read by the library.
-    provider = TracerProvider(resource=Resource.create(ours))
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=f"{endpoint}/v1/traces")))
-    _TRACER = provider.get_tracer("billing")
+    # Whoever begins ends: at exit the library would go on trying for half a minute.
+    _PROVIDER = TracerProvider(resource=Resource.create(ours), shutdown_on_exit=False)
+    _PROVIDER.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=f"{endpoint}/v1/traces")))
+    _TRACER = _PROVIDER.get_tracer("billing")
+
+
+def end() -> None:
+    """Send what is left, if that can be done soon, and nothing after it."""
+    if _PROVIDER is None:
+        return
+    # A daemon, as the library's own thread is: neither keeps the process once nobody waits any more.
+    last = threading.Thread(target=_PROVIDER.shutdown, name="last-spans", daemon=True)
+    last.start()
+    last.join(FAREWELL_SECONDS)
 
 
 def is_on() -> bool:

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +24,7 @@ from tests import live
 from tests.conftest import API, PASSWORD, clone
 from tests.receivers import Receiver, answers, receiving
 
+ROOT = Path(__file__).parents[1]
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 REQUEST_ID = "of-acme-who-registers"
 EMAIL = "ada@acme.example"
@@ -118,6 +125,63 @@ def test_the_log_of_a_delivery_names_the_request_it_came_of(seen: Seen) -> None:
 def test_no_trace_bears_what_anybody_sent(seen: Seen) -> None:
     for secret in (PASSWORD, EMAIL, "secret=query", "SELECT", "whsec_", "Acme", f":{seen.webhooks.port}"):
         assert secret.encode() not in seen.raw, secret
+
+
+# The end -----------------------------------------------------------------------------------------
+
+AWAY = """
+import sys
+from time import monotonic
+from billing import tracing
+tracing.begin(sys.argv[1], "billing-worker")
+with tracing.span("task"): pass
+print(monotonic(), flush=True)
+tracing.end()
+"""
+
+
+def ended(url: str) -> tuple[int, bool]:
+    """How a process ends that has a span to tell this collector, and whether it is gone soon after its work."""
+    ran = subprocess.run(
+        [sys.executable, "-c", AWAY, url], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    return ran.returncode, time.monotonic() - float(ran.stdout) < 3 * tracing.FAREWELL_SECONDS
+
+
+def test_a_collector_that_is_away_keeps_no_process_from_ending() -> None:
+    url = f"http://127.0.0.1:{live.free_port()}"
+    assert ended(url) == (0, True)
+
+
+def test_a_collector_that_hangs_keeps_no_process_from_ending() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        assert ended(url) == (0, True)
+
+
+def test_a_server_ends_well_while_the_collector_is_away(
+    cluster: embedded.Cluster, worker_id: str, tmp_path: Path
+) -> None:
+    name, log, port = f"billing_untraced_{worker_id}", tmp_path / "log", live.free_port()
+    clone(cluster, name)
+    url = f"http://127.0.0.1:{port}"
+    environ = {
+        "PUBLIC_BASE_URL": url,
+        "DATABASE_URL": database.url(cluster, database.APP, name),
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{live.free_port()}",
+    }
+    command = [sys.executable, "-m", "billing.cli", "serve", "--no-worker", "--port", str(port)]
+    with log.open("wb") as sink:
+        server = subprocess.Popen(command, env={**os.environ, **environ}, stdout=sink, stderr=sink)
+    try:
+        live.await_ready(server, url)
+        assert requests.get(f"{url}{API}/me/", timeout=30).status_code == 401
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(live.STOP_SECONDS) == 0, log.read_text()
+    finally:
+        server.kill()
+        server.wait()
+    assert "a thread did not end" not in log.read_text()
 
 
 def test_where_nobody_collects_a_span_is_nothing() -> None:

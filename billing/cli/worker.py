@@ -14,7 +14,7 @@ from typing import Self
 import click
 import structlog
 
-from billing import keys, stripe_connect, tenants
+from billing import keys, stripe_connect, tenants, tracing
 from billing.cli.console import done, opened_store
 from billing.cli.watchers import figures_of_worker, tell_others
 from billing.clock import utc_now
@@ -71,7 +71,10 @@ def worker(*, follow: bool) -> None:
             threading.Thread(target=stop_at_end_of_input, args=(crew,), daemon=True).start()
         else:
             done("The worker is running. Ctrl-C stops.")
-        crew.run()
+        try:
+            crew.run()
+        finally:
+            tracing.end()
 
 
 class Crew:
