@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import fields
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,16 @@ def test_the_image_runs_as_nobody_and_holds_no_secret() -> None:
         for word in line.split()
     }
     assert copied == {line[1:] for line in ignored if line.startswith("!")}
+
+
+def test_what_is_trusted_is_the_proxys_own_address_which_nobody_else_gets() -> None:
+    given = SERVICES["proxy"]["networks"]["default"]["ipv4_address"]
+    [network] = COMPOSE["networks"]["default"]["ipam"]["config"]
+    [trusted] = ip_network(SERVICES["api"]["environment"]["TRUSTED_PROXIES"])
+    assert trusted == ip_address(given)
+    assert trusted in ip_network(network["subnet"])
+    assert trusted not in ip_network(network["ip_range"])
+    assert trusted != ip_address(network["gateway"])
 
 
 @pytest.mark.parametrize("name", ["api", "worker", "migrate"])
