@@ -15,12 +15,14 @@ import shutil
 import tempfile
 import threading
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
+
+import structlog
 
 WRITTEN_EVERY_SECONDS = 1.0
 PREFIX = "billing-metrics-"
@@ -32,6 +34,8 @@ Kind = Literal["counter", "gauge", "histogram"]
 Merge = Literal["livesum", "max"]
 
 REGISTRY: dict[str, Figure] = {}
+
+log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.metrics")
 
 
 class Figure:
@@ -245,10 +249,9 @@ def written(*samples: Callable[[], None]) -> Iterator[None]:
     ended = threading.Event()
 
     def look() -> None:
+        is_well = True
         while not ended.wait(WRITTEN_EVERY_SECONDS):
-            for sample in samples:
-                sample()
-            write()
+            is_well = _look(samples, was_well=is_well)
 
     thread = threading.Thread(target=look, name="figures", daemon=True)
     thread.start()
@@ -257,7 +260,20 @@ def written(*samples: Callable[[], None]) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
+        _look((), was_well=True)
+
+
+def _look(samples: Iterable[Callable[[], None]], *, was_well: bool) -> bool:
+    """Set gauges and write, and say whether that went well; a disk that is full is told of once, and tried again."""
+    try:
+        for sample in samples:
+            sample()
         write()
+    except OSError as error:
+        if was_well:
+            log.warning("figures cannot be written", cause=error.strerror)
+        return False
+    return True
 
 
 # Reading -------------------------------------------------------------------------------------------

@@ -107,6 +107,23 @@ def test_what_a_process_that_ended_said_of_the_present_is_forgotten_and_what_it_
     assert value(figures, "billing_requests_total") == 1
 
 
+def test_a_disk_that_is_full_for_a_while_costs_what_was_counted_then_and_no_more() -> None:
+    figures = told(
+        "import threading\n"
+        "from structlog.testing import capture_logs\n"
+        "metrics.WRITTEN_EVERY_SECONDS = 0.01\n"
+        "tries, has_room = [], threading.Event()\n"
+        "def sample():\n"
+        "    tries.append(1)\n"
+        "    if len(tries) < 4: raise OSError(28, 'No space left on device')\n"
+        "    metrics.WORKERS.set(1); has_room.set()\n"
+        "with capture_logs() as lines, metrics.written(sample): assert has_room.wait(30)\n"
+        "[line] = lines\n"
+        "assert line['cause'] == 'No space left on device'"
+    )
+    assert value(figures, "billing_worker_processes") == 1
+
+
 def test_where_nobody_asks_nothing_is_imported() -> None:
     program = f"import app, sys; print(*(n for n in sys.modules if n.split('.')[0] in {FOR_WATCHERS}))"
     clean = {
