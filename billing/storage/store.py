@@ -157,7 +157,8 @@ class Store:
         `since` is a caller's `position`. What the replica cannot answer the primary is asked, from the beginning.
         """
         if self._replica is not None and since is not None:
-            with suppress(NotThere):
+            # One that lags is no failure: the span of the primary's transaction stands beside this one.
+            with _span("read"), suppress(NotThere):
                 return self._replica.read(
                     tenant_id, since, lambda c: look(TenantTx(c, tenant_id, SYSTEM, self._vault))
                 )

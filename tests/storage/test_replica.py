@@ -13,10 +13,13 @@ from uuid import UUID
 
 import pytest
 import structlog
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from sqlalchemy import Engine
 
 from app import create_app
-from billing import tenants
+from billing import tenants, tracing
 from billing.encryption import Vault
 from billing.ids import new_id
 from billing.keys import KeyDigests
@@ -111,6 +114,20 @@ def test_what_is_fresh_is_read_from_the_replica(
     since = standby.catch_up(superuser)
     assert reads_replica(spread, acme, since)
     assert spread.read(acme, lambda tx: tx.tenants.get().id, since=since) == acme
+
+
+def test_what_was_asked_of_it_is_a_span_even_where_it_had_no_answer(
+    spread: Store, acme: UUID, standby: Standby, superuser: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, provider = InMemorySpanExporter(), TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(kept))
+    since = standby.catch_up(superuser)
+    monkeypatch.setattr(tracing, "_TRACER", provider.get_tracer("billing"))
+    assert reads_replica(spread, acme, since)
+    assert not reads_replica(spread, acme, "FFFFFFFF/0")
+    spans = kept.get_finished_spans()
+    assert [s.name for s in spans] == ["database read", "database read", "database transaction"]
+    assert all(s.status.is_unset for s in spans)
 
 
 def test_an_immediate_read_shows_the_write_a_hundred_times(spread: Store, acme: UUID) -> None:
