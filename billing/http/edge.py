@@ -105,7 +105,7 @@ class Edge:
             await self.app(scope, exchange.receive, exchange.send)
         except Exception as error:
             log.exception("request failed")
-            crashes.report(error)
+            crashes.report(error, operation_id=scope["state"].get("operation_id") or OUTSIDE)
         else:
             if exchange.is_unanswered:
                 log.error("request left unanswered")

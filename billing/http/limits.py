@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from functools import lru_cache
 
@@ -62,11 +61,11 @@ class Limits:
                 answer = await endpoint(scope)
             except (InvalidCredentials, WrongPassword):
                 raise
-            except (Exception, asyncio.CancelledError):
+            except Exception:
                 await self._meter.take_back(usage)
                 raise
-            # A refusal kept under an Idempotency-Key comes as an answer: the password was right.
-            await (self._meter.forget if answer.status < 400 else self._meter.take_back)(usage)
+            if answer.status < 400:
+                await self._meter.forget(usage)
             return answer
 
         return attempt

@@ -35,6 +35,7 @@ def below(password):
         raise ValueError(f"no row for ada@acme.example with {password}") from error
 
 async def app(scope, receive, send):
+    scope["state"]["operation_id"] = "log_in"
     below("hunter2")
 
 async def main():
@@ -89,7 +90,7 @@ def test_an_error_is_told_with_its_place_and_its_request(crash: list[Received]) 
     assert "below" in [
         frame["function"] for frame in event["exception"]["values"][-1]["stacktrace"]["frames"]
     ]
-    assert event["tags"] == {"request_id": REQUEST_ID}
+    assert event["tags"] == {"request_id": REQUEST_ID, "operation_id": "log_in"}
     assert event["environment"] == "production"
     assert envelope.path == "/api/1/envelope/"
 
