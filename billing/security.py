@@ -30,6 +30,7 @@ class Caller:
     tenant: Tenant
     user: User | None = None
     key: ApiKey | None = None
+    session_id: UUID | None = None
     # What a replica must have replayed to show all that was there when the request came.
     position: str | None = None
 
@@ -92,7 +93,7 @@ class Doorkeeper:
         if found is None:
             raise SessionEnded
         tenant, user, position = found
-        return Caller(tenant, user=user, position=position)
+        return Caller(tenant, user=user, session_id=claims.session_id, position=position)
 
 
 def require_allowed(caller: Caller, *, roles: Sequence[str], keys_allowed: bool) -> None:

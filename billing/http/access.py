@@ -11,7 +11,7 @@ from connexion.lifecycle import ConnexionRequest
 from connexion.security import NO_VALUE, ApiKeySecurityHandler, BearerSecurityHandler
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from billing.errors import CredentialsMissing, TokenInvalid, Unauthenticated
+from billing.errors import CredentialsMissing, TokenExpired, TokenInvalid, Unauthenticated
 from billing.http.document import Operation
 from billing.http.limits import Limits
 from billing.security import Caller, Doorkeeper, require_allowed
@@ -35,11 +35,12 @@ class Access:
         """
         try:
             await self._find(scope, operation)
+        except TokenExpired:
+            raise  # No stranger: it was ours, and its client has to hear that it must be renewed.
         except Unauthenticated:
             await self._limits.note_stranger(scope)
             raise
-        await self._limits.admit_caller(scope, operation)
-        require_allowed_in(scope, operation)
+        await let_in(scope, operation, self._limits)
 
     async def _find(self, scope: Scope, operation: Operation) -> None:
         by_key = self.by_api_key if API_KEY in operation.schemes else nobody
@@ -79,10 +80,12 @@ async def nobody(_scope: Scope) -> bool:
     return False
 
 
-def require_allowed_in(scope: Scope, operation: Operation) -> None:
-    """May this caller do this? What the document says of it."""
+async def let_in(scope: Scope, operation: Operation, limits: Limits) -> None:
+    """May this caller do this, and not too often? What the document says of it, and the limits."""
     caller = scope["state"]["caller"]
+    await limits.admit_caller(scope)
     require_allowed(caller, roles=operation.roles, keys_allowed=API_KEY in operation.schemes)
+    await limits.admit_cost(scope, operation)
 
 
 def values(headers: Headers, name: bytes) -> list[str]:
@@ -138,9 +141,7 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and "caller" in scope["state"]:
-            operation = self.operations[operation_id_of(scope)]
-            await self.limits.admit_caller(scope, operation)
-            require_allowed_in(scope, operation)
+            await let_in(scope, self.operations[operation_id_of(scope)], self.limits)
         await self.app(scope, receive, send)
 
 
@@ -167,7 +168,9 @@ class Turnstile:
 
 
 def is_about_credentials(error: Unauthenticated | ProblemException) -> bool:
-    """Whether they were bad, or missing, for which Connexion has an error of its own."""
+    """Whether they were bad, or missing, for which Connexion has an error of its own; not only too old."""
+    if isinstance(error, TokenExpired):
+        return False
     return isinstance(error, Unauthenticated) or error.status == HTTPStatus.UNAUTHORIZED
 
 

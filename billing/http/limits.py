@@ -12,6 +12,7 @@ from billing.http.document import Operation
 from billing.http.edge import parse_address
 from billing.http.replies import Rendered
 from billing.limits import Meter, Policies, Policy, Usage
+from billing.security import Caller
 from billing.users import normalise_email
 
 # Whoever asks by a Unix socket is one and the same.
@@ -39,11 +40,15 @@ class Limits:
         """
         await self._require(scope, self._policies.strangers, address_of(scope))
 
-    async def admit_caller(self, scope: Scope, operation: Operation) -> None:
+    async def admit_caller(self, scope: Scope) -> None:
         """Count by tenant, once the caller is known; raises `RateLimited`."""
-        tenant = scope["state"]["caller"].tenant
-        await self._require(scope, self._policies.by_tenant.get(tenant.tier), str(tenant.id))
-        await self._require(scope, self._policies.costly.get(operation.operation_id), str(tenant.id))
+        caller: Caller = scope["state"]["caller"]
+        await self._require(scope, self._policies.by_tenant.get(caller.tenant.tier), share_of(caller, scope))
+
+    async def admit_cost(self, scope: Scope, operation: Operation) -> None:
+        """Count what costs others something, once it is known that the caller may do it; raises `RateLimited`."""
+        policy = self._policies.costly.get(operation.operation_id)
+        await self._require(scope, policy, str(scope["state"]["caller"].tenant_id))
 
     def throttled(self, operation: Operation, endpoint: Endpoint) -> Endpoint:
         """The endpoint; where it checks a password, only until too many were wrong.
@@ -114,12 +119,26 @@ def network_of(address: str) -> str:
     return f"{int(parsed) >> IPV6_HOST_BITS:x}::/64"
 
 
-def holder_of(scope: Scope) -> str:
-    """Whose password is tried: the user who is logged in, or an account as seen from one address.
+def share_of(caller: Caller, scope: Scope) -> str:
+    """Which part of a tenant's limit a request is counted against.
 
-    By both, so that nobody can lock an account for its owner elsewhere; known or not, so that none is told apart.
+    A publishable key stands in pages for anybody to read, so each address has its own share with it. And whatever
+    the keys do, users have theirs, for only they can revoke a key that is abused.
     """
-    caller = scope["state"].get("caller")
+    if caller.key is None:
+        return f"{caller.tenant_id} users"
+    if caller.key.is_publishable:
+        return f"{caller.tenant_id} {address_of(scope)}"
+    return str(caller.tenant_id)
+
+
+def holder_of(scope: Scope) -> str:
+    """Whose password is tried: that of the user of a session, or of an account as seen from one address.
+
+    So nobody can lock an account for its owner, neither from elsewhere nor with a session that was stolen, as a thief
+    cannot begin another. Accounts are counted known or not, so that none is told apart.
+    """
+    caller: Caller | None = scope["state"].get("caller")
     if caller is not None:
-        return str(caller.signed_in_user().id)
+        return str(caller.session_id or caller.signed_in_user().id)
     return f"{address_of(scope)} {normalise_email(scope['state']['body']['email'])}"

@@ -94,7 +94,7 @@ FIND_USER = Question(
         "tenant_id": "uuid",
         "user_id": "uuid",
         "session_id": "uuid",
-        "token_version": "bigint",
+        "token_version": "numeric",  # A token may say any number.
         "now": "timestamptz",
         "positioned": "boolean",
     },

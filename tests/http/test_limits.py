@@ -141,14 +141,44 @@ def test_a_stranger_cannot_lock_out_those_behind_the_same_address(tight: TestCli
     assert acme.get("/verify/").status_code == 200
 
 
-def test_tenants_are_counted_apart_and_all_of_one_together(tight: TestClient) -> None:
+def test_tenants_are_counted_apart_and_all_secret_keys_of_one_together(tight: TestClient) -> None:
     acme = Account(tight, register(tight).json())
     globex = Account(tight, register(tight, "Globex Ltd.").json())
-    by_key = tight.get(VERIFY, headers={"X-API-Key": acme.tenant["api_key_public"]})
-    by_user = acme.get("/verify/")
-    assert [standing(answer)["default"][2] for answer in (by_key, by_user)] == [1, 0]
-    assert acme.get("/me/").status_code == 429
+    live, test = ({"X-API-Key": acme.tenant[name]} for name in ("api_key_secret", "api_key_test_secret"))
+    answers = [tight.get(VERIFY, headers=headers) for headers in (live, test)]
+    assert [standing(answer)["default"][2] for answer in answers] == [1, 0]
+    assert tight.get(VERIFY, headers=live).status_code == 429
     assert globex.get("/me/").status_code == 200
+
+
+def test_nobody_with_a_publishable_key_can_lock_out_the_tenant(tight: TestClient) -> None:
+    acme = Account(tight, register(tight).json())
+    public, secret = ({"X-API-Key": acme.tenant[name]} for name in ("api_key_public", "api_key_secret"))
+    assert [tight.get(VERIFY, headers=public).status_code for _ in range(3)] == [200, 200, 429]
+    assert tight.get(VERIFY, headers=secret).status_code == 200
+    assert acme.get("/api-keys/").status_code == 200
+
+
+def test_who_may_not_send_tests_uses_none_of_them_up(acme: Account) -> None:
+    headers = bearer(acme.tenant["api_key_public"])
+    for _ in range(11):
+        assert acme.client.post(f"{API}/webhooks/test/", headers=headers).status_code == 403
+    assert standing(acme.post("/webhooks/test/", {}))["test-deliveries"][2] == 9
+
+
+def test_an_expired_token_is_no_strangers(tight: TestClient, clock: TurnedClock) -> None:
+    acme = Account(tight, register(tight).json())
+    clock.turn(minutes=16)
+    answers = [acme.get("/me/") for _ in range(4)]
+    assert {(answer.status_code, answer.json()["code"]) for answer in answers} == {(401, "token-expired")}
+
+
+def test_a_stolen_session_cannot_keep_its_owner_from_a_new_password(acme: Account) -> None:
+    for _ in range(6):
+        change(acme, "wrong")
+    assert change(acme, PASSWORD).status_code == 429
+    owner = Account(acme.client, {**acme.registered, **log_in(acme.client, acme.email).json()})
+    assert change(owner, PASSWORD).status_code == 200
 
 
 @pytest.mark.parametrize(("tier", "quota"), [("free", 600), ("pro", 3000), ("enterprise", 12_000)])
