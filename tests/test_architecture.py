@@ -103,6 +103,20 @@ def test_the_map_and_the_modules_are_the_same() -> None:
     assert not [name for name in FLOOR_OF if name not in MODULES], "these are gone"
 
 
+def floors_in_the_docs() -> Iterator[tuple[str, int]]:
+    """Each line is a floor, or a blank for the one above, then names two blanks apart, then what they are."""
+    block = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").split("```")[1]
+    floor = -1
+    for line in block.strip("\n").splitlines():
+        floor = floor if line[0] == " " else int(line[0])
+        for name in line[3:].partition("   ")[0].split():
+            yield name if name == "app" else f"billing.{name}", floor
+
+
+def test_the_docs_have_the_same_map() -> None:
+    assert sorted(floors_in_the_docs()) == sorted(FLOOR_OF.items())
+
+
 @pytest.mark.parametrize("module", sorted(BARE))
 def test_a_bare_package_holds_nothing(module: str) -> None:
     (only,) = tree_of(module).body

@@ -129,7 +129,7 @@ def _handler(base: type, find: Callable[[Scope], Awaitable[bool]]) -> type:
 
 
 class Gate:
-    """ASGI middleware between Connexion's security and its validation: may this caller do this, and once more?
+    """ASGI middleware between Connexion's security and its validation: may this caller do this, and not too often?
 
     Here, and not in a security function: an error raised there is swallowed when another scheme passes.
     """

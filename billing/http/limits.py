@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from functools import lru_cache
 
@@ -66,11 +67,11 @@ class Limits:
                 answer = await endpoint(scope)
             except (InvalidCredentials, WrongPassword):
                 raise
-            except Exception:
+            except (Exception, asyncio.CancelledError):
                 await self._meter.take_back(usage)
                 raise
-            if answer.status < 400:
-                await self._meter.forget(usage)
+            # A refusal kept under an Idempotency-Key comes as an answer: the password was right.
+            await (self._meter.forget if answer.status < 400 else self._meter.take_back)(usage)
             return answer
 
         return attempt

@@ -1,7 +1,7 @@
 """Each operation as one callable, made at the start: read, admit, validate, call, answer.
 
 It does what Connexion's stack does for an operation, in the same order and with the same parts, without nine
-layers that each route, match or copy the request anew (docs/performance.md). What no operation answers goes on to
+layers that each route, match or copy the request anew (docs/decisions.md). What no operation answers goes on to
 that stack. `COMPILED_OPERATIONS=off` sends everything there, and a test holds the two against each other.
 """
 

@@ -205,8 +205,10 @@ class Lookups:
     async def _open_line(self, url: str) -> None:
         try:
             connection, is_prepared = await to_thread.run_sync(connect, url)
-        except (psycopg2.OperationalError, psycopg2.InterfaceError) as error:
-            self._refuse_all_who_wait(error)
+        except psycopg2.Error as error:
+            # While there are lines, who waits gets one of them, or is refused in time.
+            if not self._lines:
+                self._refuse_all_who_wait(error)
             return
         line = Line(self, connection, self._loop, is_prepared=is_prepared)
         self._lines.add(line)

@@ -24,7 +24,9 @@ def test_every_caller_has_a_share() -> None:
 def test_the_shares_make_up_the_time(seconds: float) -> None:
     left = seconds
     for number in range(len(RUNS)):
-        left -= share(RUNS[number:], left)
+        mine = share(RUNS[number:], left)
+        assert seconds / 20 < mine <= seconds / 3
+        left -= mine
     assert abs(left) < 1
 
 

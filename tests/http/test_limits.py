@@ -282,6 +282,15 @@ def test_a_right_password_and_a_weak_new_one_is_no_failure(acme: Account) -> Non
     assert change(acme, PASSWORD).status_code == 200
 
 
+def test_nor_is_one_that_is_kept_under_a_key(acme: Account) -> None:
+    body = {"old_password": PASSWORD, "new_password": "acme.example1"}
+    for n in range(14):  # Each of them twice.
+        headers = bearer(acme.tokens["access"]) | {"Idempotency-Key": f"weak-{n // 2}"}
+        answer = acme.client.post(f"{API}/change-password/", json=body, headers=headers)
+        assert answer.status_code == 422
+    assert change(acme, PASSWORD).status_code == 200
+
+
 def test_users_are_throttled_apart(acme: Account, globex: Account) -> None:
     for _ in range(6):
         change(acme, "wrong")

@@ -224,6 +224,27 @@ def test_a_backend_that_has_stopped_is_given_up_and_another_asked(
     assert [tenant for tenant, *_ in ask(test_database.app_url, past_it, lines=1)] == [two[0].tenant] * 2
 
 
+def test_where_no_more_connections_are_to_be_had_those_that_are_there_answer_all(
+    test_database: TestDatabase, superuser: Engine, two: list[Registered], digests: KeyDigests
+) -> None:
+    candidates = digests.candidates(two[0].keys[0].text)
+
+    def limit(to: str) -> None:
+        with superuser.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.exec_driver_sql(f'ALTER DATABASE "{superuser.url.database}" CONNECTION LIMIT {to}')
+
+    async def story(asked: Lookups) -> list[Any]:
+        await asked.find_key(candidates)
+        limit("1")
+        return await asyncio.gather(*(asked.find_key(candidates) for _ in range(50)))
+
+    try:
+        found = ask(test_database.app_url, story, lines=4)
+    finally:
+        limit("-1")
+    assert [tenant for tenant, *_ in found] == [two[0].tenant] * 50
+
+
 def test_without_a_database_everybody_is_told_soon() -> None:
     async def many(asked: Lookups) -> list[BaseException | Any]:
         answers = (asked.find_key([str(n)]) for n in range(20))
