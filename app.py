@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -193,8 +194,12 @@ def flush(notes: Sequence[Notes], store: Store) -> None:
 
 
 def readiness(store: Store) -> Callable[[], Awaitable[None]]:
-    """What `/readyz` asks: one at a time, however many ask. Raises `DatabaseUnavailable` or `Overloaded`."""
+    """What `/readyz` asks: one look at a time, and whoever asks meanwhile gets its answer.
+
+    Raises `DatabaseUnavailable`. Anybody may ask, and a flood must not make a server look unready.
+    """
     lane = Lanes({Lane.GENERAL: 1})
+    looking: asyncio.Task[None] | None = None
 
     def require_ready() -> None:
         try:
@@ -202,7 +207,13 @@ def readiness(store: Store) -> Callable[[], Awaitable[None]]:
         except SchemaError as error:
             raise DatabaseUnavailable from error
 
-    return lambda: lane.run(Lane.GENERAL, require_ready)
+    async def look() -> None:
+        nonlocal looking
+        if looking is None or looking.done():
+            looking = asyncio.create_task(lane.run(Lane.GENERAL, require_ready))
+        await asyncio.shield(looking)
+
+    return look
 
 
 logs.configure(tty=sys.stderr.isatty())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +15,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.testclient import TestClient
 from starlette.types import Receive, Scope, Send
 
+from app import readiness
 from billing import errors
 from billing.http import document, pages, problems, templates
 
@@ -216,6 +219,23 @@ def test_405_names_what_is_allowed(client: TestClient, path: str) -> None:
 
 
 # Health
+
+
+def test_many_who_ask_at_once_are_one_look_at_the_database() -> None:
+    class Slow:
+        looks = 0
+
+        def require_ready(self) -> None:
+            self.looks += 1
+            time.sleep(0.2)
+
+    async def flood() -> None:
+        ready = readiness(slow)  # type: ignore[arg-type]
+        await asyncio.gather(*(ready() for _ in range(200)))
+
+    slow = Slow()
+    asyncio.run(flood())
+    assert slow.looks == 1
 
 
 def test_health_and_readiness(client: TestClient) -> None:
