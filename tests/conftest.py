@@ -24,6 +24,7 @@ os.environ.update(BILLING_STATE_DIR=str(STATE), PASSWORD_COST="4", ENVIRONMENT="
 
 import httpx
 from sqlalchemy import Engine, create_engine, text
+from sqlalchemy.exc import IntegrityError
 from starlette.testclient import TestClient
 
 from app import create_app
@@ -101,6 +102,14 @@ def superuser(test_database: TestDatabase) -> Iterator[Engine]:
 def clean(superuser: Engine) -> Iterator[None]:
     """Leaves the tables empty."""
     yield
+    try:
+        empty(superuser)
+    except IntegrityError:
+        # A failed login was audited in this moment. The next will find no tenant.
+        empty(superuser)
+
+
+def empty(superuser: Engine) -> None:
     with superuser.begin() as connection:
         for table in reversed(metadata.sorted_tables):
             connection.execute(table.delete())
