@@ -42,6 +42,7 @@ API = "/api/v1/auth/tenants"
 PASSWORD = "SecurePass123!"
 OTHER_PASSWORD = "NewSecurePassword456!"
 PATIENCE_SECONDS = 30
+START_SECONDS = 90
 VOLATILE = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
 
 BILLING = (sys.executable, "-m", "billing.cli")
@@ -146,7 +147,10 @@ def serving(
         ) as process,
     ):
         try:
-            yield Server(process, banner_of(process, Path(log.name)), Path(log.name))
+            server = Server(process, banner_of(process, Path(log.name)), Path(log.name))
+            # It listens before it can answer, and on a busy machine importing takes seconds.
+            requests.get(f"{server.url}/healthz", timeout=START_SECONDS)
+            yield server
         finally:
             if process.poll() is None:
                 process.terminate()
