@@ -265,6 +265,17 @@ def test_429_after_ten_logins_from_one_address(acme: Account) -> None:
     assert_over(answers[-1], "login")
 
 
+def test_an_account_of_ones_own_clears_neither_the_address_nor_another_account(
+    acme: Account, globex: Account
+) -> None:
+    tries = [log_in(acme.client, *who) for who in [(acme.email, "wrong"), (globex.email,)] * 5]
+    assert [answer.status_code for answer in tries] == [401, 200] * 5
+    assert [standing(answer)["login"][2] for answer in tries] == [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]
+    assert [standing(answer)["login-failures"][2] for answer in tries] == [4, 4, 3, 4, 2, 4, 1, 4, 0, 4]
+    refused = log_in(acme.client, globex.email)
+    assert_over(refused, "login")
+
+
 def change(acme: Account, old: str, new: str = "NewSecurePassword456!") -> httpx.Response:
     return acme.post("/change-password/", {"old_password": old, "new_password": new})
 
