@@ -102,7 +102,7 @@ def create_app(
         lanes=lanes,
         allowed_origins=settings.cors_allowed_origins,
         trusted_proxies=settings.trusted_proxies,
-        limits=Limits(meter, policies if settings.rate_limits else UNLIMITED),
+        limits=Limits(meter, policies if settings.rate_limits else UNLIMITED, failed_logins),
         compiled=settings.compiled_operations,
         timeout_seconds=settings.request_timeout_seconds,
         https_only=settings.public_base_url.startswith("https:"),

@@ -1,4 +1,4 @@
-"""Failed logins: noted in memory by the request that refuses one, and written into the audit log outside of it."""
+"""Logins that failed or were not tried: noted in memory by the request, and audited outside of it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from billing.storage.store import StorageError, Store
 from billing.users import User
 
 Action = Literal["user.login_failed", "user.password_change_failed"]
+THROTTLED = "user.login_throttled"
 
 # A storm of them while the database is away must not fill the memory.
 MOST = 10_000
@@ -34,27 +35,38 @@ class Failure:
     at: datetime
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """A login that was refused before its password was looked at, of an account that there may be."""
+
+    email: str
+    actor: Actor
+    at: datetime
+
+
 class FailedLogins:
     """Rows yet to be written. Before the answer they would tell, by the time they take, whose email is known."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._noted: deque[Failure] = deque(maxlen=MOST)
+        self._noted: deque[Failure | Refusal] = deque(maxlen=MOST)
 
     def note(self, action: Action, actor: Actor, user: User, cause: str) -> None:
-        """Remember one. If none could be written for long, the oldest is forgotten for it, and a log line says so."""
-        if len(self._noted) == MOST:
-            log.warning("a failed login was not audited", cause="too many wait")
-        self._noted.append(Failure(action, user, actor, cause, self._clock()))
+        """Remember a password that was wrong."""
+        self._add(Failure(action, user, actor, cause, self._clock()))
+
+    def note_throttled(self, actor: Actor, email: str) -> None:
+        """Remember that logins with this email, in its normal form, are refused from now on for a while."""
+        self._add(Refusal(email, actor, self._clock()))
 
     def flush(self, store: Store) -> None:
         """Write down what was noted; raises `DatabaseUnavailable`, and keeps what is left for the next time."""
         while self._noted:
-            failure = self._noted.popleft()
+            noted = self._noted.popleft()
             try:
-                _write(store, failure)
+                _write(store, noted)
             except DatabaseUnavailable:
-                self._noted.appendleft(failure)
+                self._noted.appendleft(noted)
                 raise
             except StorageError as error:
                 log.warning("a failed login was not audited", cause=str(error))
@@ -64,8 +76,26 @@ class FailedLogins:
         """How many are yet to be written."""
         return len(self._noted)
 
+    def _add(self, noted: Failure | Refusal) -> None:
+        """If none could be written for long, the oldest is forgotten for it, and a log line says so."""
+        if len(self._noted) == MOST:
+            log.warning("a failed login was not audited", cause="too many wait")
+        self._noted.append(noted)
 
-def _write(store: Store, failure: Failure) -> None:
-    with store.tenant(failure.user.tenant_id, failure.actor) as tx:
-        details = {"cause": failure.cause}
-        tx.audit.record(failure.action, subject=failure.user.email, now=failure.at, details=details)
+
+def _write(store: Store, noted: Failure | Refusal) -> None:
+    if isinstance(noted, Refusal):
+        _write_refusal(store, noted)
+        return
+    with store.tenant(noted.user.tenant_id, noted.actor) as tx:
+        details = {"cause": noted.cause}
+        tx.audit.record(noted.action, subject=noted.user.email, now=noted.at, details=details)
+
+
+def _write_refusal(store: Store, refusal: Refusal) -> None:
+    with store.platform() as platform:
+        account = platform.find_account(refusal.email)
+    if account is None:
+        return
+    with store.tenant(account.tenant.id, refusal.actor) as tx:
+        tx.audit.record(THROTTLED, subject=account.user.email, now=refusal.at)

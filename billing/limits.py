@@ -85,6 +85,11 @@ class Usage:
         return self.count > self.window.policy.quota
 
     @property
+    def is_just_over(self) -> bool:
+        """Whether this was the first beyond the quota: of one window one is."""
+        return self.count == self.window.policy.quota + 1
+
+    @property
     def remaining(self) -> int:
         return max(0, self.window.policy.quota - self.count)
 

@@ -9,9 +9,11 @@ from functools import lru_cache
 from starlette.types import Scope
 
 from billing.errors import InvalidCredentials, RateLimited, WrongPassword
+from billing.failed_logins import FailedLogins
 from billing.http.document import Operation
 from billing.http.edge import parse_address
 from billing.http.replies import Rendered
+from billing.http.wiring import actor_of, caller_of
 from billing.limits import Meter, Policies, Policy, Usage
 from billing.security import Caller
 from billing.users import normalise_email
@@ -26,9 +28,10 @@ Endpoint = Callable[[Scope], Awaitable[Rendered]]
 class Limits:
     """What counts the requests of a server: each method is a step of a request."""
 
-    def __init__(self, meter: Meter, policies: Policies) -> None:
+    def __init__(self, meter: Meter, policies: Policies, failed_logins: FailedLogins) -> None:
         self._meter = meter
         self._policies = policies
+        self._failed_logins = failed_logins
 
     async def admit(self, scope: Scope, operation: Operation) -> None:
         """Count a public operation by address, before anything is looked at; raises `RateLimited`."""
@@ -63,6 +66,9 @@ class Limits:
 
         async def attempt(scope: Scope) -> Rendered:
             usage = await self._count(scope, policy, holder_of(scope))
+            if usage.is_over:
+                self._note_refusal(scope, usage)
+                raise refusal(usage)
             try:
                 answer = await endpoint(scope)
             except (InvalidCredentials, WrongPassword):
@@ -76,15 +82,21 @@ class Limits:
 
         return attempt
 
+    def _note_refusal(self, scope: Scope, usage: Usage) -> None:
+        # Whose account it is, and whether anybody's, is found out later: here it would take time.
+        if caller_of(scope) is None and usage.is_just_over:
+            email = normalise_email(scope["state"]["body"]["email"])
+            self._failed_logins.note_throttled(actor_of(scope), email)
+
     async def _require(self, scope: Scope, policy: Policy | None, subject: str) -> None:
         if policy is not None:
-            await self._count(scope, policy, subject)
+            usage = await self._count(scope, policy, subject)
+            if usage.is_over:
+                raise refusal(usage)
 
     async def _count(self, scope: Scope, policy: Policy, subject: str) -> Usage:
         usage = await self._meter.count(policy, subject)
         tell(scope, usage)
-        if usage.is_over:
-            raise refusal(usage)
         return usage
 
 
@@ -139,7 +151,7 @@ def holder_of(scope: Scope) -> str:
     So nobody can lock an account for its owner, neither from elsewhere nor with a session that was stolen, as a thief
     cannot begin another. Accounts are counted known or not, so that none is told apart.
     """
-    caller: Caller | None = scope["state"].get("caller")
+    caller = caller_of(scope)
     if caller is not None:
         return str(caller.session_id or caller.signed_in_user().id)
     return f"{address_of(scope)} {normalise_email(scope['state']['body']['email'])}"

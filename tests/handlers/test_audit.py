@@ -20,6 +20,7 @@ from app import create_app
 from billing.actors import SYSTEM, Actor
 from billing.errors import DatabaseUnavailable
 from billing.failed_logins import FailedLogins
+from billing.limits import Policies
 from billing.settings import Settings
 from billing.storage.store import Store
 from billing.tenants import Account as Known
@@ -65,12 +66,18 @@ def rows_of(superuser: Engine, account: Account, action: str) -> list[Any]:
 
 def await_row(superuser: Engine, account: Account, action: str) -> Any:
     """The row that is written a second after its request."""
+    [row] = await_rows(superuser, account, action, 1)
+    return row
+
+
+def await_rows(superuser: Engine, account: Account, action: str, number: int) -> list[Any]:
+    """So many, and no more, in their order."""
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while not (rows := rows_of(superuser, account, action)):
+    while len(rows := rows_of(superuser, account, action)) < number:
         assert time.monotonic() < deadline, "It was never written."
         time.sleep(0.05)
-    [row] = rows
-    return row
+    assert len(rows) == number
+    return rows
 
 
 # Each change -------------------------------------------------------------------------------------
@@ -185,6 +192,46 @@ def test_an_unknown_email_leaves_nothing_and_waits_for_nothing(store: Store, clo
     failed = FailedLogins(clock)
     assert failed.waiting == 0
     failed.flush(store)
+
+
+@pytest.fixture
+def guessed(settings: Settings, clock: TurnedClock, clean: None) -> Iterator[CheckedClient]:
+    """A client of a server that limits wrong passwords alone."""
+    policies = replace(Policies(), by_address={})
+    with CheckedClient(create_app(settings, clock=clock, policies=policies)) as client:
+        yield client
+
+
+def test_logins_that_are_throttled_leave_one_row_a_window(
+    guessed: CheckedClient, superuser: Engine, clock: TurnedClock
+) -> None:
+    acme = Account(guessed, register(guessed).json())
+    for window in (1, 2):
+        answers = [log_in(guessed, acme.email.upper(), "wrong password") for _ in range(8)]
+        assert [answer.status_code for answer in answers] == [401] * 5 + [429] * 3
+        await_rows(superuser, acme, "user.login_failed", 5 * window)
+        *_, row = await_rows(superuser, acme, "user.login_throttled", window)
+        assert (row.actor_kind, row.actor_id, row.subject) == ("anonymous", None, acme.email)
+        assert (row.address, row.request_id) == ("testclient", answers[5].headers["x-request-id"])
+        clock.turn(seconds=int(answers[-1].headers["retry-after"]))
+
+
+def test_those_of_an_unknown_email_leave_none(
+    acme: Account, store: Store, superuser: Engine, clock: TurnedClock
+) -> None:
+    failed = FailedLogins(clock)
+    failed.note_throttled(SYSTEM, "nobody@acme.example")
+    assert failed.waiting == 1
+    failed.flush(store)
+    assert failed.waiting == 0
+    assert not rows_of(superuser, acme, "user.login_throttled")
+
+
+def test_a_throttled_change_of_password_is_no_login(acme: Account, superuser: Engine) -> None:
+    statuses = [change_password(acme, old="wrong password").status_code for _ in range(7)]
+    assert statuses == [403] * 5 + [429] * 2
+    await_rows(superuser, acme, "user.password_change_failed", 5)
+    assert not rows_of(superuser, acme, "user.login_throttled")
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from billing.errors import (
     KeyUnknown,
     TokenInvalid,
 )
+from billing.failed_logins import FailedLogins
 from billing.http.access import Access, Gate, NameOperation, bearer_credential, operation_id_of, security_map
 from billing.http.document import load, operations
 from billing.http.limits import Limits
@@ -29,7 +30,7 @@ from billing.security import Caller
 from tests.test_tenants import ACME, ADA
 
 NOW = datetime(2026, 1, 15, 9, 30, tzinfo=UTC)
-NO_LIMITS = Limits(Meter(InProcess(), b"", utc_now), UNLIMITED)
+NO_LIMITS = Limits(Meter(InProcess(), b"", utc_now), UNLIMITED, FailedLogins(utc_now))
 KEY = ApiKey(ACME.id, new_id(), "live_secret", None, "abcd", NOW)
 BY_USER, BY_KEY = Caller(ACME, user=ADA), Caller(ACME, key=KEY)
 
