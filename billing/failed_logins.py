@@ -41,6 +41,7 @@ class Refusal:
 
     email: str
     actor: Actor
+    limit: str
     at: datetime
 
 
@@ -55,9 +56,9 @@ class FailedLogins:
         """Remember a password that was wrong."""
         self._add(Failure(action, user, actor, cause, self._clock()))
 
-    def note_throttled(self, actor: Actor, email: str) -> None:
+    def note_throttled(self, actor: Actor, email: str, limit: str) -> None:
         """Remember that logins with this email, in its normal form, are refused from now on for a while."""
-        self._add(Refusal(email, actor, self._clock()))
+        self._add(Refusal(email, actor, limit, self._clock()))
 
     def flush(self, store: Store) -> None:
         """Write down what was noted; raises `DatabaseUnavailable`, and keeps what is left for the next time."""
@@ -98,4 +99,5 @@ def _write_refusal(store: Store, refusal: Refusal) -> None:
     if account is None:
         return
     with store.tenant(account.tenant.id, refusal.actor) as tx:
-        tx.audit.record(THROTTLED, subject=account.user.email, now=refusal.at)
+        details = {"limit": refusal.limit}
+        tx.audit.record(THROTTLED, subject=account.user.email, now=refusal.at, details=details)

@@ -25,6 +25,14 @@ class Policy:
 
 
 @dataclass(frozen=True)
+class Brake:
+    """Beyond `over`, counted by account from all addresses, each address has what `then` leaves it."""
+
+    over: Policy
+    then: Policy
+
+
+@dataclass(frozen=True)
 class Policies:
     """What is limited, by whom it is counted. docs/limits.md has the same in tables."""
 
@@ -58,10 +66,16 @@ class Policies:
             "change_password": Policy("password-failures", 5, 5 * MINUTE),
         }
     )
+    # Those of one account from many addresses. One address alone makes too few to bring a brake on.
+    brakes: Mapping[str, Brake] = field(
+        default_factory=lambda: {
+            "log_in": Brake(Policy("account-failures", 100, HOUR), Policy("braked-failures", 3, HOUR))
+        }
+    )
 
 
 # RATE_LIMITS=off.
-UNLIMITED = Policies({}, None, {}, {}, {})
+UNLIMITED = Policies({}, None, {}, {}, {}, {})
 
 
 @dataclass(frozen=True)
@@ -118,6 +132,11 @@ class Meter:
         """Count one more."""
         window = self.window(policy, subject)
         return Usage(window, await self._counters.add(window.key, 1, seconds=policy.seconds))
+
+    async def look(self, policy: Policy, subject: str) -> Usage:
+        """How it stands, without counting."""
+        window = self.window(policy, subject)
+        return Usage(window, await self._counters.add(window.key, 0, seconds=policy.seconds))
 
     async def take_back(self, usage: Usage) -> None:
         """Have it not counted after all."""

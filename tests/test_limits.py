@@ -84,6 +84,12 @@ def test_what_is_taken_back_was_not_counted(meter: Meter) -> None:
     assert count(meter).remaining == 0
 
 
+def test_to_look_counts_nothing(meter: Meter) -> None:
+    count(meter)
+    assert [asyncio.run(meter.look(POLICY, "acme")).remaining for _ in range(3)] == [2] * 3
+    assert asyncio.run(meter.look(POLICY, "globex")).remaining == 3
+
+
 def test_what_is_forgotten_begins_anew(meter: Meter) -> None:
     asyncio.run(meter.forget(count(meter, times=4)))
     assert count(meter).remaining == 2
@@ -137,6 +143,15 @@ def test_every_operation_has_a_limit() -> None:
 def test_what_else_is_limited_is_an_operation() -> None:
     known = {o.operation_id for o in operations(load())}
     assert Policies().costly.keys() | Policies().wrong_passwords.keys() <= known
+    assert Policies().brakes.keys() <= Policies().wrong_passwords.keys()
+
+
+def test_one_address_alone_brings_no_brake_on_and_a_brake_leaves_each_address_something() -> None:
+    for operation, brake in Policies().brakes.items():
+        usual = Policies().wrong_passwords[operation]
+        windows = brake.over.seconds // usual.seconds + 1
+        assert windows * usual.quota < brake.over.quota
+        assert 0 < brake.then.quota / brake.then.seconds < usual.quota / usual.seconds
 
 
 def test_unlimited_is_without_any() -> None:
@@ -162,6 +177,8 @@ def test_the_tables_of_the_docs_are_the_code() -> None:
         *((*said(policy), f"tier `{tier}`") for tier, policy in policies.by_tenant.items()),
         *((*said(policy), f"`{operation}`") for operation, policy in policies.costly.items()),
         *((*said(policy), f"`{operation}`") for operation, policy in policies.wrong_passwords.items()),
+        *((*said(brake.over), f"`{op}`, from all addresses") for op, brake in policies.brakes.items()),
+        *((*said(brake.then), f"`{op}`, beyond that") for op, brake in policies.brakes.items()),
     ]
 
 

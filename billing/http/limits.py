@@ -14,7 +14,7 @@ from billing.http.document import Operation
 from billing.http.edge import parse_address
 from billing.http.replies import Rendered
 from billing.http.wiring import actor_of, caller_of
-from billing.limits import Meter, Policies, Policy, Usage
+from billing.limits import Brake, Meter, Policies, Policy, Usage
 from billing.security import Caller
 from billing.users import normalise_email
 
@@ -60,11 +60,13 @@ class Limits:
         An attempt is counted before it is made, or many at once would pass together. It stays counted if the
         password was wrong, is forgotten with those before it if it was right, and is taken back if nobody knows.
         """
-        policy = self._policies.wrong_passwords.get(operation.operation_id)
-        if policy is None:
+        usual = self._policies.wrong_passwords.get(operation.operation_id)
+        brake = self._policies.brakes.get(operation.operation_id)
+        if usual is None:
             return endpoint
 
         async def attempt(scope: Scope) -> Rendered:
+            policy = brake.then if brake and await self._is_on(brake, scope) else usual
             usage = await self._count(scope, policy, holder_of(scope))
             if usage.is_over:
                 self._note_refusal(scope, usage)
@@ -72,6 +74,8 @@ class Limits:
             try:
                 answer = await endpoint(scope)
             except (InvalidCredentials, WrongPassword):
+                if brake is not None:
+                    await self._meter.count(brake.over, email_of(scope))
                 raise
             except (Exception, asyncio.CancelledError):
                 await self._meter.take_back(usage)
@@ -82,11 +86,14 @@ class Limits:
 
         return attempt
 
+    async def _is_on(self, brake: Brake, scope: Scope) -> bool:
+        # Its count is told to nobody: it is what others do.
+        return not (await self._meter.look(brake.over, email_of(scope))).remaining
+
     def _note_refusal(self, scope: Scope, usage: Usage) -> None:
         # Whose account it is, and whether anybody's, is found out later: here it would take time.
         if caller_of(scope) is None and usage.is_just_over:
-            email = normalise_email(scope["state"]["body"]["email"])
-            self._failed_logins.note_throttled(actor_of(scope), email)
+            self._failed_logins.note_throttled(actor_of(scope), email_of(scope), usage.window.policy.name)
 
     async def _require(self, scope: Scope, policy: Policy | None, subject: str) -> None:
         if policy is not None:
@@ -154,4 +161,9 @@ def holder_of(scope: Scope) -> str:
     caller = caller_of(scope)
     if caller is not None:
         return str(caller.session_id or caller.signed_in_user().id)
-    return f"{address_of(scope)} {normalise_email(scope['state']['body']['email'])}"
+    return f"{address_of(scope)} {email_of(scope)}"
+
+
+def email_of(scope: Scope) -> str:
+    """Which account it is that somebody logs in to, known or not."""
+    return normalise_email(scope["state"]["body"]["email"])

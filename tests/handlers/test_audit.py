@@ -213,6 +213,7 @@ def test_logins_that_are_throttled_leave_one_row_a_window(
         *_, row = await_rows(superuser, acme, "user.login_throttled", window)
         assert (row.actor_kind, row.actor_id, row.subject) == ("anonymous", None, acme.email)
         assert (row.address, row.request_id) == ("testclient", answers[5].headers["x-request-id"])
+        assert row.details == {"limit": "login-failures"}
         clock.turn(seconds=int(answers[-1].headers["retry-after"]))
 
 
@@ -220,7 +221,7 @@ def test_those_of_an_unknown_email_leave_none(
     acme: Account, store: Store, superuser: Engine, clock: TurnedClock
 ) -> None:
     failed = FailedLogins(clock)
-    failed.note_throttled(SYSTEM, "nobody@acme.example")
+    failed.note_throttled(SYSTEM, "nobody@acme.example", "login-failures")
     assert failed.waiting == 1
     failed.flush(store)
     assert failed.waiting == 0

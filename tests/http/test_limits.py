@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
 import pytest
 from sqlalchemy import Engine, text
 from starlette.testclient import TestClient
+from starlette.types import ASGIApp
 
 from app import create_app
 from billing.counters import InProcess
 from billing.http.document import Operation, load, operations
 from billing.http.limits import network_of
-from billing.limits import MINUTE, Policies, Policy
+from billing.limits import HOUR, MINUTE, Brake, Policies, Policy
 from billing.settings import Settings
 from tests.clock import TurnedClock
 from tests.conftest import API, PASSWORD, Account, CheckedClient, bearer, log_in, register
@@ -257,6 +258,74 @@ def test_nobody_can_lock_an_account_for_its_owner_elsewhere(
         assert statuses == [401] * 5 + [429]
         assert log_in(owner, acme.email).status_code == 200
         assert log_in(stranger, acme.email).status_code == 429
+
+
+@dataclass
+class World:
+    """A server whose brake comes on after four, and its clients at any address."""
+
+    app: ASGIApp
+    first: TestClient
+
+    def at(self, address: str) -> CheckedClient:
+        client = CheckedClient(self.app, client=(address, 1))
+        client.portal = self.first.portal
+        return client
+
+    def guess(self, email: str, *addresses: str) -> list[int]:
+        return [log_in(self.at(address), email, "wrong").status_code for address in addresses]
+
+
+@pytest.fixture
+def world(settings: Settings, clock: TurnedClock, clean: None) -> Iterator[World]:
+    brake = Brake(Policy("account-failures", 4, HOUR), Policy("braked-failures", 2, HOUR))
+    app = create_app(settings, clock=clock, policies=replace(Policies(), brakes={"log_in": brake}))
+    with CheckedClient(app) as first:
+        register(first)
+        yield World(app, first)
+
+
+EMAIL = "ada@acme.example"
+FOUR = [f"198.51.100.{number}" for number in range(4)]
+
+
+@pytest.mark.parametrize("email", [EMAIL, "nobody@acme.example"])
+def test_after_many_wrong_passwords_from_many_addresses_each_has_few(world: World, email: str) -> None:
+    assert world.guess(email, *FOUR) == [401] * 4
+    for address in ("198.51.100.9", FOUR[0]):
+        assert world.guess(email, *[address] * 3) == [401, 401, 429]
+        refused = log_in(world.at(address), email)
+        assert_over(refused, "braked-failures")
+        assert standing(refused).keys() == {"login", "braked-failures"}
+
+
+def test_nobody_can_lock_an_account_for_its_owner_from_many_addresses(world: World) -> None:
+    world.guess(EMAIL, *FOUR * 3)
+    owner = world.at("192.0.2.1")
+    for _ in range(3):  # And what is right begins anew.
+        assert [log_in(owner, EMAIL, guess).status_code for guess in ("wrong", PASSWORD)] == [401, 200]
+
+
+def test_the_owner_who_logs_in_releases_no_brake(world: World) -> None:
+    world.guess(EMAIL, *FOUR)
+    assert log_in(world.at("192.0.2.1"), EMAIL).status_code == 200
+    assert world.guess(EMAIL, *["198.51.100.9"] * 3) == [401, 401, 429]
+
+
+def test_right_passwords_and_refusals_bring_no_brake_on(world: World) -> None:
+    world.guess(EMAIL, *FOUR[:3])
+    for address in FOUR * 2:
+        assert log_in(world.at(address), EMAIL).status_code == 200
+    answer = log_in(world.at("192.0.2.1"), EMAIL, "wrong")
+    assert "login-failures" in standing(answer)
+
+
+def test_a_brake_is_of_one_account_and_ends(world: World, clock: TurnedClock) -> None:
+    world.guess(EMAIL, *FOUR)
+    other = log_in(world.at("192.0.2.1"), "nobody@acme.example", "wrong")
+    assert "login-failures" in standing(other)
+    clock.turn(seconds=HOUR)
+    assert world.guess(EMAIL, *["198.51.100.9"] * 4) == [401] * 4
 
 
 def test_429_after_ten_logins_from_one_address(acme: Account) -> None:
