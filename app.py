@@ -19,7 +19,7 @@ from billing.cli import main
 from billing.cli.watchers import tell_others
 from billing.clock import Clock, utc_now
 from billing.connections import connections_for
-from billing.counters import counters_for
+from billing.counters import InProcess
 from billing.deliveries import policy_for, tester_for
 from billing.encryption import Vault
 from billing.errors import DatabaseUnavailable
@@ -128,6 +128,17 @@ def connections_of(settings: Settings) -> int:
     waiting = (Lane.STRIPE, Lane.WEBHOOKS)
     threads = threads_of(settings)
     return sum(count for lane, count in threads.items() if lane not in waiting) + SHARED_CONNECTIONS + 2
+
+
+def counters_for(settings: Settings) -> Counters:
+    """Where this installation counts: in its processes, unless the settings name a place that they share."""
+    url = settings.rate_limit_storage_url
+    if url is None:
+        return InProcess()
+    # Importing Redis's client takes longer than all the rest of the server.
+    from billing.shared_counters import InRedis
+
+    return InRedis(url, known=InProcess())
 
 
 @asynccontextmanager

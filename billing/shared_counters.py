@@ -14,7 +14,7 @@ from redis.asyncio import ConnectionPool
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from billing.limits import Counters
+from billing.counters import InProcess
 
 T = TypeVar("T")
 
@@ -31,17 +31,18 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing")
 
 
 class InRedis:
-    """Counts that processes share; while Redis does not answer, each counts for itself.
+    """Counts that processes share; while Redis does not answer, each goes on from what it last knew.
 
     Being counted is never worth an outage: an answer has a tenth of a second, and after one that did not come
-    one request every few seconds tries again.
+    one request every few seconds tries again. And whoever can make Redis slow wins no second budget: what it answered
+    is remembered, and what it was not told it is told later.
     """
 
     def __init__(
         self,
         url: str,
         *,
-        instead: Counters,
+        known: InProcess,
         deadline_seconds: float = DEADLINE_SECONDS,
         rest_seconds: float = REST_SECONDS,
     ) -> None:
@@ -58,18 +59,28 @@ class InRedis:
         self._redis = RedisStorage(
             url, wrap_exceptions=True, implementation="redispy", key_prefix=PREFIX, **options
         )
-        self._instead = instead
+        self._known = known
+        self._untold = InProcess()
         self._deadline_seconds = deadline_seconds
         self._rest_seconds = rest_seconds
         self._is_away = False
         self._asked_again_at = 0.0
 
     async def add(self, key: str, amount: int, *, seconds: int) -> int:
-        count = await self._ask(lambda: self._redis.incr(key, seconds, amount))
-        return await self._instead.add(key, amount, seconds=seconds) if count is None else count
+        # What was not told is not put on the one that finds out whether Redis is back: its answer may be lost, and
+        # then it would be told once more.
+        told = amount if self._is_away else amount + self._untold.take(key)
+        count = await self._ask(lambda: self._redis.incr(key, seconds, told))
+        if count is None:
+            await self._untold.add(key, told, seconds=seconds)
+            return await self._known.add(key, amount, seconds=seconds)
+        count += self._untold.counts.get(key, 0)
+        self._known.put(key, count)
+        return count
 
     async def forget(self, key: str) -> None:
-        await self._instead.forget(key)
+        await self._known.forget(key)
+        await self._untold.forget(key)
         await self._ask(lambda: self._redis.clear(key))
 
     async def close(self) -> None:

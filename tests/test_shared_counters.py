@@ -12,9 +12,9 @@ import pytest
 import redis
 import structlog
 
-from app import create_app
+from app import counters_for, create_app
 from billing import shared_counters
-from billing.counters import InProcess, counters_for
+from billing.counters import InProcess
 from billing.limits import Counters
 from billing.settings import Settings
 from billing.shared_counters import InRedis
@@ -39,7 +39,7 @@ async def processes(server: RedisServer, number: int = 1) -> AsyncIterator[list[
     # Where it answers a deadline would be one of the machine's load: two that share have a long one.
     patience = DEADLINE_SECONDS if number == 1 else 60
     made = [
-        InRedis(server.url, instead=InProcess(), deadline_seconds=patience, rest_seconds=REST_SECONDS)
+        InRedis(server.url, known=InProcess(), deadline_seconds=patience, rest_seconds=REST_SECONDS)
         for _ in range(number)
     ]
     try:
@@ -78,7 +78,7 @@ def test_servers_share_a_limit(
     server: RedisServer, settings: Settings, clock: TurnedClock, clean: None
 ) -> None:
     def served() -> CheckedClient:
-        counters = InRedis(server.url, instead=InProcess(), deadline_seconds=60)
+        counters = InRedis(server.url, known=InProcess(), deadline_seconds=60)
         return CheckedClient(create_app(settings, clock=clock, counters=counters))
 
     with served() as one, served() as other:
@@ -122,12 +122,12 @@ def test_a_redis_that_is_stopped_is_waited_for_once(server: RedisServer) -> None
         server.pause()
         with structlog.testing.capture_logs() as lines:
             began = time.monotonic()
-            # By itself from nothing: what Redis had counted it does not know.
-            assert [await add(counters) for _ in range(200)] == list(range(1, 201))
+            # By itself, from what Redis last said.
+            assert [await add(counters) for _ in range(200)] == list(range(4, 204))
             assert DEADLINE_SECONDS <= time.monotonic() - began < REST_SECONDS
             server.resume()
             await asyncio.sleep(REST_SECONDS)
-            assert await add(counters) >= 4
+            assert await add(counters) >= 204
             await add(counters)
         assert [line["log_level"] for line in lines] == ["warning", "info"]
         assert lines[0]["cause"] == "TimeoutError"
@@ -144,7 +144,7 @@ def test_all_who_wait_when_it_stops_are_answered_in_time(server: RedisServer) ->
             counts = await asyncio.gather(*(add(counters) for _ in range(50)))
             # The client loses some cancellations: waiting for it would take ten seconds, one time in ten.
             assert time.monotonic() - began < 4 * DEADLINE_SECONDS
-        assert sorted(counts) == list(range(1, 51))
+        assert sorted(counts) == list(range(2, 52))
         assert len(lines) == 1
         server.resume()
 
@@ -156,14 +156,41 @@ def test_a_redis_that_is_killed_and_brought_back(server: RedisServer) -> None:
         await add(counters)
         server.kill()
         with structlog.testing.capture_logs() as lines:
-            assert [await add(counters) for _ in range(100)] == list(range(1, 101))
+            assert [await add(counters) for _ in range(100)] == list(range(2, 102))
             await asyncio.sleep(REST_SECONDS)
-            assert await add(counters) == 101
+            assert await add(counters) == 102
             server.start()
             await asyncio.sleep(REST_SECONDS)
-            # It has forgotten everything, the script too.
-            assert [await add(counters) for _ in range(3)] == [1, 2, 3]
+            # It has forgotten everything, the script too, and is told what it missed.
+            assert [await add(counters) for _ in range(3)] == [102, 103, 104]
         assert [line["log_level"] for line in lines] == ["warning", "info"]
+
+    story(server, told)
+
+
+def test_what_was_counted_alone_is_told_to_the_others_afterwards(server: RedisServer) -> None:
+    async def tell() -> list[int]:
+        # Who is too slow for the one is not for the other.
+        async with processes(server) as (one,), processes(server, 2) as (other, _):
+            server.kill()
+            alone = [await add(one) for _ in range(4)]
+            server.start()
+            await asyncio.sleep(REST_SECONDS)
+            back = [await add(one), await add(one)]
+            return [*alone, *back, await add(other)]
+
+    assert asyncio.run(tell()) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_the_right_password_forgets_what_was_counted_alone_too(server: RedisServer) -> None:
+    async def told(counters: InRedis) -> None:
+        server.kill()
+        assert [await add(counters) for _ in range(3)] == [1, 2, 3]
+        await counters.forget("things:0:1")
+        assert await add(counters) == 1
+        server.start()
+        await asyncio.sleep(REST_SECONDS)
+        assert [await add(counters), await add(counters)] == [2, 3]
 
     story(server, told)
 
@@ -201,7 +228,7 @@ def test_a_redis_that_was_never_there_is_no_reason_not_to_start() -> None:
     required_program()
 
     async def tell() -> list[int]:
-        counters = InRedis("redis://127.0.0.1:1/0", instead=InProcess())
+        counters = InRedis("redis://127.0.0.1:1/0", known=InProcess())
         counts = [await add(counters), await add(counters)]
         await counters.close()
         return counts
