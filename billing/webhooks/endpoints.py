@@ -168,7 +168,8 @@ def configure(
     is_as_it_was = before == replace(
         endpoint, failing_since=before.failing_since, failed_events=before.failed_events
     )
-    text = _renew_secret(tx, now, grace=grace) if regenerate_secret or not tx.webhooks.secrets(now) else None
+    secrets = tx.webhooks.secrets(now)
+    text = _renew_secret(tx, now, grace=grace) if regenerate_secret or not secrets else None
     if text is not None or not is_as_it_was:
         details = {"new_secret": text is not None}
         tx.audit.record("webhook.configured", subject=endpoint.host, now=now, details=details)
@@ -176,7 +177,9 @@ def configure(
         tx.webhooks.keep(endpoint, now)
         tx.tenants.touch(now)
         _wake(tx, now)
-    return Configured(tx.webhooks.find(), text, previous_expiry(tx.webhooks.secrets(now)))
+    if text is not None:
+        secrets = tx.webhooks.secrets(now)
+    return Configured(before if is_as_it_was else endpoint, text, previous_expiry(secrets))
 
 
 def _wake(tx: Storage, now: datetime) -> None:
