@@ -7,25 +7,39 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, and_, func, or_, select
+from sqlalchemy import and_, bindparam, func, or_, select, update
 from sqlalchemy.dialects.postgresql import distinct_on
 
 from billing.keys import ApiKey, KeyType
-from billing.storage.shelf import Shelf, columns_of, values_of
+from billing.storage.shelf import Shelf, columns_of, mine, values_of
 from billing.storage.tables import api_keys
 
 COLUMNS = columns_of(ApiKey, api_keys)
+IS_LIVING = and_(
+    api_keys.c.revoked_at.is_(None),
+    or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > bindparam("now")),
+)
+OF_TYPES = api_keys.c.type.in_(bindparam("types", expanding=True))
+NEWEST = (
+    select(api_keys.c.id)
+    .where(mine(api_keys))
+    .ext(distinct_on(api_keys.c.type))
+    .order_by(api_keys.c.type, api_keys.c.id.desc())
+)
+FIND_LIVING = select(*COLUMNS).where(mine(api_keys), OF_TYPES, IS_LIVING).order_by(api_keys.c.id)
+FIND_WORTH_SHOWING = select(*COLUMNS).where(mine(api_keys), or_(IS_LIVING, api_keys.c.id.in_(NEWEST)))
+EXPIRE = update(api_keys).where(mine(api_keys), api_keys.c.id == bindparam("key_id"))
+REVOKE = (
+    update(api_keys)
+    .where(mine(api_keys), OF_TYPES, IS_LIVING)
+    .values(revoked_at=bindparam("now"))
+    .returning(*COLUMNS)
+)
 
 
 def key_of(row: Sequence[Any]) -> ApiKey:
     """The value in a row of `COLUMNS`."""
     return ApiKey(*row)
-
-
-def _living(now: datetime) -> ColumnElement[bool]:
-    return and_(
-        api_keys.c.revoked_at.is_(None), or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > now)
-    )
 
 
 class ApiKeys(Shelf):
@@ -36,37 +50,19 @@ class ApiKeys(Shelf):
 
     def living(self, now: datetime, types: Sequence[KeyType]) -> list[ApiKey]:
         """The keys of these types that work now."""
-        query = select(*COLUMNS).where(self.mine(api_keys), api_keys.c.type.in_(types), _living(now))
-        return [key_of(row) for row in self._connection.execute(query.order_by(api_keys.c.id))]
+        return [key_of(row) for row in self.run(FIND_LIVING, types=list(types), now=now)]
 
     def worth_showing(self, now: datetime) -> list[ApiKey]:
         """The keys that work now, and the last one made of each type, living or not."""
-        newest = (
-            select(api_keys.c.id)
-            .where(self.mine(api_keys))
-            .ext(distinct_on(api_keys.c.type))
-            .order_by(api_keys.c.type, api_keys.c.id.desc())
-        )
-        query = select(*COLUMNS).where(self.mine(api_keys), or_(_living(now), api_keys.c.id.in_(newest)))
-        return [key_of(row) for row in self._connection.execute(query)]
+        return [key_of(row) for row in self.run(FIND_WORTH_SHOWING, now=now)]
 
     def expire(self, key: ApiKey) -> None:
         """Keep the end that the key was given."""
-        self._connection.execute(
-            api_keys.update()
-            .where(self.mine(api_keys), api_keys.c.id == key.id)
-            .values(expires_at=key.expires_at)
-        )
+        self.run(EXPIRE, key_id=key.id, expires_at=key.expires_at)
 
     def revoke(self, types: Sequence[KeyType], now: datetime) -> list[ApiKey]:
         """End the living keys of these types; returns them."""
-        rows = self._connection.execute(
-            api_keys.update()
-            .where(self.mine(api_keys), api_keys.c.type.in_(types), _living(now))
-            .values(revoked_at=now)
-            .returning(*COLUMNS)
-        )
-        return [key_of(row) for row in rows]
+        return [key_of(row) for row in self.run(REVOKE, types=list(types), now=now)]
 
     def note_use(self, id: UUID, at: datetime) -> None:
         """Keep when a key was last used, by whichever process."""

@@ -10,18 +10,16 @@ from sqlalchemy.dialects.postgresql import insert
 from billing.storage.shelf import Shelf
 from billing.storage.tables import directory
 
+CLAIM = insert(directory).on_conflict_do_nothing().returning(directory.c.id)
+
 
 class Directory(Shelf):
     """Names that lead to this tenant's things."""
 
     def claim(self, kind: str, name: str, id: UUID) -> bool:
         """Take a name; False when it is taken. Of two that claim at once, the second waits for the first."""
-        row = self._connection.execute(
-            insert(directory)
-            .values(kind=kind, name=name, tenant_id=self._tenant_id, id=id)
-            .on_conflict_do_nothing()
-            .returning(directory.c.id)
-        ).one_or_none()
+        values = {"kind": kind, "name": name, "tenant_id": self._tenant_id, "id": id}
+        row = self._connection.execute(CLAIM, values).one_or_none()
         return row is not None
 
     def owns(self, kind: str, name: str) -> bool:

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Connection, and_, func, literal, select, true
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, func, literal, select, true
 from sqlalchemy.dialects.postgresql import insert
 
 from billing.actors import SYSTEM, Actor
 from billing.ids import new_id
-from billing.storage.shelf import Shelf, values_of
+from billing.storage.shelf import Shelf, mine, values_of
 from billing.storage.tables import deliveries, event_heads, events, webhook_endpoints
 from billing.storage.tasks import Tasks
 from billing.webhooks.delivery import DELIVER
@@ -26,6 +26,42 @@ HAS_FAILED = (
         deliveries.c.status == "failed",
     )
     .exists()
+)
+
+# Inserting or updating, this locks the head until the end: a number is seen once, and none is skipped.
+NEXT_SEQUENCE = (
+    insert(event_heads)
+    .on_conflict_do_update(
+        index_elements=[event_heads.c.tenant_id], set_={"sequence": event_heads.c.sequence + 1}
+    )
+    .returning(event_heads.c.sequence)
+)
+# A row for each endpoint that listens: one, or none.
+ADD_DELIVERY = insert(deliveries).from_select(
+    [
+        "tenant_id",
+        "id",
+        "event_id",
+        "event_type",
+        "status",
+        "attempts",
+        "next_attempt_at",
+        "created_at",
+    ],
+    select(
+        webhook_endpoints.c.tenant_id,
+        bindparam("id", type_=deliveries.c.id.type),
+        bindparam("event_id", type_=deliveries.c.event_id.type),
+        bindparam("event_type", type_=deliveries.c.event_type.type),
+        literal("pending"),
+        literal(0),
+        bindparam("now", type_=deliveries.c.created_at.type),
+        bindparam("now", type_=deliveries.c.created_at.type),
+    ).where(
+        mine(webhook_endpoints),
+        webhook_endpoints.c.url.is_not(None),
+        webhook_endpoints.c.disabled_reason.is_(None),
+    ),
 )
 
 
@@ -91,34 +127,9 @@ class Events(Shelf):
         return and_(ours, is_chosen, ~events.c.is_test)
 
     def _add_delivery(self, event: Event) -> bool:
-        listening = select(
-            webhook_endpoints.c.tenant_id,
-            *(literal(value) for value in (new_id(), event.id, event.type, "pending", 0)),
-            literal(event.created_at),
-            literal(event.created_at),
-        ).where(
-            self.mine(webhook_endpoints),
-            webhook_endpoints.c.url.is_not(None),
-            webhook_endpoints.c.disabled_reason.is_(None),
-        )
-        columns = [
-            "tenant_id",
-            "id",
-            "event_id",
-            "event_type",
-            "status",
-            "attempts",
-            "next_attempt_at",
-            "created_at",
-        ]
-        return self._connection.execute(insert(deliveries).from_select(columns, listening)).rowcount > 0
+        values = {"id": new_id(), "event_id": event.id, "event_type": event.type, "now": event.created_at}
+        return self.run(ADD_DELIVERY, **values).rowcount > 0
 
     def _next_sequence(self) -> int:
-        # Inserting or updating, this locks the head until the end: a number is seen once, and none is skipped.
-        first = insert(event_heads).values(tenant_id=self._tenant_id, sequence=1)
-        row = self._connection.execute(
-            first.on_conflict_do_update(
-                index_elements=[event_heads.c.tenant_id], set_={"sequence": event_heads.c.sequence + 1}
-            ).returning(event_heads.c.sequence)
-        ).one()
-        return int(row.sequence)
+        first = {"tenant_id": self._tenant_id, "sequence": 1}
+        return int(self._connection.scalar(NEXT_SEQUENCE, first))

@@ -9,17 +9,35 @@ from dataclasses import asdict
 from datetime import datetime
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Connection, and_, select
+from sqlalchemy import Connection, and_, bindparam, delete, select, update
 from sqlalchemy.dialects.postgresql import insert
 
 from billing.encryption import Vault
 from billing.idempotency import Answer, Claim, Found
-from billing.storage.shelf import Shelf
+from billing.storage.shelf import Shelf, mine
 from billing.storage.tables import idempotency_keys
 
 BECOME = "SELECT set_config('app.tenant_id', %s, true)"
 FORGET = "SELECT app.forget_answers(%(now)s, %(most)s)"
 FORGOTTEN_AT_ONCE = 1000
+
+NEW = insert(idempotency_keys)
+TAKE = NEW.on_conflict_do_update(
+    index_elements=[idempotency_keys.c.tenant_id, idempotency_keys.c.name],
+    set_={column: NEW.excluded[column] for column in ("claim", "request", "answer", "expires_at")},
+    where=idempotency_keys.c.expires_at <= bindparam("now"),
+)
+FIND = select(idempotency_keys.c.request, idempotency_keys.c.answer).where(
+    mine(idempotency_keys), idempotency_keys.c.name == bindparam("key")
+)
+IS_HELD = and_(
+    mine(idempotency_keys),
+    idempotency_keys.c.name == bindparam("key"),
+    idempotency_keys.c.claim == bindparam("held"),
+    idempotency_keys.c.answer.is_(None),
+)
+KEEP = update(idempotency_keys).where(IS_HELD)
+RELEASE = delete(idempotency_keys).where(IS_HELD)
 
 
 class IdempotencyKeys(Shelf):
@@ -32,25 +50,18 @@ class IdempotencyKeys(Shelf):
     def take(self, claim: Claim, fingerprint: str, *, until: datetime) -> bool:
         """Put the claim where there is none, and no answer, or where what there is has run out."""
         values = {
+            "tenant_id": self._tenant_id,
+            "name": claim.name,
             "claim": claim.id,
             "request": self._vault.seal(fingerprint, place=self._place("request", claim.name)),
             "answer": None,
             "expires_at": until,
         }
-        new = insert(idempotency_keys).values(tenant_id=self._tenant_id, name=claim.name, **values)
-        taken = new.on_conflict_do_update(
-            index_elements=[idempotency_keys.c.tenant_id, idempotency_keys.c.name],
-            set_=values,
-            where=idempotency_keys.c.expires_at <= claim.at,
-        )
-        return self._connection.execute(taken).rowcount == 1
+        return self._connection.execute(TAKE, {**values, "now": claim.at}).rowcount == 1
 
     def find(self, name: bytes) -> Found | None:
         """What stands under the name."""
-        query = select(idempotency_keys.c.request, idempotency_keys.c.answer)
-        row = self._connection.execute(
-            query.where(self.mine(idempotency_keys), idempotency_keys.c.name == name)
-        ).one_or_none()
+        row = self.run(FIND, key=name).one_or_none()
         if row is None:
             return None
         fingerprint = self._vault.open(row.request, place=self._place("request", name))
@@ -69,8 +80,8 @@ class IdempotencyKeys(Shelf):
             with self._at(claim.scope) as shelf:
                 return shelf.keep(claim, answer, until=until)
         sealed = self._vault.seal(json.dumps(asdict(answer)), place=self._place("answer", claim.name))
-        kept = idempotency_keys.update().where(self._held(claim)).values(answer=sealed, expires_at=until)
-        return self._connection.execute(kept).rowcount == 1
+        kept = self.run(KEEP, key=claim.name, held=claim.id, answer=sealed, expires_at=until)
+        return kept.rowcount == 1
 
     @contextmanager
     def _at(self, address: UUID) -> Iterator[IdempotencyKeys]:
@@ -80,11 +91,7 @@ class IdempotencyKeys(Shelf):
 
     def release(self, claim: Claim) -> None:
         """Let go of the claim, so that the next who asks may answer; but not of an answer."""
-        self._connection.execute(idempotency_keys.delete().where(self._held(claim)))
-
-    def _held(self, claim: Claim) -> ColumnElement[bool]:
-        same = and_(idempotency_keys.c.name == claim.name, idempotency_keys.c.claim == claim.id)
-        return and_(self.mine(idempotency_keys), same, idempotency_keys.c.answer.is_(None))
+        self.run(RELEASE, key=claim.name, held=claim.id)
 
     def _place(self, column: str, name: bytes) -> str:
         return f"idempotency_keys/{self._tenant_id}/{name.hex()}/{column}"

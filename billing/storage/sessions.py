@@ -5,11 +5,25 @@ from __future__ import annotations
 from datetime import datetime
 from uuid import UUID
 
-from sqlalchemy import or_, select
+from sqlalchemy import bindparam, or_, select, update
 
 from billing.sessions import Session
-from billing.storage.shelf import Shelf, values_of
+from billing.storage.shelf import Shelf, mine, values_of
 from billing.storage.tables import sessions
+
+FIND = select(sessions).where(mine(sessions), sessions.c.id == bindparam("session_id"))
+ROTATE = (
+    update(sessions)
+    .where(
+        mine(sessions),
+        sessions.c.id == bindparam("session_id"),
+        sessions.c.current_jti == bindparam("used"),
+        sessions.c.ended_at.is_(None),
+        sessions.c.expires_at > bindparam("now"),
+    )
+    .values(current_jti=bindparam("successor"), previous_jti=bindparam("used"), rotated_at=bindparam("now"))
+    .returning(sessions)
+)
 
 
 class Sessions(Shelf):
@@ -19,25 +33,12 @@ class Sessions(Shelf):
         self.insert(sessions, values_of(session, sessions))
 
     def find(self, id: UUID) -> Session | None:
-        row = self._connection.execute(
-            select(sessions).where(self.mine(sessions), sessions.c.id == id)
-        ).one_or_none()
+        row = self.run(FIND, session_id=id).one_or_none()
         return Session(*row) if row else None
 
     def rotate(self, id: UUID, used: bytes, successor: bytes, now: datetime) -> Session | None:
         """One compare-and-set: of any number that come at once, one finds the used token current."""
-        row = self._connection.execute(
-            sessions.update()
-            .where(
-                self.mine(sessions),
-                sessions.c.id == id,
-                sessions.c.current_jti == used,
-                sessions.c.ended_at.is_(None),
-                sessions.c.expires_at > now,
-            )
-            .values(current_jti=successor, previous_jti=used, rotated_at=now)
-            .returning(sessions)
-        ).one_or_none()
+        row = self.run(ROTATE, session_id=id, used=used, successor=successor, now=now).one_or_none()
         return Session(*row) if row else None
 
     def end(self, id: UUID, now: datetime) -> None:

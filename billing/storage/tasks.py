@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Connection, and_, case, func, literal
+from sqlalchemy import ColumnElement, Connection, and_, case, func
 from sqlalchemy.dialects.postgresql import insert
 
 from billing.storage.shelf import Shelf, columns_of
@@ -14,6 +14,11 @@ from billing.tasks import LEASE, Queue, Task
 
 FIELDS = ", ".join(column.name for column in columns_of(Task, tasks))
 TAKE = f"SELECT {FIELDS} FROM app.take_tasks(%(queue)s, %(now)s, %(until)s, %(most)s)"
+NEW = insert(tasks)
+AGAIN = {"due_at": func.least(tasks.c.due_at, NEW.excluded.due_at), "revision": tasks.c.revision + 1}
+KEY = [tasks.c.tenant_id, tasks.c.kind, tasks.c.id]
+ADD = NEW.on_conflict_do_update(index_elements=KEY, set_=AGAIN)
+ADD_MOVED = NEW.on_conflict_do_update(index_elements=KEY, set_=AGAIN | {"queue": NEW.excluded.queue})
 
 
 class Tasks(Shelf):
@@ -34,22 +39,18 @@ class Tasks(Shelf):
 
         It stays in the queue it is in, unless it is `moved`.
         """
-        new = insert(tasks).values(
-            tenant_id=self._tenant_id,
-            kind=kind,
-            id=id,
-            subject=subject,
-            queue=queue,
-            created_at=now,
-            due_at=due_at,
-            attempts=0,
-            revision=0,
-        )
-        again = {"due_at": func.least(tasks.c.due_at, due_at), "revision": tasks.c.revision + 1}
-        if moved:
-            again["queue"] = literal(queue)
-        key = [tasks.c.tenant_id, tasks.c.kind, tasks.c.id]
-        self._connection.execute(new.on_conflict_do_update(index_elements=key, set_=again))
+        values = {
+            "tenant_id": self._tenant_id,
+            "kind": kind,
+            "id": id,
+            "subject": subject,
+            "queue": queue,
+            "created_at": now,
+            "due_at": due_at,
+            "attempts": 0,
+            "revision": 0,
+        }
+        self._connection.execute(ADD_MOVED if moved else ADD, values)
 
     def drop(self, kind: str, *, subject: str) -> None:
         """Have the worker leave it. One that is doing it at this moment will not do it again."""

@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from billing.errors import NotFound
-from billing.storage.shelf import Shelf, columns_of, values_of
+from billing.storage.shelf import Shelf, columns_of, mine, values_of
 from billing.storage.tables import tenants, webhook_endpoints
 from billing.tenants import Tenant
 
 COLUMNS = columns_of(Tenant, tenants, webhook_url=webhook_endpoints.c.url)
 WITH_ENDPOINT = tenants.outerjoin(webhook_endpoints, webhook_endpoints.c.tenant_id == tenants.c.id)
+GET = select(*COLUMNS).select_from(WITH_ENDPOINT).where(mine(tenants))
+LOCK = select(tenants.c.id).where(mine(tenants)).with_for_update(key_share=True)
+UPDATE = update(tenants).where(mine(tenants))
 
 
 def tenant_of(row: Sequence[Any]) -> Tenant:
@@ -27,9 +30,7 @@ class Tenants(Shelf):
 
     def get(self) -> Tenant:
         """Raises `NotFound`."""
-        row = self._connection.execute(
-            select(*COLUMNS).select_from(WITH_ENDPOINT).where(self.mine(tenants))
-        ).one_or_none()
+        row = self.run(GET).one_or_none()
         if row is None:
             raise NotFound
         return tenant_of(row)
@@ -39,9 +40,7 @@ class Tenants(Shelf):
 
     def lock(self) -> None:
         """Let no one else change this tenant's things until the transaction ends."""
-        self._connection.execute(
-            select(tenants.c.id).where(self.mine(tenants)).with_for_update(key_share=True)
-        )
+        self.run(LOCK)
 
     def set_tier(self, tier: str, now: datetime) -> None:
         self._update(tier=tier, updated_at=now)
@@ -57,4 +56,4 @@ class Tenants(Shelf):
         self._update(stripe_account_id=account_id, stripe_status=status, updated_at=now)
 
     def _update(self, **values: object) -> None:
-        self._connection.execute(tenants.update().where(self.mine(tenants)).values(values))
+        self.run(UPDATE, **values)

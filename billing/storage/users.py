@@ -7,14 +7,15 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Executable, Update, select
+from sqlalchemy import Executable, Update, bindparam, select
 
 from billing.errors import NotFound
-from billing.storage.shelf import Shelf, columns_of, values_of
+from billing.storage.shelf import Shelf, columns_of, mine, values_of
 from billing.storage.tables import users
 from billing.users import User
 
 COLUMNS = columns_of(User, users)
+FIND = select(*COLUMNS).where(mine(users), users.c.id == bindparam("user_id"))
 
 
 def user_of(row: Sequence[Any]) -> User:
@@ -29,7 +30,8 @@ class Users(Shelf):
         self.insert(users, values_of(user, users) | {"password_hash": password_hash})
 
     def find(self, id: UUID) -> User | None:
-        return self._one(select(*COLUMNS).where(self.mine(users), users.c.id == id))
+        row = self.run(FIND, user_id=id).one_or_none()
+        return user_of(row) if row else None
 
     def find_by_email(self, email: str) -> User | None:
         """The user with this email, which is in its normal form."""

@@ -7,16 +7,27 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, Row, delete, or_, select, update
+from sqlalchemy import Connection, Row, bindparam, delete, or_, select, update
 
 from billing.encryption import Vault
 from billing.ids import new_id
-from billing.storage.shelf import Shelf, columns_of, values_of
+from billing.storage.shelf import Shelf, columns_of, mine, values_of
 from billing.storage.tables import webhook_endpoints, webhook_secrets
 from billing.webhooks.endpoints import Endpoint, Secret
 
 COLUMNS = columns_of(Endpoint, webhook_endpoints)
 SECRET_COLUMNS = columns_of(Secret, webhook_secrets)
+FIND = select(*COLUMNS).where(mine(webhook_endpoints))
+FIND_AND_LOCK = FIND.with_for_update()
+KEEP = update(webhook_endpoints).where(mine(webhook_endpoints))
+LIVING = (
+    select(webhook_secrets.c.sealed, *SECRET_COLUMNS)
+    .where(
+        mine(webhook_secrets),
+        or_(webhook_secrets.c.expires_at.is_(None), webhook_secrets.c.expires_at > bindparam("now")),
+    )
+    .order_by(webhook_secrets.c.expires_at.desc().nulls_first())
+)
 
 
 class Webhooks(Shelf):
@@ -34,16 +45,12 @@ class Webhooks(Shelf):
 
     def find(self, *, lock: bool = False) -> Endpoint:
         """The endpoint; every tenant has one, with or without a URL. Locked, nobody else changes it."""
-        query = select(*COLUMNS).where(self.mine(webhook_endpoints))
-        row = self._connection.execute(query.with_for_update() if lock else query).one()
-        endpoint = Endpoint(*row)
+        endpoint = Endpoint(*self.run(FIND_AND_LOCK if lock else FIND).one())
         return replace(endpoint, event_types=tuple(endpoint.event_types))
 
     def keep(self, endpoint: Endpoint, now: datetime) -> None:
         values = values_of(endpoint, webhook_endpoints) | {"event_types": list(endpoint.event_types)}
-        self._connection.execute(
-            update(webhook_endpoints).where(self.mine(webhook_endpoints)).values(**values, updated_at=now)
-        )
+        self.run(KEEP, **values, updated_at=now)
 
     def add_secret(self, text: str, now: datetime) -> None:
         """Keep a secret, which is the current one from now on."""
@@ -79,13 +86,7 @@ class Webhooks(Shelf):
                 self._connection.execute(same.values(sealed=self._seal(row.id, self._open(row))))
 
     def _living(self, now: datetime) -> list[Row[Any]]:
-        counts = or_(webhook_secrets.c.expires_at.is_(None), webhook_secrets.c.expires_at > now)
-        rows = self._connection.execute(
-            select(webhook_secrets.c.sealed, *SECRET_COLUMNS)
-            .where(self.mine(webhook_secrets), counts)
-            .order_by(webhook_secrets.c.expires_at.desc().nulls_first())
-        )
-        return list(rows)
+        return list(self.run(LIVING, now=now))
 
     def _seal(self, id: UUID, text: str) -> str:
         return self._vault.seal(text, place=self._place(id))
