@@ -5,11 +5,12 @@ from __future__ import annotations
 import hmac
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from socket import AF_INET, AF_INET6
-from typing import Self
+from socket import AF_INET, AF_INET6, SHUT_RDWR
+from typing import Any, Self
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -26,6 +27,8 @@ from billing.tasks import Backlog
 PATH = "/metrics"
 # Whoever asks so slowly is no Prometheus.
 PATIENCE_SECONDS = 10
+# At once, on a port of its own. A Prometheus needs one.
+MOST_CONNECTIONS = 32
 
 Read = Callable[[str], tuple[bytes, str]]
 
@@ -99,14 +102,23 @@ def is_good(authorization: str, token: str) -> bool:
 
 
 class Exporter(ThreadingHTTPServer):
-    """The page on a port of its own: it listens at once (`OSError`), and answers for as long as the block."""
+    """The page on a port of its own: it listens at once (`OSError`), and answers for as long as the block.
+
+    Each connection has a thread. Of more than there may be, the one that has said nothing for longest is closed.
+    """
 
     daemon_threads = True
+    request_queue_size = (
+        128  # Of the library's five, those that wait are tried again after a second, and then two.
+    )
 
     def __init__(self, read: Read, host: str, port: int, token: str | None) -> None:
         self.address_family = AF_INET6 if ":" in host else AF_INET
         self.read = read
         self.token = token
+        self._lock = threading.Lock()
+        # The open connections, the oldest first, and whether their request was heard.
+        self._open: dict[Any, bool] = {}
         super().__init__((host, port), Answer)
 
     def __enter__(self) -> Self:
@@ -117,6 +129,35 @@ class Exporter(ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._has_room_for(request):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:
+            self._open.pop(request, None)
+        super().shutdown_request(request)
+
+    def heard(self, request: Any) -> None:
+        """From now on it is answered, and not closed for another."""
+        with self._lock:
+            if request in self._open:
+                self._open[request] = True
+
+    def _has_room_for(self, request: Any) -> bool:
+        with self._lock:
+            if len(self._open) >= MOST_CONNECTIONS:
+                silent = next((other for other, is_heard in self._open.items() if not is_heard), None)
+                if silent is None:
+                    return False
+                del self._open[silent]
+                with suppress(OSError):  # The other side may have ended it.
+                    silent.shutdown(SHUT_RDWR)  # Its thread reads that this is the end, and closes it.
+            self._open[request] = False
+            return True
+
 
 class Answer(BaseHTTPRequestHandler):
     """Answers GET /metrics, and nothing else."""
@@ -126,6 +167,7 @@ class Answer(BaseHTTPRequestHandler):
     server_version, sys_version = "billing", ""
 
     def do_GET(self) -> None:
+        self.server.heard(self.connection)
         token = self.server.token
         if self.path.partition("?")[0] != PATH:
             self._answer(HTTPStatus.NOT_FOUND, f"The figures are at {PATH}.\n".encode())

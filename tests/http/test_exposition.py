@@ -1,0 +1,73 @@
+"""The figures' own port, while somebody holds its connections open."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytest
+import requests
+
+from billing.http.exposition import MOST_CONNECTIONS, PATH, Exporter, Read
+
+PATIENCE_SECONDS = 5  # Less than a silent connection is left open for.
+
+
+@contextmanager
+def exporting(read: Read) -> Iterator[tuple[str, int]]:
+    with Exporter(read, "127.0.0.1", 0, None) as exporter:
+        yield exporter.server_address[0], exporter.server_address[1]  # type: ignore[misc]
+
+
+def ask(address: tuple[str, int]) -> requests.Response:
+    host, port = address
+    return requests.get(f"http://{host}:{port}{PATH}", timeout=PATIENCE_SECONDS)
+
+
+def connect(stack: ExitStack, address: tuple[str, int], said: bytes) -> socket.socket:
+    connection = stack.enter_context(socket.create_connection(address, PATIENCE_SECONDS))
+    connection.sendall(said)
+    return connection
+
+
+def is_closed(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:  # With something unread.
+        return True
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /metrics HTTP/1.1\r\nHost: "], ids=["silent", "half a head"])
+def test_idle_connections_keep_nobody_from_the_figures(said: bytes) -> None:
+    before = threading.active_count()
+    with exporting(lambda _: (b"figures", "text/plain")) as address, ExitStack() as stack:
+        idle = [connect(stack, address, said) for _ in range(3 * MOST_CONNECTIONS)]
+        assert ask(address).content == b"figures"
+        # Those that came first have been closed.
+        for connection in idle[: 2 * MOST_CONNECTIONS]:
+            assert is_closed(connection)
+        # A thread that was told to end may not have; the server has one of its own.
+        assert threading.active_count() - before <= 2 * MOST_CONNECTIONS
+
+
+def test_one_that_is_being_answered_is_not_closed_for_another() -> None:
+    going_on, asked = threading.Event(), threading.Semaphore(0)
+
+    def read(_accept: str) -> tuple[bytes, str]:
+        asked.release()
+        assert going_on.wait(PATIENCE_SECONDS)
+        return b"figures", "text/plain"
+
+    with exporting(read) as address, ExitStack() as stack:
+        whole = f"GET {PATH} HTTP/1.1\r\n\r\n".encode()
+        heard = [connect(stack, address, whole) for _ in range(MOST_CONNECTIONS)]
+        for _ in heard:
+            assert asked.acquire(timeout=PATIENCE_SECONDS)
+        refused = connect(stack, address, b"")
+        assert is_closed(refused)
+        going_on.set()
+        for connection in heard:
+            assert connection.makefile("rb").read().endswith(b"figures")
+        assert ask(address).content == b"figures"
