@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from http import HTTPStatus
+from typing import Any
 
 import httptools
 import structlog
@@ -40,7 +41,7 @@ class Protocol(HttpToolsProtocol):
     waiting_since = 0.0  # On the loop's clock.
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(Joined(transport, self.loop))  # type: ignore[arg-type]
         self._await_head()
         self.watch = self.loop.call_later(LOOK_SECONDS, self._look)
 
@@ -177,6 +178,35 @@ class Protocol(HttpToolsProtocol):
         log.info("request", request_id=request_id, status=rendered.status, refused=error.code())
         metrics.REQUESTS.count("none", "other", str(rendered.status))
         metrics.PROBLEMS.count("none", error.code())
+
+
+class Joined:
+    """A transport that sends what is written within one turn of the event loop at once.
+
+    uvloop sends each write by itself, and uvicorn writes head and body apart: two calls to the system, two packets.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._written: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if not self._written:
+            self._loop.call_soon(self._send)
+        self._written.append(data)
+
+    def close(self) -> None:
+        self._send()
+        self._transport.close()
+
+    def _send(self) -> None:
+        written, self._written = self._written, []
+        if written and not self._transport.is_closing():
+            self._transport.write(b"".join(written))
 
 
 def malformed() -> BillingError:
