@@ -174,15 +174,28 @@ def test_the_wheel_holds_all_that_the_server_reads(tmp_path: Path) -> None:
         "-w",
         str(tmp_path),
     ]
-    # Of a copy without history, as in the image: what a build leaves out there it must leave out here.
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for name in ("app.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
-    for name in ("billing", "openapi"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    copy = copied(tmp_path)
     subprocess.run([*build, str(copy)], check=True, capture_output=True)
     [wheel] = tmp_path.glob("*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
     ours = {str(path.relative_to(copy)) for path in (copy / "billing").rglob("*") if path.is_file()}
     assert ours | {"app.py", "billing/openapi/billing.yaml"} <= held
+
+
+def test_an_editable_install_holds_no_copy_that_could_grow_old(tmp_path: Path) -> None:
+    build = f"from hatchling.build import build_editable; build_editable({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=copied(tmp_path), check=True, capture_output=True)
+    [wheel] = tmp_path.glob("*.whl")
+    held = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
+    assert [Path(name).suffix for name in held] == [".pth"]
+
+
+def copied(directory: Path) -> Path:
+    """The project without its history, as in the image: what a build leaves out there it must leave out here."""
+    copy = directory / "copy"
+    copy.mkdir()
+    for name in ("app.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("billing", "openapi"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return copy

@@ -141,7 +141,7 @@ class Exchange:
         await self._send(message)
 
     def _signed(self, headers: Headers) -> list[tuple[bytes, bytes]]:
-        ours = {name for name, _ in self._headers} - {VARY}
+        ours = {name for name, _ in self._headers if name != VARY}
         others = [header for header in headers if header[0].lower() not in ours]
         present = {name.lower() for name, _ in others}
         missing = [header for header in SECURITY_HEADERS if header[0] not in present]
@@ -218,7 +218,7 @@ def client_address(scope: Scope, trusted_proxies: Sequence[Network]) -> str | No
         return None
     peer: str = scope["client"][0]
     address = parse_address(peer)
-    hops = forwarded_for(scope["headers"])
+    hops = forwarded_for(scope["headers"]) if trusted_proxies else []
     while hops and any(address in network for network in trusted_proxies if address):
         hop = parse_address(hops.pop())
         if hop is None:

@@ -114,6 +114,8 @@ def check_target(scope: Scope) -> None:
 
 def is_text(raw: bytes) -> bool:
     """Whether the percent-encoded bytes decode to UTF-8 without NUL; lone surrogates are no UTF-8."""
+    if raw.isascii() and b"%" not in raw and b"\0" not in raw:
+        return True
     decoded = unquote_to_bytes(raw)
     try:
         decoded.decode()

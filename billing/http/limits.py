@@ -35,24 +35,30 @@ class Limits:
 
     async def admit(self, scope: Scope, operation: Operation) -> None:
         """Count a public operation by address, before anything is looked at; raises `RateLimited`."""
-        await self._require(scope, self._policies.by_address.get(operation.operation_id), address_of(scope))
+        policy = self._policies.by_address.get(operation.operation_id)
+        if policy is not None:
+            await self._require(scope, policy, address_of(scope))
 
     async def note_stranger(self, scope: Scope) -> None:
         """Count by address that credentials were missing or bad; raises `RateLimited`.
 
         Good ones are let in all the same: whoever shares their address must not be able to lock them out.
         """
-        await self._require(scope, self._policies.strangers, address_of(scope))
+        if self._policies.strangers is not None:
+            await self._require(scope, self._policies.strangers, address_of(scope))
 
     async def admit_caller(self, scope: Scope) -> None:
         """Count by tenant, once the caller is known; raises `RateLimited`."""
         caller: Caller = scope["state"]["caller"]
-        await self._require(scope, self._policies.by_tenant.get(caller.tenant.tier), share_of(caller, scope))
+        policy = self._policies.by_tenant.get(caller.tenant.tier)
+        if policy is not None:
+            await self._require(scope, policy, share_of(caller, scope))
 
     async def admit_cost(self, scope: Scope, operation: Operation) -> None:
         """Count what costs others something, once it is known that the caller may do it; raises `RateLimited`."""
         policy = self._policies.costly.get(operation.operation_id)
-        await self._require(scope, policy, str(scope["state"]["caller"].tenant_id))
+        if policy is not None:
+            await self._require(scope, policy, str(scope["state"]["caller"].tenant_id))
 
     def throttled(self, operation: Operation, endpoint: Endpoint) -> Endpoint:
         """The endpoint; where it checks a password, only until too many were wrong.
@@ -95,11 +101,10 @@ class Limits:
         if caller_of(scope) is None and usage.is_just_over:
             self._failed_logins.note_throttled(actor_of(scope), email_of(scope), usage.window.policy.name)
 
-    async def _require(self, scope: Scope, policy: Policy | None, subject: str) -> None:
-        if policy is not None:
-            usage = await self._count(scope, policy, subject)
-            if usage.is_over:
-                raise refusal(usage)
+    async def _require(self, scope: Scope, policy: Policy, subject: str) -> None:
+        usage = await self._count(scope, policy, subject)
+        if usage.is_over:
+            raise refusal(usage)
 
     async def _count(self, scope: Scope, policy: Policy, subject: str) -> Usage:
         usage = await self._meter.count(policy, subject)

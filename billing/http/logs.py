@@ -60,7 +60,7 @@ def configure(*, tty: bool, level: str | int = "INFO") -> None:
     structlog.configure(
         processors=[structlog.contextvars.merge_contextvars, structlog.processors.add_log_level, *finish],
         wrapper_class=structlog.make_filtering_bound_logger(level_number(level)),
-        logger_factory=structlog.WriteLoggerFactory(sink),  # type: ignore[arg-type]
+        logger_factory=lambda *_: Lines(sink),
         cache_logger_on_first_use=True,
     )
     _route_standard_logging(sink, finish, level)
@@ -134,7 +134,7 @@ def redact(text: str) -> str:
 
 def clean(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
     """Make the event plain data without secrets."""
-    return {name: plain(value) for name, value in event.items()}
+    return {name: redact(value) if type(value) is str else plain(value) for name, value in event.items()}
 
 
 def plain(value: object) -> object:
@@ -142,9 +142,9 @@ def plain(value: object) -> object:
     match value:
         case str():
             return redact(value)
-        case None | bool() | float():
-            return value
         case int() if -(2**63) <= value < 2**63:
+            return value
+        case float() | None:
             return value
         case dict():
             return {redact(str(name)): plain(member) for name, member in value.items()}
@@ -194,3 +194,15 @@ class Sink:
     def flush(self) -> None:
         with suppress(OSError, ValueError):
             sys.stderr.flush()
+
+
+class Lines:
+    """structlog's last step: a line for each event. Standard error has it at the line's end, and needs no flush."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+
+    def msg(self, line: str) -> None:
+        self._sink.write(line + "\n")
+
+    debug = info = warning = error = critical = exception = msg

@@ -29,12 +29,17 @@ class Rules:
         self._query = {p["name"]: _compiled(document, p["schema"]) for p in parameters}
         self._required_query = {p["name"] for p in parameters if p.get("required", False)}
         self._open_query = operation.open_query
-        self._headers = {p["name"]: _compiled(document, p["schema"]) for p in operation.headers}
+        self._headers = {
+            p["name"]: (p["name"].lower().encode(), _compiled(document, p["schema"]))
+            for p in operation.headers
+        }
         self._body = operation.request and _compiled(document, operation.request)
         self._body_required = operation.body_required
 
     def query(self, query_string: bytes) -> dict[str, str]:
         """The query's parameters; raises `InvalidRequest`."""
+        if not query_string and not self._required_query:
+            return {}
         pairs = parse_qsl(query_string.decode("latin-1"), keep_blank_values=True)
         names = [name for name, _ in pairs if name in self._query or not self._open_query]
         given = dict(pairs)
@@ -51,8 +56,8 @@ class Rules:
     def headers(self, raw: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
         """The header parameters that came, by the names they have in the document; raises `InvalidRequest`."""
         given: dict[str, str] = {}
-        for name, schema in self._headers.items():
-            values = [value.decode("latin-1") for key, value in raw if key == name.lower().encode()]
+        for name, (wanted, schema) in self._headers.items():
+            values = [value.decode("latin-1") for key, value in raw if key == wanted]
             if len(values) > 1:
                 _refuse([Fault(f"/header/{name}", "It stands in the request twice.")])
             for value in values:

@@ -72,8 +72,10 @@ def _endpoint(
     answer = _idempotency_of(services).answer if ONCE in wanted else _answer
     lane = lane_of(handler, waits=bool(from_services))
 
+    parts = [(name, part_of_the_request(name)) for name in from_request]
+
     async def endpoint(scope: Scope) -> Rendered:
-        given = {name: of_the_request(scope, name) for name in from_request}
+        given = {name: part(scope) for name, part in parts}
         call = partial(answer, scope, partial(handler, **from_services, **given))
         # One that asks for no service has nothing to wait for, and needs no thread.
         return call() if lane is None else await lanes.run(lane, call)
@@ -97,18 +99,18 @@ def takes_key(operation: Operation) -> bool:
     return any(parameter["name"] == HEADER for parameter in operation.headers)
 
 
-def of_the_request(scope: Scope, name: str) -> object:
-    """The body, the caller, the actor, the browser, or a query parameter of the request."""
+def part_of_the_request(name: str) -> Callable[[Scope], object]:
+    """What finds the body, the caller, the actor, the browser, or a query parameter in a request."""
     match name:
         case "body":
-            return scope["state"].get("body")
+            return lambda scope: scope["state"].get("body")
         case "caller":
-            return caller_of(scope)
+            return caller_of
         case "actor":
-            return actor_of(scope)
+            return actor_of
         case "browser":
-            return browser_of(Headers(scope=scope))
-    return scope["state"]["query"].get(name)
+            return lambda scope: browser_of(Headers(scope=scope))
+    return lambda scope: scope["state"]["query"].get(name)
 
 
 def caller_of(scope: Scope) -> Caller | None:

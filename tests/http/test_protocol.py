@@ -383,3 +383,47 @@ def test_uvicorns_own_command_takes_it(tmp_path: Path) -> None:
     finally:
         process.terminate()
         process.communicate(timeout=10)
+
+
+class Wire(asyncio.Transport):
+    """Keeps what is written to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packets: list[bytes] = []
+        self.is_closed = False
+
+    def write(self, data: Any) -> None:
+        self.packets.append(bytes(data))
+
+    def is_closing(self) -> bool:
+        return self.is_closed
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_what_one_turn_of_the_loop_writes_goes_out_at_once() -> None:
+    async def write(wire: Wire) -> None:
+        joined = protocol.Joined(wire, asyncio.get_running_loop())
+        joined.write(b"head ")
+        joined.write(b"body")
+        await asyncio.sleep(0)
+        joined.write(b"next")
+        await asyncio.sleep(0)
+
+    wire = Wire()
+    asyncio.run(write(wire))
+    assert wire.packets == [b"head body", b"next"]
+
+
+def test_what_was_written_goes_out_before_the_connection_is_closed() -> None:
+    async def write(wire: Wire) -> None:
+        joined = protocol.Joined(wire, asyncio.get_running_loop())
+        joined.write(b"farewell")
+        joined.close()
+        await asyncio.sleep(0)
+
+    wire = Wire()
+    asyncio.run(write(wire))
+    assert (wire.packets, wire.is_closed) == ([b"farewell"], True)
