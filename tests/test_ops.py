@@ -126,6 +126,12 @@ def test_the_proxy_keeps_to_https_as_the_server_does() -> None:
     assert "proxy_hide_header Strict-Transport-Security;" in over_https
 
 
+@pytest.mark.parametrize("location", ["/metrics", "= /readyz"])
+def test_the_proxy_keeps_from_the_internet_what_is_for_the_inside(location: str) -> None:
+    _, _, over_https = (OPS / "nginx/billing.conf").read_text().partition("listen 443")
+    assert re.search(rf"location {location} \{{\s+return 404;", over_https)
+
+
 def test_nginx_understands_the_proxys_configuration(tmp_path: Path) -> None:
     nginx = shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/bin")
     if nginx is None:
