@@ -128,7 +128,9 @@ def standby_of(primary: Cluster, state: Path, chosen: Path | None, name: str) ->
     try:
         copy(primary, programs, account, home / "data")
         cluster = Cluster(home, primary.port, primary.superuser, primary.password)
-        settings = {**embedded.SETTINGS, **VOLATILE, "unix_socket_directories": str(home)}
+        # By which a primary knows it.
+        own = {"unix_socket_directories": str(home), "cluster_name": name}
+        settings = {**embedded.SETTINGS, **VOLATILE, **own}
         command = [str(programs / "postgres"), "-D", str(home / "data"), "-p", str(primary.port)]
         log = state / f"{name}.log"
         standby = Standby(
