@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import datetime
 from typing import TypeVar
 from uuid import UUID
@@ -58,6 +58,11 @@ CONNECT_ARGS = {
     ),
 }
 
+
+SCOPE = "SELECT set_config('app.tenant_id', %(tenant_id)s, true)"
+OPEN = f"BEGIN; {SCOPE}"
+OPEN_LOCKED = f"{OPEN}; SELECT FROM tenants WHERE id = %(tenant_id)s FOR NO KEY UPDATE"
+PING = "SELECT"
 
 # The SQLSTATE of a write to a primary that has become a replica.
 READ_ONLY = "25006"
@@ -115,7 +120,6 @@ class Store:
             pool_size=self._connections,
             max_overflow=0,
             pool_timeout=self._pool_wait_seconds,
-            pool_pre_ping=True,
             # The last that worked is taken first: after a failover a new connection may cost the time in which a
             # host that hangs is given up, and each of those that were lost would cost it in turn.
             pool_use_lifo=True,
@@ -144,12 +148,26 @@ class Store:
 
         An exclusive one holds the tenant's lock from its beginning.
         """
-        with _in_our_words(), _span("transaction"), self._engine.begin() as connection:
-            connection.exec_driver_sql("SELECT set_config('app.tenant_id', %s, true)", (str(tenant_id),))
-            tx = TenantTx(connection, tenant_id, actor, self._vault)
-            if exclusive:
-                tx.tenants.lock()
-            yield tx
+        opening = OPEN_LOCKED if exclusive else OPEN
+        opened = self._connect(opening, tenant_id=str(tenant_id))
+        with _in_our_words(), _span("transaction"), opened as connection:
+            yield TenantTx(connection, tenant_id, actor, self._vault)
+            connection.commit()
+
+    @contextmanager
+    def _connect(self, opening: str = PING, **parameters: str) -> Iterator[Connection]:
+        """A connection that has taken its opening, which is how one is found that was lost since it was last used."""
+        with ExitStack() as stack:
+            connection = stack.enter_context(self._engine.connect())
+            try:
+                connection.exec_driver_sql(opening, parameters)
+            except exc.DBAPIError as error:
+                if not error.connection_invalidated:
+                    raise
+                # With it the pool let go of all the others: this one is new.
+                connection = stack.enter_context(self._engine.connect())
+                connection.exec_driver_sql(opening, parameters)
+            yield connection
 
     def read(self, tenant_id: UUID, look: Callable[[TenantTx], T], *, since: str | None) -> T:
         """What `look`, which changes nothing, finds: on the replica, if there is one with all that was there `since`.
@@ -168,26 +186,24 @@ class Store:
     @contextmanager
     def platform(self) -> Iterator[Platform]:
         """The questions asked before a tenant is known, each one message to the database."""
-        with _in_our_words(), _span("question"), self._engine.connect() as connection:
-            # Each question is one message, and so one transaction: no BEGIN and no COMMIT to wait for.
-            connection.execution_options(isolation_level="AUTOCOMMIT")
+        with _in_our_words(), _span("question"), self._connect() as connection:
             yield Platform(connection)
 
     def take_due(self, queue: Queue, now: datetime, *, most: int) -> list[Task]:
         """Tasks that are due, of any tenant, held until their lease ends: those that have been due longest."""
-        with _in_our_words(), self._engine.begin() as connection:
+        with _in_our_words(), self._connect() as connection:
             return take_due(connection, queue, now, most=most)
 
     def forget_answers(self, now: datetime) -> None:
         """Forget the idempotency keys that have run out, of tenants and of strangers."""
         is_more = True
         while is_more:
-            with _in_our_words(), self._engine.begin() as connection:
+            with _in_our_words(), self._connect() as connection:
                 is_more = forget_answers(connection, now)
 
     def backlog(self, now: datetime) -> Backlog:
         """What waits at all tenants together, for whoever watches."""
-        with _in_our_words(), self._engine.begin() as connection:
+        with _in_our_words(), self._connect() as connection:
             return read_backlog(connection, now)
 
     def sample(self, component: str) -> None:
@@ -199,24 +215,24 @@ class Store:
     @contextmanager
     def operator(self) -> Iterator[Operator]:
         """What the operator asks about all tenants; the store was opened with the owner's address."""
-        with _in_our_words(), self._engine.connect() as connection:
+        with _in_our_words(), self._connect() as connection:
             yield Operator(connection)
 
     def require_ready(self) -> None:
         """Raises `DatabaseUnavailable`, or `schema.SchemaError` when the tables are not this version's."""
-        with _in_our_words(), self._engine.connect() as connection:
+        with _in_our_words(), self._connect() as connection:
             schema.require_current(connection)
 
     def require_safe(self) -> None:
         """Raises `schema.SchemaError` unless row security holds for the role that we are, on the replica too."""
-        with _in_our_words(), self._engine.connect() as connection:
+        with _in_our_words(), self._connect() as connection:
             schema.require_safe(connection)
         if self._replica is not None:
             self._replica.require_usable()
 
     def _identity(self) -> int:
         """Which cluster of PostgreSQL's this is: a replica's is the same."""
-        with self._engine.connect() as connection:
+        with self._connect() as connection:
             return int(connection.exec_driver_sql(IDENTITY).scalar_one())
 
     def close(self) -> None:

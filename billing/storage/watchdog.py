@@ -108,15 +108,21 @@ class _Line:
 class _Connection(extensions.connection):
     def __init__(self, dsn: str, seconds: float, **options: Any) -> None:
         super().__init__(dsn, **options)
+        # Who wants a transaction says BEGIN, and what else may go in the same message: psycopg2's is one of its own.
+        self.autocommit = True
         self.line = _Line(self.fileno(), seconds)
 
     def commit(self) -> None:
-        with self.line:
-            super().commit()
+        self._end("COMMIT")
 
     def rollback(self) -> None:
-        with self.line:
-            super().rollback()
+        self._end("ROLLBACK")
+
+    def _end(self, how: str) -> None:
+        """End the transaction, if there is one."""
+        if self.get_transaction_status() != extensions.TRANSACTION_STATUS_IDLE:
+            with self.cursor() as cursor:
+                cursor.execute(how)
 
     def close(self) -> None:
         self.line.close()

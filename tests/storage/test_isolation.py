@@ -251,12 +251,9 @@ def refused(ask: Callable[[], object]) -> object:
 
 def session_of(tx: TenantTx, house: House) -> Any:
     """The id of Acme's session, which Globex cannot know and is told here."""
-    with house.store._engine.connect() as connection:
-        connection.execute(
-            text("SELECT set_config('app.tenant_id', :id, true)"), {"id": str(house.acme.tenant.id)}
-        )
+    with house.store.tenant(house.acme.tenant.id) as theirs:
         query = text("SELECT id FROM sessions WHERE tenant_id = :id")
-        return connection.scalars(query, {"id": house.acme.tenant.id}).one()
+        return theirs.sessions._connection.scalars(query, {"id": house.acme.tenant.id}).one()
 
 
 def foreign(tx: TenantTx, found: list[keys.ApiKey]) -> list[keys.ApiKey]:

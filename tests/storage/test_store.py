@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from uuid import UUID
 
+import pytest
+from sqlalchemy import Engine, text
+
+from billing.errors import DatabaseUnavailable
+from billing.ids import new_id
 from billing.storage.platform import Platform
-from billing.storage.store import Store
+from billing.storage.store import Store, TenantTx
+from tests.conftest import Account
 
 
 def backend(platform: Platform) -> int:
@@ -24,3 +31,58 @@ def test_the_connection_that_worked_last_is_taken_first(store: Store) -> None:
         with store.platform() as platform:
             taken.add(backend(platform))
     assert len(taken) == 1
+
+
+def server_of(tx: TenantTx) -> int:
+    """The process at the other end of a transaction."""
+    return int(tx.tenants._connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one())
+
+
+def end(superuser: Engine, *pids: int) -> None:
+    with superuser.connect() as connection:
+        for pid in pids:
+            connection.execute(text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": pid})
+
+
+def test_connections_that_were_lost_since_they_were_used_are_replaced(
+    store: Store, superuser: Engine
+) -> None:
+    with store.tenant(new_id()) as one, store.tenant(new_id()) as other:
+        lost = {server_of(one), server_of(other)}
+    end(superuser, *lost)
+    with store.tenant(new_id()) as one, store.tenant(new_id()) as other:
+        assert not lost & {server_of(one), server_of(other)}
+    with store.tenant(new_id()) as tx:
+        lost = {server_of(tx)}
+    end(superuser, *lost)
+    store.require_ready()
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_connection_that_is_lost_in_a_transaction_is_not_used_again(
+    store: Store, superuser: Engine, raises: bool
+) -> None:
+    with pytest.raises(DatabaseUnavailable), store.tenant(new_id()) as tx:
+        end(superuser, server_of(tx))
+        if raises:
+            raise KeyError
+    store.require_ready()
+
+
+def test_who_does_not_get_a_lock_leaves_the_connection_to_the_next(store: Store, acme: Account) -> None:
+    tenant_id = UUID(acme.tenant["id"])
+    with store.tenant(tenant_id, exclusive=True):
+        with pytest.raises(DatabaseUnavailable), store.tenant(tenant_id, exclusive=True):
+            pass
+        with store.tenant(tenant_id) as tx:
+            assert tx.tenants.get().id == tenant_id
+
+
+def test_nothing_of_a_transaction_that_was_left_by_an_error_stays_open(store: Store) -> None:
+    with pytest.raises(KeyError), store.tenant(new_id(), exclusive=True) as tx:
+        server = server_of(tx)
+        raise KeyError
+    with store.platform() as platform:
+        assert backend(platform) == server
+        state = "SELECT pg_current_xact_id_if_assigned(), app.current_tenant(), now() = statement_timestamp()"
+        assert platform._connection.exec_driver_sql(state).one() == (None, None, True)
