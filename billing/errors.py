@@ -74,6 +74,10 @@ class BillingError(Exception):
     """Something went wrong."""
 
     retry_after_seconds: int | None = None
+    _code: str
+
+    def __init_subclass__(cls) -> None:
+        cls._code = re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__).lower()
 
     def __init__(
         self,
@@ -91,7 +95,7 @@ class BillingError(Exception):
     @classmethod
     def code(cls) -> str:
         """The stable name a program reads: the class name in kebab-case."""
-        return re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__).lower()
+        return cls._code
 
     @classmethod
     def title(cls) -> str:
