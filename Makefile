@@ -23,7 +23,7 @@ LOCK := $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashe
 LOCK_PROJECT := $(LOCK) pyproject.toml --extra build
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format types unit browser node openssl redis fuzz lock clean bench bench-storm bench-scale bench-start bench-tools bench-webhooks faults cluster sdk contract diff rolling contract-tools compilers sbom
+.PHONY: help serve test check format types unit browser node openssl redis fuzz lock clean bench bench-storm bench-soak bench-scale bench-start bench-tools bench-webhooks faults cluster sdk contract diff rolling contract-tools compilers sbom
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +75,9 @@ bench: bench-tools ## Measure requests beside Starlette, FastAPI and Django, for
 
 bench-storm: bench-tools ## Measure `verify` while 32 clients log in, for some two minutes
 	$(BIN)/python -m benchmarks.storm $(ARGS)
+
+bench-soak: bench-tools ## Load a server as much as it bears for ten minutes: no error, and no more memory
+	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 bench-scale: bench-tools ## Measure with up to a million tenants, and with 1, 2 and 4 processes; some 8 GB of disk
 	$(BIN)/python -m benchmarks.scale $(ARGS)

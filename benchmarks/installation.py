@@ -103,6 +103,12 @@ def fields_of(pid: int) -> list[str]:
         return []
 
 
+def megabytes(pid: int) -> float:
+    """The proportional set size."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+
+
 def eventually(holds: Callable[[], bool], *, within_seconds: float = STOP_SECONDS) -> None:
     deadline = time.monotonic() + within_seconds
     while not holds():

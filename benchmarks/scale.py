@@ -11,7 +11,7 @@ from uuid import UUID
 import click
 from sqlalchemy import Connection, create_engine, text
 
-from benchmarks.installation import Installation, installed
+from benchmarks.installation import Installation, installed, megabytes
 from benchmarks.requests.cases import BASE, Request
 from benchmarks.requests.load import Counted, WrongAnswer, script_of, wrk
 from benchmarks.requests.servers import Server, free_port, ours
@@ -234,12 +234,6 @@ def of_workers(installation: Installation, port: int, count: int, kind: Kind, se
         memory = [megabytes(pid) for pid in server.pids]
     each = sorted(memory, reverse=True)[:count]
     return [str(count), *rates(counted), f"{micros:.0f}", f"{sum(each) / count:.0f}", f"{sum(memory):.0f}"]
-
-
-def megabytes(pid: int) -> float:
-    """The proportional set size."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
 
 
 if __name__ == "__main__":

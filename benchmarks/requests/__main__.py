@@ -30,7 +30,7 @@ SERVERS = (OURS, *PEERS)
     "--clients", multiple=True, type=click.IntRange(1), help="How many at once. [default: 1, 16, 64]"
 )
 @click.option("--rounds", type=click.IntRange(1), help="How many rounds. [default: 5]")
-@click.option("--seconds", type=click.IntRange(1), default=3, show_default=True, help="How long a window is.")
+@click.option("--seconds", type=click.IntRange(1), default=2, show_default=True, help="How long a window is.")
 @click.option("--pin/--no-pin", default=True, help="Whether servers have a core to themselves.")
 @click.option("--quiet-peers", is_flag=True, help="Peers log no requests; we do all the same.")
 @click.option("--plots", is_flag=True, help="Write the figures of docs/performance.md.")
@@ -58,7 +58,8 @@ def main(
         seconds=seconds,
     )
     port = free_port()
-    with installed(PORT=str(port)) as installation:
+    # As in production: behind a proxy that says who asks, and with limits.
+    with installed(PORT=str(port), RATE_LIMITS="on", TRUSTED_PROXIES="127.0.0.1/32") as installation:
         population = Population(installation)
         admit_peers(installation)
         if profile:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 
 from benchmarks.requests.population import Population
 
@@ -18,6 +19,8 @@ REFUSED = {
     "last_name": "Example",
     "domain": "-",
 }
+# Registering is limited by address: so many that no address is over its limit before the end.
+ADDRESSES = [IPv4Address("10.0.0.0") + n for n in range(30_000)]
 WEBHOOK_URLS = ("https://hooks.acme.example/billing", "https://hooks.acme.example/other")
 EVENT_TYPES = ["api_key.regenerated", "api_key.revoked"]
 
@@ -62,7 +65,10 @@ def _me(_population: Population, tokens: list[str]) -> list[Request]:
 
 
 def _register(_population: Population, _tokens: list[str]) -> list[Request]:
-    return [Request("POST", f"{BASE}/register/", {}, REFUSED)]
+    return [
+        Request("POST", f"{BASE}/register/", {"X-Forwarded-For": address}, REFUSED)
+        for address in map(str, ADDRESSES)
+    ]
 
 
 def _configure(_population: Population, tokens: list[str]) -> list[Request]:

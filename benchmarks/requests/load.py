@@ -113,6 +113,10 @@ def measure(
     refused = counted.requests if case.statuses[0] in REFUSALS else 0
     if counted.broken or counted.refused != refused or not counted.requests:
         raise WrongAnswer(f"{server.name}, {case.name}, {clients} clients: {counted}")
+    if refused and b'"problem":"rate-limited"' in server.log.read_bytes():
+        raise WrongAnswer(
+            f"{server.name}, {case.name}: a limit was reached, and that is not what is measured."
+        )
     cpu = [1e6 * (end - begin) / counted.requests for begin, end in zip(before, after, strict=True)]
     return Window(counted.a_second, cpu[0], cpu[1], counted.p50, counted.p99)
 
