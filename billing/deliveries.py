@@ -26,7 +26,7 @@ from billing.storage.store import Store, TenantTx
 from billing.tasks import Queue, Task
 from billing.webhooks import endpoints
 from billing.webhooks.delivery import Begun, Delivery, Outcome, Settled, Verdict, judge
-from billing.webhooks.egress import Attempt, Egress
+from billing.webhooks.egress import Attempt, Egress, Post
 from billing.webhooks.endpoints import DISABLED, Endpoint, UrlPolicy
 from billing.webhooks.events import Event
 from billing.webhooks.signing import signed_headers
@@ -105,6 +105,10 @@ class Deliveries:
 
     def _send(self, batch: Batch) -> Sent:
         """Send a batch and settle it, until that is no use any more or we are to stop."""
+        with self._egress.to(batch.url) as post:
+            return self._send_by(post, batch)
+
+    def _send_by(self, post: Post, batch: Batch) -> Sent:
         waiting, flying = deque(batch.begun), dict[Future[Attempt | None], Begun]()
         window, until = self._first_window(batch.tenant_id), time.monotonic() + BEGUN_WITHIN_SECONDS
         durations: list[int] = []
@@ -113,7 +117,7 @@ class Deliveries:
                 begun = waiting.popleft()
                 # In the context of the task: what the attempt logs, and its span, belong to that.
                 attempt = copy_context().run
-                flying[self._pool.submit(attempt, self._attempt, batch, begun, until)] = begun
+                flying[self._pool.submit(attempt, self._attempt, post, batch, begun, until)] = begun
             ended = [(flying.pop(future), future.result()) for future in _gathered(flying)]
             waiting.extend(begun for begun, attempt in ended if attempt is None)
             made = [(begun, attempt) for begun, attempt in ended if attempt is not None]
@@ -132,11 +136,11 @@ class Deliveries:
         elif len(self._proven) < MOST_PROVEN:
             self._proven.add(tenant_id)
 
-    def _attempt(self, batch: Batch, begun: Begun, until: float) -> Attempt | None:
+    def _attempt(self, post: Post, batch: Batch, begun: Begun, until: float) -> Attempt | None:
         # All threads may have been busy for a while; what begins now must end before the lease does.
         if self._stopping.is_set() or time.monotonic() > until:
             return None
-        return send(self._egress, batch.url, batch.secrets, begun, self._clock())
+        return send(post, batch.secrets, begun, self._clock())
 
     def _settle(self, batch: Batch, ended: Sequence[tuple[Begun, Attempt]]) -> bool:
         """Keep how attempts went, for them and for the endpoint; whether it is worth while to go on."""
@@ -158,7 +162,7 @@ class Deliveries:
         return all_delivered and is_same
 
 
-def send(egress: Egress, url: str, secrets: Sequence[str], begun: Begun, now: datetime) -> Attempt:
+def send(post: Post, secrets: Sequence[str], begun: Begun, now: datetime) -> Attempt:
     """Make one attempt, signed as of now."""
     headers = signed_headers(secrets, id=str(begun.event_id), at=now, body=begun.body)
     with tracing.span(
@@ -171,7 +175,7 @@ def send(egress: Egress, url: str, secrets: Sequence[str], begun: Begun, now: da
         billing__request_id=begun.request_id,
     ) as span:
         sent = {"Content-Type": "application/json", **headers, **tracing.headers()}
-        attempt = egress.send(url, begun.body, sent)
+        attempt = post(begun.body, sent)
         span.tell(http__response__status_code=attempt.http_status)
         if error := error_of(attempt):
             span.fail(error)
@@ -311,7 +315,8 @@ class Tester:
         with self._alone(tenant_id):
             url, secrets, event = self._begin(tenant_id, event_type, data)
             begun = Begun(new_id(), event.id, event.type, 1, event.body)
-            attempt = send(self._egress, url, secrets, begun, self._clock())
+            with self._egress.to(url) as post:
+                attempt = send(post, secrets, begun, self._clock())
             with self._store.tenant(tenant_id) as tx:
                 tx.deliveries.add(_tested(begun, event, attempt, self._clock()))
                 yield tx, Report(url, event_type, attempt)

@@ -14,7 +14,7 @@ import structlog
 
 from billing import tracing
 from billing.errors import CodeRejected, StripeNotConfigured, StripeUnavailable
-from billing.outbound import Session
+from billing.outbound import Bounds, Session
 from billing.stripe_connect import Account, Grant, RequirementError, Requirements
 from billing.tenants import Tenant
 from billing.users import User
@@ -185,7 +185,7 @@ stripe._util.STRIPE_LOG = None  # noqa: SLF001
 
 
 def _client(secret_key: str, client_id: str | None, api_base: str, connect_base: str) -> stripe.StripeClient:
-    session = Session(connect_seconds=CONNECT_SECONDS, total_seconds=TOTAL_SECONDS, max_bytes=LARGEST_ANSWER)
+    session = Session(Bounds(CONNECT_SECONDS, TOTAL_SECONDS, max_bytes=LARGEST_ANSWER))
     return stripe.StripeClient(
         secret_key,
         client_id=client_id,

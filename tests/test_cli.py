@@ -277,6 +277,17 @@ def test_help_says_how_to_call_it_with_an_example(name: str, command: click.Comm
     assert "Example:\n" in said and name in said.partition("Example:\n")[2]
 
 
+@pytest.mark.parametrize(("hard", "allowed"), [(8192, 4096), (4096, 4096), (512, 512)])
+def test_a_worker_takes_the_descriptors_that_it_may_have(hard: int, allowed: int) -> None:
+    told = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, {hard})); "
+        "from billing.cli.worker import allow_descriptors; allow_descriptors(); "
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
+    )
+    ran = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
+    assert int(ran.stdout) == allowed
+
+
 def test_version() -> None:
     assert CliRunner().invoke(main, ["--version"]).stdout.startswith("billing, version ")
 

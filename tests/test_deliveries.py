@@ -266,6 +266,26 @@ def test_more_than_a_batch_is_sent_each_once(bench: Bench) -> None:
     assert bench.waiting() == []
 
 
+def test_a_turn_uses_its_connections_again_and_leaves_none_for_another_tenant(
+    bench: Bench, settings: Settings
+) -> None:
+    with bench.store.tenant(new_id()) as tx:
+        details = {"company_name": "Globex", "email": "ada@globex.example"}
+        digests = KeyDigests(settings.key_peppers)
+        made = tenants.register(tx, details, password_hash="-", digests=digests, now=bench.clock())
+    with receiving(Answering()) as receiver:
+        for tenant_id in (bench.tenant_id, made.tenant.id):
+            ours = replace(bench, tenant_id=tenant_id)
+            ours.configure(url_of(receiver))
+            ours.record(BATCH)
+            used = receiver.connections
+            assert bench.deliver() == ["webhooks"]
+            assert 0 < receiver.connections - used <= IN_FLIGHT
+            for _ in range(receiver.connections - used):
+                assert receiver.ended.acquire(timeout=PATIENCE_SECONDS)
+    assert len(receiver.received) == 2 * BATCH
+
+
 def test_each_tenants_events_go_to_its_own_endpoint(bench: Bench, store: Store, settings: Settings) -> None:
     with store.tenant(new_id()) as tx:
         details = {"company_name": "Globex", "email": "ada@globex.example"}

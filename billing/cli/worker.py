@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -33,6 +34,8 @@ CHECKING_THREADS = 8
 ENDPOINT_THREADS = 128
 SENDING_THREADS = 512
 SLOW_THREADS = 32
+# Each endpoint may have 16 connections, and each attempt in flight has its socket twice.
+DESCRIPTORS = 4096
 # Threads share them: they are in a transaction for a few milliseconds at a time.
 CONNECTIONS = 16
 # A task may ask Stripe twice, eight seconds each.
@@ -58,6 +61,7 @@ def worker(*, follow: bool) -> None:
       billing worker
     """
     logs.configure(tty=sys.stderr.isatty())
+    allow_descriptors()
     with (
         opened_store(connections=CONNECTIONS) as (settings, store),
         figures_of_worker(settings, store, is_companion=follow),
@@ -75,6 +79,14 @@ def worker(*, follow: bool) -> None:
             crew.run()
         finally:
             tracing.end()
+
+
+def allow_descriptors() -> None:
+    """Let us have as many as endpoints may keep open, where a shell's 1,024 are not all that we may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < DESCRIPTORS:
+        most = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 class Crew:

@@ -6,27 +6,30 @@ A tenant chooses where we call, so we are asked for what only we can reach (OWAS
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import IPv6Address, ip_network
 from typing import Literal
-
-import requests
 
 from billing.errors import WebhookUrlRefused
 from billing.outbound import (
     Address,
     AddressRefused,
+    Answer,
+    Bounds,
     ConnectFailed,
     ConnectionBroken,
     DeadlineExceeded,
+    Line,
     NameUnknown,
     OutboundError,
     Resolver,
     ResponseTooLarge,
-    Session,
     SharedTrust,
     TlsFailed,
+    UrlInvalid,
 )
 from billing.settings import Network
 from billing.webhooks.endpoints import UrlPolicy
@@ -93,6 +96,7 @@ FAILURES: dict[type[OutboundError], Failure] = {
     DeadlineExceeded: "timeout",
     ConnectionBroken: "connection_broken",
     ResponseTooLarge: "connection_broken",
+    UrlInvalid: "refused_url",
 }
 
 
@@ -113,6 +117,10 @@ class Attempt:
     def is_success(self) -> bool:
         """Any 2xx, and nothing else, not even a redirect."""
         return self.http_status is not None and 200 <= self.http_status <= 299
+
+
+Post = Callable[[bytes, Mapping[str, str]], Attempt]
+"""Posts a body with these headers, once."""
 
 
 class Egress:
@@ -136,9 +144,9 @@ class Egress:
     ) -> None:
         self._policy = policy
         self._allow_networks = tuple(allow_networks)
-        self._connect_seconds = connect_seconds
-        self._total_seconds = total_seconds
-        self._read_bytes = read_bytes
+        self._bounds = Bounds(
+            connect_seconds, total_seconds, max_bytes=read_bytes, cut=True, permitted=self.permitted
+        )
         self._keep_bytes = keep_bytes
         self._resolver = Resolver(lookups)
         self._trust = SharedTrust()
@@ -147,40 +155,35 @@ class Egress:
         """Whether the address may be called: a public one, or one in `allow_networks`."""
         return is_public(address) or any(address in network for network in self._allow_networks)
 
-    def send(self, url: str, body: bytes, headers: Mapping[str, str]) -> Attempt:
-        """POST the body once. Whatever the receiver does is in what is returned, and raises nothing."""
+    @contextmanager
+    def to(self, url: str) -> Iterator[Post]:
+        """What posts to this URL within the block, from any number of threads.
+
+        Whatever the receiver does is in the `Attempt`, and raises nothing. Nothing of one tenant's receiver is left for
+        another's: what is kept between two attempts ends with the block.
+        """
+        try:
+            line = Line(self._policy.check(url), self._bounds, resolver=self._resolver, trust=self._trust)
+        except (WebhookUrlRefused, UrlInvalid):
+            yield lambda _body, _headers: Attempt(None, "refused_url", 0)
+        else:
+            with line:
+                yield partial(self._attempt, line)
+
+    def _attempt(self, line: Line, body: bytes, headers: Mapping[str, str]) -> Attempt:
         began = time.monotonic()
         try:
-            response = self._post(self._policy.check(url), body, headers)
-        except (WebhookUrlRefused, requests.exceptions.InvalidURL):
-            return Attempt(None, "refused_url", _milliseconds_since(began))
+            answer = line.post(body, {**headers, "User-Agent": USER_AGENT})
         except OutboundError as error:
             return Attempt(None, FAILURES[type(error)], _milliseconds_since(began))
-        if response.status_code > GREATEST_STATUS:
+        if answer.status > GREATEST_STATUS:
             return Attempt(None, "connection_broken", _milliseconds_since(began))
         return Attempt(
-            response.status_code,
+            answer.status,
             None,
             _milliseconds_since(began),
-            response.content[: self._keep_bytes],
-            _retry_after(response),
-        )
-
-    def _post(self, url: str, body: bytes, headers: Mapping[str, str]) -> requests.Response:
-        with self._session() as session:
-            return session.post(url, data=body, headers={**headers, "User-Agent": USER_AGENT})
-
-    def _session(self) -> Session:
-        # A new one each time: nothing of one tenant's receiver is left for another's.
-        return Session(
-            connect_seconds=self._connect_seconds,
-            total_seconds=self._total_seconds,
-            max_bytes=self._read_bytes,
-            cut=True,
-            permitted=self.permitted,
-            resolver=self._resolver,
-            trust=self._trust,
-            connections=1,
+            answer.body[: self._keep_bytes],
+            _retry_after(answer),
         )
 
 
@@ -195,6 +198,6 @@ def _milliseconds_since(began: float) -> int:
     return round((time.monotonic() - began) * 1000)
 
 
-def _retry_after(response: requests.Response) -> str | None:
-    given = response.headers.get("Retry-After")
+def _retry_after(answer: Answer) -> str | None:
+    given: str | None = answer.headers["Retry-After"]
     return given if given and len(given) <= LONGEST_RETRY_AFTER else None

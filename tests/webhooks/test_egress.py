@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import http.client
 import socket
 import ssl
 import sys
@@ -23,7 +24,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from billing.outbound import OutboundError, Session
+from billing.outbound import Bounds, Line, OutboundError, Resolver, Session, SharedTrust
 from billing.webhooks import egress as module
 from billing.webhooks.egress import FAILURES, Attempt, Egress, Failure, is_public
 from billing.webhooks.endpoints import UrlPolicy
@@ -94,7 +95,8 @@ def hasty() -> Egress:
 
 
 def send(egress: Egress, url: str) -> Attempt:
-    return egress.send(url, b"{}", {"webhook-id": "msg_1"})
+    with egress.to(url) as post:
+        return post(b"{}", {"webhook-id": "msg_1"})
 
 
 def test_a_connection_that_is_made_would_be_noticed(connects: list[Any]) -> None:
@@ -335,11 +337,30 @@ def test_the_address_rule_alone_would_hold(
 ) -> None:
     names(LEADS_TO)
     with (
-        Session(connect_seconds=1, total_seconds=1, max_bytes=1, permitted=is_public) as session,
+        Session(Bounds(1, 1, max_bytes=1, permitted=is_public)) as session,
         pytest.raises((requests.RequestException, UnicodeError)),
     ):
         session.post(url)
     assert not connects
+
+
+@pytest.mark.parametrize("url", HOSTILE)
+def test_the_address_rule_of_a_line_alone_would_hold(
+    url: str, connects: list[Any], names: Callable[[dict[str, list[str]]], Names]
+) -> None:
+    names(LEADS_TO)
+    with pytest.raises((OutboundError, http.client.InvalidURL)), line(url) as opened:
+        opened.post(b"{}", {})
+    assert not connects
+
+
+def line(url: str) -> Line:
+    return Line(
+        url,
+        Bounds(1, 1, max_bytes=1, cut=True, permitted=is_public),
+        resolver=Resolver(),
+        trust=SharedTrust(),
+    )
 
 
 def test_there_are_enough_of_them() -> None:
@@ -398,14 +419,12 @@ def test_every_failure_has_a_word() -> None:
 
 
 def test_a_delivery_arrives_as_it_was_signed() -> None:
-    with receiving(answers(202, b"thanks", Set_Cookie="a=b")) as receiver:
-        egress = development()
-        for _ in range(2):
-            attempt = egress.send(
-                receiver_url(receiver),
-                b'{"a": "\xc3\xa4"}',
-                {"webhook-id": "msg_1", "Content-Type": "application/json"},
-            )
+    headers = {"webhook-id": "msg_1", "Content-Type": "application/json"}
+    with (
+        receiving(answers(202, b"thanks", Set_Cookie="a=b")) as receiver,
+        development().to(receiver_url(receiver)) as post,
+    ):
+        attempt = [post(b'{"a": "\xc3\xa4"}', headers) for _ in range(2)][-1]
     assert (attempt.http_status, attempt.error, attempt.body) == (202, None, b"thanks")
     assert (receiver.last.method, receiver.last.path) == ("POST", "/in?a=1")
     assert receiver.last.body == b'{"a": "\xc3\xa4"}'
@@ -417,7 +436,25 @@ def test_a_delivery_arrives_as_it_was_signed() -> None:
         "User-Agent": "billing-webhooks/1",
         "Content-Length": "11",
     }
-    assert receiver.connections == 2
+
+
+def test_connections_are_kept_within_a_block_and_never_beyond() -> None:
+    egress = development()
+    with receiving(answers()) as receiver:
+        for turn in (1, 2):
+            with egress.to(receiver_url(receiver)) as post:
+                assert [post(b"{}", {}).http_status for _ in range(3)] == [200] * 3
+            assert receiver.ended.acquire(timeout=AMPLE_SECONDS)
+            assert receiver.connections == turn
+
+
+def test_each_block_looks_the_name_up_anew(acme: Names) -> None:
+    egress = development()
+    with receiving(answers(Connection="close")) as receiver:
+        for _ in range(2):
+            with egress.to(receiver_url(receiver)) as post:
+                assert [post(b"{}", {}).http_status for _ in range(3)] == [200] * 3
+    assert acme.looked_up == [NAME, NAME]
 
 
 @pytest.mark.parametrize("status", [200, 204, 301, 400, 410, 500, 503])
@@ -599,6 +636,20 @@ def test_a_certificate_of_nobody_is_not_good(authority: Authority, monkeypatch: 
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(authority.path))
     with receiving(answers(), tls=authority.server(NAME)) as receiver:
         assert send(development(), receiver_url(receiver, "https")).error == "tls_failed"
+
+
+@pytest.mark.parametrize("connections", [1, 3])
+def test_a_connection_within_tls_is_kept_as_any(authority: Authority, connections: int) -> None:
+    behave = answers() if connections == 1 else receivers.says(receivers.head(200, {"Content-Length": "0"}))
+    with (
+        receiving(behave, tls=authority.server(NAME)) as receiver,
+        development().to(receiver_url(receiver, "https")) as post,
+    ):
+        for _ in range(3):
+            assert post(b"{}", {}).http_status == 200
+            assert connections == 1 or receiver.ended.acquire(timeout=AMPLE_SECONDS)
+        assert receiver.last.headers["Host"] == f"{NAME}:{receiver.port}"
+    assert receiver.connections == connections
 
 
 def test_who_speaks_no_tls() -> None:
