@@ -25,7 +25,8 @@ from http.cookiejar import DefaultCookiePolicy
 from io import BufferedReader, BytesIO, RawIOBase
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from itertools import count
-from threading import BoundedSemaphore, Condition, Lock, Thread
+from queue import Empty, SimpleQueue
+from threading import BoundedSemaphore, Condition, Lock, Semaphore, Thread
 from typing import Any, Self, TypeVar
 
 import requests
@@ -39,9 +40,12 @@ from urllib3.util import parse_url, wait_for_read
 Address = IPv4Address | IPv6Address
 # What getaddrinfo says: family, kind, protocol, canonical name, and what to give to connect.
 Found = tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]
+_Question = tuple[Future[Sequence[Found]], str, int]
 
 HEAD_BYTES = 64 * 1024
 PIECE_BYTES = 16 * 1024
+# After which a thread that looks names up ends.
+IDLE_SECONDS = 10
 DEFAULT_PORTS = {"http": 80, "https": 443}
 NO_DELAY = ((socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),)
 
@@ -135,6 +139,9 @@ class Resolver:
 
     def __init__(self, threads: int = 16) -> None:
         self._free = BoundedSemaphore(threads)
+        # One for each thread that waits for a question. Who has taken one puts a question; who has not starts a thread.
+        self._idle = Semaphore(0)
+        self._questions = SimpleQueue[_Question]()
 
     def look_up(self, host: str, port: int, seconds: float) -> Sequence[Found]:
         """All addresses of the host, in the order to try them; raises `NameUnknown`, within the seconds."""
@@ -142,27 +149,41 @@ class Resolver:
         if not self._free.acquire(timeout=seconds):
             raise NameUnknown
         found: Future[Sequence[Found]] = Future()
-        self._start(found, host, port)
+        if not self._idle.acquire(blocking=False):
+            self._start()
+        self._questions.put((found, host, port))
         try:
             return found.result(ends_at - time.monotonic())
         except (OSError, UnicodeError):
             raise NameUnknown from None
 
-    def _start(self, found: Future[Sequence[Found]], host: str, port: int) -> None:
+    def _start(self) -> None:
         # A ThreadPoolExecutor would have the process wait for what hangs when it ends.
         try:
-            Thread(target=self._run, args=(found, host, port), name="resolver", daemon=True).start()
+            Thread(target=self._run, name="resolver", daemon=True).start()
         except RuntimeError:  # The machine has no more threads.
             self._free.release()
             raise NameUnknown from None
 
-    def _run(self, found: Future[Sequence[Found]], host: str, port: int) -> None:
-        try:
-            found.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-        except (OSError, UnicodeError) as error:
-            found.set_exception(error)
-        finally:
+    def _run(self) -> None:
+        while (question := self._next()) is not None:
+            found, host, port = question
+            try:
+                tell = partial(found.set_result, socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+            except (OSError, UnicodeError) as error:
+                tell = partial(found.set_exception, error)
+            # In this order there are never more threads than there may be; and who is told finds one idle.
+            self._idle.release()
             self._free.release()
+            tell()
+
+    def _next(self) -> _Question | None:
+        """What to look up, None to end: nobody has asked for a while."""
+        while True:
+            with suppress(Empty):
+                return self._questions.get(timeout=IDLE_SECONDS)
+            if self._idle.acquire(blocking=False):
+                return None
 
 
 class Session(requests.Session):

@@ -326,6 +326,28 @@ def test_when_all_threads_hang_every_name_is_unknown_until_one_is_free(
         assert session.get(good).status_code == 200
 
 
+def test_a_thread_looks_up_one_name_after_the_other_and_ends(
+    names: Callable[..., Names], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbound, "IDLE_SECONDS", 0.2)
+    known, threads = names(good_example=["127.0.0.1"]), list[threading.Thread]()
+
+    def look_up(*arguments: Any, **options: Any) -> Any:
+        threads.append(threading.current_thread())
+        return known(*arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    resolver = Resolver()
+    for _ in range(2):
+        assert resolver.look_up("good.example", 80, AMPLE_SECONDS)
+        with pytest.raises(NameUnknown):
+            resolver.look_up("unknown.example", 80, AMPLE_SECONDS)
+    assert len(threads) == 4 and len(set(threads)) == 1
+    threads[0].join(AMPLE_SECONDS)
+    assert not threads[0].is_alive()
+    assert resolver.look_up("good.example", 80, AMPLE_SECONDS)
+
+
 # Lines -------------------------------------------------------------------------------------------
 
 
