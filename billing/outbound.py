@@ -448,6 +448,7 @@ class _Call:
         self.bounds = bounds
         self.ends_at = time.monotonic() + bounds.total_seconds
         self.is_cut = False
+        self.has_ended = False
         self._names = names
         self._lock = Lock()
         self._socket: socket.socket | None = None
@@ -560,6 +561,9 @@ class _Watchdog:
             return heappop(self._calls)[2]
 
     def _seconds(self) -> float | None:
+        # Or each would wake us at a deadline that it met.
+        while self._calls and self._calls[0][2].has_ended:
+            heappop(self._calls)
         return self._calls[0][0] - time.monotonic() if self._calls else None
 
 
@@ -577,6 +581,7 @@ def _watched(call: _Call) -> Iterator[_Call]:
     finally:
         _CALL.reset(token)
         call.release()
+        call.has_ended = True
 
 
 # What urllib3 is made of -------------------------------------------------------------------------

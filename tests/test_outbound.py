@@ -628,6 +628,13 @@ def test_there_is_one_watchdog_and_no_descriptor_is_left(session: Session) -> No
     assert [thread.name for thread in threading.enumerate()].count("watchdog") == 1
 
 
+def test_what_has_ended_wakes_the_watchdog_no_more(session: Session) -> None:
+    with receiving(answers()) as receiver:
+        session.get(receiver.url)
+    with outbound._WATCHDOG._changed:
+        assert outbound._WATCHDOG._seconds() is None
+
+
 def descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
