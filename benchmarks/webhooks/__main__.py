@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import version
+from typing import Any
 
 import click
 
@@ -16,16 +17,23 @@ from billing.cli.console import table
 COLUMNS = ("measured", "deliveries/s", "worker cpu us", "postgresql cpu us", "p50 ms", "p99 ms")
 
 
+CASES: tuple[dict[str, Any], ...] = ({"endpoints": 100}, {"endpoints": 100, "ending": True}, {"endpoints": 4})
+
+
 @click.command()
 @click.option("--events", default=10_000, show_default=True, help="How many the throughput is measured with.")
-@click.option("--seconds", default=30.0, show_default=True, help="How long a latency is measured.")
+@click.option(
+    "--seconds", default=30.0, show_default=True, help="How long a latency is measured; 0 leaves it out."
+)
 def main(events: int, seconds: float) -> None:
     """Measure one `billing worker` on a durable PostgreSQL and receivers that take 50 ms."""
     with installed(**OPENED) as installation:
         click.echo(surroundings(installation))
-        rows = [many(throughput(installation, endpoints=each, events=events)) for each in (100, 4)]
+        rows = [many(throughput(installation, events=events, **case)) for case in CASES]
         rows += [
-            soon(latency(installation, beside=each, seconds=seconds)) for each in ("-", "silent", "refusing")
+            soon(latency(installation, beside=each, seconds=seconds))
+            for each in ("-", "silent", "refusing")
+            if seconds
         ]
     click.echo(table(COLUMNS, rows))
 
@@ -41,7 +49,7 @@ def surroundings(installation: Installation) -> str:
 def many(measured: Throughput) -> list[str]:
     figures = (measured.deliveries_a_second, measured.worker_micros, measured.postgres_micros)
     return [
-        f"{measured.events} events, {measured.endpoints} endpoints",
+        f"{measured.events} events, {measured.endpoints} endpoints{', which end each connection' * measured.ending}",
         *map("{:.0f}".format, figures),
         "",
         "",

@@ -28,6 +28,7 @@ class Throughput:
     """What one worker made of what was pending; CPU in µs a delivery."""
 
     endpoints: int
+    ending: bool
     events: int
     deliveries_a_second: float
     worker_micros: float
@@ -47,11 +48,17 @@ class Latency:
 # How many ----------------------------------------------------------------------------------------
 
 
-def throughput(installation: Installation, *, endpoints: int, events: int) -> Throughput:
-    """Have one worker deliver what was recorded before it started, spread over so many endpoints."""
+def throughput(
+    installation: Installation, *, endpoints: int, events: int, ending: bool = False
+) -> Throughput:
+    """Have one worker deliver what was recorded before it started, spread over so many endpoints.
+
+    They keep their connections, or are `ending` each.
+    """
     with receiving() as receivers:
+        url = receivers.ending if ending else receivers.keeping
         for _ in range(endpoints):
-            record(installation, registered(installation, receivers.healthy), [0] * (events // endpoints))
+            record(installation, registered(installation, url), [0] * (events // endpoints))
         with working(installation) as worker:
             eventually(lambda: receivers.seen().count > 0)
             began = cpu_seconds(worker), installation.postgres_seconds()
@@ -61,9 +68,8 @@ def throughput(installation: Installation, *, endpoints: int, events: int) -> Th
     worker_micros, postgres_micros = (
         1e6 * (after - before) / events for before, after in zip(began, ended, strict=True)
     )
-    return Throughput(
-        endpoints, seen.count, seen.count / (seen.last - seen.first), worker_micros, postgres_micros
-    )
+    rate = seen.count / (seen.last - seen.first)
+    return Throughput(endpoints, ending, seen.count, rate, worker_micros, postgres_micros)
 
 
 # How soon ----------------------------------------------------------------------------------------
@@ -72,7 +78,7 @@ def throughput(installation: Installation, *, endpoints: int, events: int) -> Th
 def latency(installation: Installation, *, beside: str, seconds: float) -> Latency:
     """How soon events of one tenant arrive, while others' endpoints are `silent` or `refusing`, or there are none."""
     with receiving() as receivers:
-        tenant_id = registered(installation, receivers.healthy)
+        tenant_id = registered(installation, receivers.keeping)
         add_dead(installation, {"silent": receivers.silent, "refusing": receivers.refusing}.get(beside))
         with working(installation):
             await_worker(installation, tenant_id, receivers)

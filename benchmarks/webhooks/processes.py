@@ -33,9 +33,13 @@ def working(installation: Installation) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class Receivers:
-    """The URLs of one that answers, one that never does, one that refuses; and what the first has seen."""
+    """The URLs of two that answer, one that never does, one that refuses; and what the first two have seen.
 
-    healthy: str
+    `keeping` keeps its connections, `ending` ends each with its answer.
+    """
+
+    keeping: str
+    ending: str
     silent: str
     refusing: str
     seen: Callable[[], Seen]
@@ -56,6 +60,8 @@ def receiving() -> Iterator[Receivers]:
             found.numbered = {int(number): at for number, at in found.numbered.items()}
             return found
 
-        healthy, silent, refusing = (f"http://localhost:{port}/" for port in json.loads(answers.readline()))
-        yield Receivers(healthy, silent, refusing, seen)
+        keeping, ending, silent, refusing = (
+            f"http://localhost:{port}/" for port in json.loads(answers.readline())
+        )
+        yield Receivers(keeping, ending, silent, refusing, seen)
         questions.close()

@@ -1,6 +1,7 @@
-"""Receivers in a process of their own: one that takes 50 ms and answers, one that never answers, one that refuses.
+"""Receivers in a process of their own: two that take 50 ms and answer, one that never answers, one that refuses.
 
-Prints their three ports as JSON. A line on stdin is answered by what has been seen so far. It ends with its stdin.
+The first keeps its connections, the second ends each. Prints their four ports as JSON. A line on stdin is answered by
+what has been seen so far. It ends with its stdin.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import cast
 import uvloop
 
 TAKES_SECONDS = 0.05
-ANSWER = b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n"
+ANSWER = b"HTTP/1.1 204 No Content\r\n\r\n"
+LAST_ANSWER = b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n"
 LENGTH = re.compile(rb"\r\ncontent-length: *([0-9]+)", re.IGNORECASE)
 NUMBER = re.compile(rb'"number":([0-9]+)')
 BACKLOG = 4096
@@ -42,10 +44,11 @@ class Seen:
 
 
 class Healthy(asyncio.Protocol):
-    """Answers one request, after a while, and ends the connection."""
+    """Answers each request after a while, and may end the connection then."""
 
-    def __init__(self, seen: Seen) -> None:
+    def __init__(self, seen: Seen, *, keeps: bool) -> None:
         self._seen = seen
+        self._keeps = keeps
         self._data = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -56,12 +59,14 @@ class Healthy(asyncio.Protocol):
         head, end, body = self._data.partition(b"\r\n\r\n")
         length = LENGTH.search(head)
         if end and length and len(body) >= int(length[1]):
+            self._data = b""
             self._seen.note(body)
             asyncio.get_running_loop().call_later(TAKES_SECONDS, self._answer)
 
     def _answer(self) -> None:
-        self._transport.write(ANSWER)
-        self._transport.close()
+        self._transport.write(ANSWER if self._keeps else LAST_ANSWER)
+        if not self._keeps:
+            self._transport.close()
 
 
 def listening() -> list[socket.socket]:
@@ -84,12 +89,14 @@ def refusing() -> socket.socket:
 async def receive() -> None:
     loop = asyncio.get_running_loop()
     seen = Seen()
-    answering, silent, refused = listening(), listening(), refusing()
-    for listener in answering:
-        await loop.create_server(lambda: Healthy(seen), sock=listener)
+    keeping, ending, silent, refused = listening(), listening(), listening(), refusing()
+    for listener in keeping:
+        await loop.create_server(lambda: Healthy(seen, keeps=True), sock=listener)
+    for listener in ending:
+        await loop.create_server(lambda: Healthy(seen, keeps=False), sock=listener)
     for listener in silent:
         await loop.create_server(asyncio.Protocol, sock=listener)
-    ports = [answering[0], silent[0], refused]
+    ports = [keeping[0], ending[0], silent[0], refused]
     print(json.dumps([each.getsockname()[1] for each in ports]), flush=True)
     while await loop.run_in_executor(None, sys.stdin.readline):
         print(json.dumps(asdict(seen)), flush=True)
