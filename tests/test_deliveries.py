@@ -733,6 +733,7 @@ def test_an_event_that_is_committed_while_the_task_is_finished_is_sent_next(
         with ThreadPoolExecutor(1) as pool:
             with bench.tx() as tx:
                 tx.events.record(REVOKED, {}, now=bench.clock())
+                tx.webhooks.find()  # Whatever is asked next sends what was written: the task's row is locked.
                 delivering = pool.submit(bench.deliveries.deliver, task)
                 eventually(lambda: waits_for_a_lock(superuser))
             delivering.result(PATIENCE_SECONDS)

@@ -11,7 +11,7 @@ from sqlalchemy import and_, bindparam, func, or_, select, update
 from sqlalchemy.dialects.postgresql import distinct_on
 
 from billing.keys import ApiKey, KeyType
-from billing.storage.shelf import Shelf, columns_of, mine, values_of
+from billing.storage.shelf import Shelf, columns_of, later, mine, values_of
 from billing.storage.tables import api_keys
 
 COLUMNS = columns_of(ApiKey, api_keys)
@@ -28,7 +28,7 @@ NEWEST = (
 )
 FIND_LIVING = select(*COLUMNS).where(mine(api_keys), OF_TYPES, IS_LIVING).order_by(api_keys.c.id)
 FIND_WORTH_SHOWING = select(*COLUMNS).where(mine(api_keys), or_(IS_LIVING, api_keys.c.id.in_(NEWEST)))
-EXPIRE = update(api_keys).where(mine(api_keys), api_keys.c.id == bindparam("key_id"))
+EXPIRE = later(update(api_keys).where(mine(api_keys), api_keys.c.id == bindparam("key_id")))
 REVOKE = (
     update(api_keys)
     .where(mine(api_keys), OF_TYPES, IS_LIVING)

@@ -6,14 +6,15 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Connection, func, select
+from sqlalchemy import ColumnElement, Connection, func, select, text
 
 from billing.actors import Actor
 from billing.audit import Choice, Head, Row, chained
-from billing.storage.shelf import Shelf, columns_of
+from billing.storage.shelf import Shelf, columns_of, later
 from billing.storage.tables import audit_heads, audit_log
 
 COLUMNS = columns_of(Row, audit_log)
+ADVANCE = later(text("SELECT app.advance_audit_head()"))
 
 
 class AuditLog(Shelf):
@@ -49,7 +50,7 @@ class AuditLog(Shelf):
             "request_id": self._actor.request_id,
         }
         self.insert(audit_log, content | {"hash": chained(bytes(head.hash), content)})
-        self._connection.exec_driver_sql("SELECT app.advance_audit_head()")
+        self._connection.execute(ADVANCE)
 
     def head(self) -> Head | None:
         """The last row that was written, as the head remembers it."""

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from functools import cache
+from typing import Any, TypeVar
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Connection, CursorResult, Executable, Table, bindparam
+from sqlalchemy import ColumnElement, Connection, CursorResult, Executable, Insert, Table, bindparam
 
+Statement = TypeVar("Statement", bound=Executable)
+
+# Of a statement whose result nobody needs: it goes with the next one, or with COMMIT.
+LATER = "later"
 # The tenant in every condition, by which a statement is told from one that has lost it.
 MINE = "mine"
 
@@ -35,7 +40,17 @@ class Shelf:
         """Add a row, as this tenant's whatever it says."""
         owner = {"tenant_id": self._tenant_id} if "tenant_id" in table.c else {"id": self._tenant_id}
         # As parameters: a statement that is the same each time is compiled once, and hardly looked at again.
-        self._connection.execute(table.insert(), {**values, **owner})
+        self._connection.execute(_insert(table), {**values, **owner})
+
+
+@cache
+def _insert(table: Table) -> Insert:
+    return later(table.insert())
+
+
+def later(statement: Statement) -> Statement:
+    """The statement, as one that nobody waits for."""
+    return statement.execution_options(**{LATER: True})
 
 
 def mine(table: Table) -> ColumnElement[bool]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import datetime
-from typing import TypeVar
+from typing import Any, TypeVar
 from uuid import UUID
 
-from sqlalchemy import Connection, Engine, create_engine, exc
+from sqlalchemy import Connection, Engine, create_engine, event, exc
+from sqlalchemy.engine import ExecutionContext
 
 from billing import metrics, tracing
 from billing.actors import SYSTEM, Actor
@@ -28,6 +29,7 @@ from billing.storage.pool import Pool
 from billing.storage.replica import IDENTITY, NotThere, Replica
 from billing.storage.secrets import Secrets
 from billing.storage.sessions import Sessions
+from billing.storage.shelf import LATER
 from billing.storage.stripe_connect import StripeConnect
 from billing.storage.tasks import Tasks, take_due
 from billing.storage.tenants import Tenants
@@ -126,6 +128,7 @@ class Store:
             hide_parameters=True,
             connect_args=CONNECT_ARGS | self._watchdog.connect_args,
         )
+        event.listen(self._opened, "do_execute", _put_off)
         if replica_url is not None:
             self._replica = Replica(
                 replica_url,
@@ -249,6 +252,14 @@ class Store:
 
 def _span(name: str) -> AbstractContextManager[object]:
     return tracing.span(f"database {name}", "client", db__system__name="postgresql")
+
+
+def _put_off(cursor: Any, statement: str, parameters: Any, context: ExecutionContext) -> bool:
+    """Keep for later what is to be run later; whether it is that."""
+    is_later = LATER in context.execution_options
+    if is_later:
+        cursor.put_off(statement, parameters)
+    return is_later
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from uuid import UUID
 from sqlalchemy import ColumnElement, Connection, and_, case, func
 from sqlalchemy.dialects.postgresql import insert
 
-from billing.storage.shelf import Shelf, columns_of
+from billing.storage.shelf import Shelf, columns_of, later
 from billing.storage.tables import tasks
 from billing.tasks import LEASE, Queue, Task
 
@@ -17,8 +17,8 @@ TAKE = f"SELECT {FIELDS} FROM app.take_tasks(%(queue)s, %(now)s, %(until)s, %(mo
 NEW = insert(tasks)
 AGAIN = {"due_at": func.least(tasks.c.due_at, NEW.excluded.due_at), "revision": tasks.c.revision + 1}
 KEY = [tasks.c.tenant_id, tasks.c.kind, tasks.c.id]
-ADD = NEW.on_conflict_do_update(index_elements=KEY, set_=AGAIN)
-ADD_MOVED = NEW.on_conflict_do_update(index_elements=KEY, set_=AGAIN | {"queue": NEW.excluded.queue})
+ADD = later(NEW.on_conflict_do_update(index_elements=KEY, set_=AGAIN))
+ADD_MOVED = later(NEW.on_conflict_do_update(index_elements=KEY, set_=AGAIN | {"queue": NEW.excluded.queue}))
 
 
 class Tasks(Shelf):

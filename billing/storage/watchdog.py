@@ -15,7 +15,7 @@ from typing import Any
 from weakref import WeakSet
 
 import structlog
-from psycopg2 import extensions
+from psycopg2 import Error, extensions
 
 # Longer than PostgreSQL's own statement_timeout, and the way there and back.
 STATEMENT_SECONDS = 8.0
@@ -110,12 +110,20 @@ class _Connection(extensions.connection):
         super().__init__(dsn, **options)
         # Who wants a transaction says BEGIN, and what else may go in the same message: psycopg2's is one of its own.
         self.autocommit = True
+        self.put_off: list[bytes] = []
         self.line = _Line(self.fileno(), seconds)
 
     def commit(self) -> None:
-        self._end("COMMIT")
+        try:
+            self._end("COMMIT")
+        except Error:
+            # With a write that was put off, perhaps. SQLAlchemy takes the transaction for ended.
+            if not self.closed:
+                self.rollback()
+            raise
 
     def rollback(self) -> None:
+        self.put_off.clear()
         self._end("ROLLBACK")
 
     def _end(self, how: str) -> None:
@@ -133,9 +141,21 @@ class _Cursor(extensions.cursor):
     connection: _Connection
 
     def execute(self, query: Any, vars: Any = None) -> None:  # psycopg2's name for it
+        if not self.connection.put_off:
+            with self.connection.line:
+                super().execute(query, vars)
+            return
+        statements = [*self.connection.put_off, self.mogrify(query, vars)]
+        self.connection.put_off.clear()
         with self.connection.line:
-            super().execute(query, vars)
+            super().execute(b"; ".join(statements))
+
+    def put_off(self, query: Any, vars: Any) -> None:
+        """Have a statement whose result nobody needs go in one message with the next one, before it."""
+        self.connection.put_off.append(self.mogrify(query, vars))
 
     def executemany(self, query: Any, vars_list: Any) -> None:
+        if self.connection.put_off:
+            self.execute("SELECT")
         with self.connection.line:
             super().executemany(query, vars_list)

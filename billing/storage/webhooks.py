@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Row, bindparam, delete, or_, select, update
 
 from billing.encryption import Vault
 from billing.ids import new_id
-from billing.storage.shelf import Shelf, columns_of, mine, values_of
+from billing.storage.shelf import Shelf, columns_of, later, mine, values_of
 from billing.storage.tables import webhook_endpoints, webhook_secrets
 from billing.webhooks.endpoints import Endpoint, Secret
 
@@ -19,7 +19,7 @@ COLUMNS = columns_of(Endpoint, webhook_endpoints)
 SECRET_COLUMNS = columns_of(Secret, webhook_secrets)
 FIND = select(*COLUMNS).where(mine(webhook_endpoints))
 FIND_AND_LOCK = FIND.with_for_update()
-KEEP = update(webhook_endpoints).where(mine(webhook_endpoints))
+KEEP = later(update(webhook_endpoints).where(mine(webhook_endpoints)))
 LIVING = (
     select(webhook_secrets.c.sealed, *SECRET_COLUMNS)
     .where(

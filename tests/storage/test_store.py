@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from datetime import UTC, datetime
 from uuid import UUID
 
 import pytest
@@ -11,8 +12,10 @@ from sqlalchemy import Engine, text
 from billing.errors import DatabaseUnavailable
 from billing.ids import new_id
 from billing.storage.platform import Platform
-from billing.storage.store import Store, TenantTx
+from billing.storage.store import StorageError, Store, TenantTx
 from tests.conftest import Account
+
+LATER, MUCH_LATER = datetime(2100, 1, 1, tzinfo=UTC), datetime(2101, 1, 1, tzinfo=UTC)
 
 
 def backend(platform: Platform) -> int:
@@ -86,3 +89,45 @@ def test_nothing_of_a_transaction_that_was_left_by_an_error_stays_open(store: St
         assert backend(platform) == server
         state = "SELECT pg_current_xact_id_if_assigned(), app.current_tenant(), now() = statement_timestamp()"
         assert platform._connection.exec_driver_sql(state).one() == (None, None, True)
+
+
+# Writes that nobody waits for ----------------------------------------------------------------------
+
+
+def updated_at(store: Store, tenant_id: UUID) -> datetime:
+    with store.tenant(tenant_id) as tx:
+        return tx.tenants.get().updated_at
+
+
+def test_what_was_written_is_there_for_the_next_question_and_afterwards(store: Store, acme: Account) -> None:
+    tenant_id = UUID(acme.tenant["id"])
+    with store.tenant(tenant_id) as tx:
+        tx.tenants.touch(LATER)
+        assert tx.tenants.get().updated_at == LATER
+        tx.tenants.touch(MUCH_LATER)
+    assert updated_at(store, tenant_id) == MUCH_LATER
+
+
+def test_what_was_written_goes_in_one_message_with_the_commit(store: Store, acme: Account) -> None:
+    with store.tenant(UUID(acme.tenant["id"])) as tx:
+        tx.tenants.touch(LATER)
+        tx.tenants.touch(MUCH_LATER)
+        connection = tx.tenants._connection.connection.dbapi_connection
+        assert [b"UPDATE" in statement for statement in connection.put_off] == [True, True]  # type: ignore[union-attr]
+
+
+def test_a_write_that_is_refused_is_told_at_the_end_and_keeps_nothing(store: Store, acme: Account) -> None:
+    tenant_id = UUID(acme.tenant["id"])
+    with pytest.raises(StorageError, match="UniqueViolation"), store.tenant(tenant_id) as tx:
+        [user] = tx.users.all()
+        tx.tenants.touch(LATER)
+        tx.users.add(user, password_hash="-")
+    assert updated_at(store, tenant_id) < LATER
+
+
+def test_a_write_of_a_transaction_that_raises_is_forgotten(store: Store, acme: Account) -> None:
+    tenant_id = UUID(acme.tenant["id"])
+    with pytest.raises(KeyError), store.tenant(tenant_id) as tx:
+        tx.tenants.touch(LATER)
+        raise KeyError
+    assert updated_at(store, tenant_id) < LATER
