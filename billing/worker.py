@@ -66,11 +66,11 @@ class Worker:
             report(task, future.exception())
 
     def _done(self, busy: Collection[Future[None]], *, nothing_taken: bool) -> set[Future[None]]:
-        """Wait until there may be more to do; where all threads are busy, until one of them is not."""
-        if nothing_taken and len(busy) < self._threads:
+        """Wait until there may be more to do: where nothing was, or all threads are busy, until one of them is not."""
+        if not busy:
             self._stopping.wait(self._polled_every_seconds)
         is_full = len(busy) == self._threads
-        timeout = self._polled_every_seconds if is_full else 0
+        timeout = self._polled_every_seconds if nothing_taken or is_full else 0
         return wait(busy, timeout=timeout, return_when=FIRST_COMPLETED).done
 
     def take(self, most: int) -> list[Task]:

@@ -82,7 +82,9 @@ class Bench:
     @contextmanager
     def working(self, jobs: dict[str, Job], *, threads: int = THREADS, **more: Any) -> Iterator[Worker]:
         """A worker that runs as long as the block, and has ended after it."""
-        worker = Worker(self.store, jobs, self.clock, threads=threads, polled_every_seconds=0.02, **more)
+        worker = Worker(
+            self.store, jobs, self.clock, threads=threads, **{"polled_every_seconds": 0.02, **more}
+        )
         runner = threading.Thread(target=worker.run)
         runner.start()
         try:
@@ -319,6 +321,27 @@ def test_no_more_is_taken_than_there_are_threads(bench: Bench, superuser: Engine
         gate.open()
         eventually(lambda: bench.left() == [])
     assert gate.most_inside == THREADS
+
+
+def test_what_is_due_when_a_task_ends_is_taken_at_once(bench: Bench) -> None:
+    asked = threading.Event()
+    take = bench.store.take_due
+
+    def ask(*given: Any, **more: Any) -> list[Task]:
+        taken = take(*given, **more)
+        if not taken:
+            asked.set()
+        return taken
+
+    def lead(task: Task) -> None:
+        asked.wait(PATIENCE_SECONDS)
+        bench.add("test.last", "last")
+        bench.finish(task)
+
+    bench.store.take_due = ask  # type: ignore[method-assign]
+    bench.add("test.first", "first")
+    with bench.working({"test.first": lead, "test.last": bench.finish}, polled_every_seconds=600):
+        eventually(lambda: bench.left() == [])
 
 
 def test_stop_waits_for_what_was_begun_and_takes_nothing_more(bench: Bench) -> None:
