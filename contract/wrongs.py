@@ -369,9 +369,8 @@ IN_WHO_MAY = (
     Wrong(
         "revoking spares keys in their grace period",
         "billing/storage/api_keys.py",
-        "api_keys.c.type.in_(types), _living(now))\n            .values(revoked_at=now)",
-        "api_keys.c.type.in_(types), api_keys.c.expires_at.is_(None), _living(now))\n"
-        "            .values(revoked_at=now)",
+        "OF_TYPES, IS_LIVING)\n    .values(revoked_at=",
+        "OF_TYPES, api_keys.c.expires_at.is_(None), IS_LIVING)\n    .values(revoked_at=",
         (API_KEYS,),
     ),
     Wrong(
@@ -429,8 +428,8 @@ IN_STORAGE = (
     Wrong(
         "queries do not name their tenant",
         "billing/storage/shelf.py",
-        "return column == self._tenant_id",
-        "return column == column",
+        "return _owner(table) == bindparam(MINE)\n",
+        "return (_owner(table) == bindparam(MINE)) | _owner(table).is_not(None)\n",
         ("tests/storage/test_isolation.py",),
     ),
     Wrong(
@@ -471,8 +470,8 @@ IN_STORAGE = (
     Wrong(
         "a transaction takes no lock",
         "billing/storage/store.py",
-        "            if exclusive:\n",
-        "            if exclusive is None:\n",
+        "OPEN_LOCKED if exclusive else OPEN",
+        "OPEN",
         (API_KEYS,),
     ),
     Wrong(
@@ -496,7 +495,7 @@ IN_STORAGE = (
         '        self.insert(events, {**values_of(event, events), "request_id": self._actor.request_id})\n'
         "        self._connection.connection.commit()\n"
         "        self._connection.exec_driver_sql(\n"
-        "            \"SELECT set_config('app.tenant_id', %s, true)\", (str(self._tenant_id),)\n"
+        "            \"BEGIN; SELECT set_config('app.tenant_id', %s, true)\", (str(self._tenant_id),)\n"
         "        )\n",
         ("tests/storage/test_events.py", "tests/webhooks/test_outbox.py"),
     ),
@@ -517,8 +516,8 @@ IN_STORAGE = (
     Wrong(
         "who is too late keeps an answer",
         "billing/storage/idempotency.py",
-        "same = and_(idempotency_keys.c.name == claim.name, idempotency_keys.c.claim == claim.id)",
-        "same = idempotency_keys.c.name == claim.name",
+        '    idempotency_keys.c.claim == bindparam("held"),\n',
+        '    bindparam("held", type_=idempotency_keys.c.claim.type).is_not(None),\n',
         ("tests/test_idempotency.py::test_who_is_too_late_changes_nothing",),
     ),
     Wrong(
@@ -531,10 +530,10 @@ IN_STORAGE = (
     Wrong(
         "an answer is kept though its transaction is not",
         "billing/storage/idempotency.py",
-        "        return self._connection.execute(kept).rowcount == 1\n",
-        "        rows = self._connection.execute(kept).rowcount\n"
+        "        return kept.rowcount == 1\n",
+        "        rows = kept.rowcount\n"
         "        self._connection.connection.commit()\n"
-        "        self._connection.exec_driver_sql(BECOME, (str(self._tenant_id),))\n"
+        "        self._connection.exec_driver_sql(f'BEGIN; {BECOME}', (str(self._tenant_id),))\n"
         "        return rows == 1\n",
         ("tests/test_idempotency.py::test_without_the_change_there_is_no_answer",),
     ),
