@@ -48,6 +48,8 @@ PIECE_BYTES = 16 * 1024
 IDLE_SECONDS = 10
 DEFAULT_PORTS = {"http": 80, "https": 443}
 NO_DELAY = ((socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),)
+# How a connection that was good says that it is no more.
+ENDED = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
 T = TypeVar("T")
 
@@ -286,7 +288,8 @@ class Line:
     def post(self, body: bytes, headers: Mapping[str, str]) -> Answer:
         """The answer, whatever its status; raises an `OutboundError`.
 
-        The body may arrive twice: a receiver may close a kept connection in the moment in which we use it.
+        The body may arrive twice: a receiver may close a kept connection in the moment in which we use it. Where any of
+        an answer came, it is not sent again.
         """
         with _watched(_Call(self._bounds, self._names)) as call:
             outcome = call.judged(self._outcome(call, body, headers))
@@ -326,10 +329,14 @@ class Line:
         self, call: _Call, body: bytes, headers: Mapping[str, str]
     ) -> tuple[_Wire, http.client.HTTPResponse]:
         if wire := self._quiet():
-            # RFC 9112, 9.3.1: what no answer came to on a connection used again may be sent once more.
-            with suppress(ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError):
+            try:
                 call.watch(wire.sock)
                 return wire, wire.posted(self._to.target, body, headers)
+            except ENDED:
+                # RFC 9110, 9.2.2: a POST may be sent again where its semantics are known to be idempotent. Those of a
+                # delivery are, by its `webhook-id`; but who has begun to answer has it.
+                if call.is_answered:
+                    raise
         wire = self._new(call)
         return wire, wire.posted(self._to.target, body, headers)
 
@@ -448,6 +455,7 @@ class _Call:
         self.bounds = bounds
         self.ends_at = time.monotonic() + bounds.total_seconds
         self.is_cut = False
+        self.is_answered = False
         self.has_ended = False
         self._names = names
         self._lock = Lock()
@@ -588,21 +596,24 @@ def _watched(call: _Call) -> Iterator[_Call]:
 
 
 class _Metered(RawIOBase):
-    """What comes from a socket, up to a limit.
+    """What comes from a call's socket, up to a limit.
 
     http.client reads a chunk of size -1 to its end, and any number of trailers.
     """
 
-    def __init__(self, raw: RawIOBase, limit: int) -> None:
+    def __init__(self, raw: RawIOBase, call: _Call) -> None:
         self._raw = raw
-        self._left = limit
+        self._call = call
+        self._left = HEAD_BYTES + 2 * call.bounds.max_bytes
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int | None:
         size: int | None = self._raw.readinto(buffer)
-        self._left -= size or 0
+        if size:
+            self._call.is_answered = True
+            self._left -= size
         if self._left < 0:
             raise _Stopped(ResponseTooLarge())
         return size
@@ -615,8 +626,7 @@ class _Metered(RawIOBase):
 class _Response(http.client.HTTPResponse):
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
-        limit = HEAD_BYTES + 2 * _CALL.get().bounds.max_bytes
-        self.fp = BufferedReader(_Metered(self.fp.detach(), limit))
+        self.fp = BufferedReader(_Metered(self.fp.detach(), _CALL.get()))
 
 
 class _Wire(http.client.HTTPConnection):

@@ -146,6 +146,17 @@ def resets(visit: Visit) -> None:
     resets_at_once(visit)
 
 
+def breaks_off(data: bytes) -> Behaviour:
+    """Sends these bytes in answer to a request, and ends the connection with RST."""
+
+    def behave(visit: Visit) -> None:
+        visit.receive()
+        visit.send(data)
+        resets_at_once(visit)
+
+    return behave
+
+
 def hangs(visit: Visit) -> None:
     """Takes the connection and says nothing, nor reads."""
     visit.receiver.stopped.wait()

@@ -443,6 +443,17 @@ def test_what_a_new_connection_ended_on_is_not_posted_again(end: Behaviour) -> N
     assert len(receiver.received) == 1
 
 
+@pytest.mark.parametrize(
+    "data", [b"H", b"HTTP/1.1 200 OK\r\nX", b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n"]
+)
+def test_what_an_answer_has_begun_to_is_not_posted_again(data: bytes) -> None:
+    with receiving(answers_once_then(receivers.breaks_off(data))) as receiver, line(receiver.url) as opened:
+        assert post(opened) == 200
+        with pytest.raises(ConnectionBroken):
+            post(opened)
+    assert (receiver.connections, len(receiver.received)) == (1, 2)
+
+
 def test_what_is_cut_off_on_a_kept_connection_is_not_posted_again() -> None:
     with (
         receiving(answers_once_then(receivers.drips_head)) as receiver,
