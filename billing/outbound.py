@@ -640,16 +640,28 @@ class _Wire(http.client.HTTPConnection):
         self.sock = connected
         # Which one Host leaves out.
         self.default_port = DEFAULT_PORTS[place.scheme]
+        self._body = b""
 
     def posted(self, target: str, body: bytes, headers: Mapping[str, str]) -> http.client.HTTPResponse:
         """What answers a request that is sent now."""
+        self._body = body
         try:
-            self.request("POST", target, body, headers)
+            self.request("POST", target, headers={**headers, "Content-Length": str(len(body))})
             response = self.getresponse()
         except BaseException:
             self.close()
             raise
         return response
+
+    def send(self, data: Any) -> None:
+        """Sends the head, which is what http.client makes, and then the body: in one write if it is small."""
+        if len(self._body) <= PIECE_BYTES:
+            super().send(data + self._body)
+        else:
+            super().send(data)
+            # Who answers the head (410, 413, 429) may close before the body has come. The answer is there to be read.
+            with suppress(*ENDED):
+                super().send(self._body)
 
     def may_go_on(self, response: http.client.HTTPResponse) -> bool:
         """Whether another request may follow: all of the answer has been read, and no other belongs to it."""

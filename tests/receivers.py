@@ -11,7 +11,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from email.message import Message
 from functools import cache
 
@@ -67,14 +67,19 @@ class Visit:
 
     def receive(self) -> Received | None:
         """The next request, None when there is no more."""
+        if head := self.receive_head():
+            body = self._reader.read(int(head.headers["content-length"] or 0))
+            self.receiver.received.append(replace(head, body=body))
+            return self.receiver.last
+        return None
+
+    def receive_head(self) -> Received | None:
+        """The next request without its body, which does not count as received."""
         line = self._reader.readline()
         if not line:
             return None
         method, path, _ = line.decode().split()
-        headers = http.client.parse_headers(self._reader)
-        body = self._reader.read(int(headers["content-length"] or 0))
-        self.receiver.received.append(Received(method, path, headers, body))
-        return self.receiver.last
+        return Received(method, path, http.client.parse_headers(self._reader), b"")
 
     def send(self, data: bytes) -> None:
         self.connection.sendall(data)
@@ -153,6 +158,16 @@ def breaks_off(data: bytes) -> Behaviour:
         visit.receive()
         visit.send(data)
         resets_at_once(visit)
+
+    return behave
+
+
+def answers_head(status: int) -> Behaviour:
+    """Answers a request by its head, and ends the connection: with RST, as there is a body that it has not read."""
+
+    def behave(visit: Visit) -> None:
+        visit.receive_head()
+        visit.send(head(status, {"Content-Length": "0"}))
 
     return behave
 

@@ -454,6 +454,28 @@ def test_what_an_answer_has_begun_to_is_not_posted_again(data: bytes) -> None:
     assert (receiver.connections, len(receiver.received)) == (1, 2)
 
 
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_an_answer_to_the_head_alone_is_read(is_kept: bool) -> None:
+    early = receivers.answers_head(410)
+    with (
+        receiving(answers_once_then(early) if is_kept else early) as receiver,
+        line(receiver.url) as opened,
+    ):
+        if is_kept:
+            assert post(opened) == 200
+        # More than there is room for between the two.
+        assert opened.post(b"x" * 50 * MEGABYTE, {}).status == 410
+    assert receiver.connections == 1
+
+
+@pytest.mark.parametrize("size", [0, 1, 16 * 1024, 16 * 1024 + 1, MEGABYTE])
+def test_a_body_of_any_size_arrives_whole(size: int) -> None:
+    with receiving(answers()) as receiver, line(receiver.url) as opened:
+        assert [opened.post(b"x" * size, {}).status for _ in range(2)] == [200, 200]
+    assert [one.body for one in receiver.received] == [b"x" * size] * 2
+    assert (receiver.connections, receiver.last.headers["Content-Length"]) == (1, str(size))
+
+
 def test_what_is_cut_off_on_a_kept_connection_is_not_posted_again() -> None:
     with (
         receiving(answers_once_then(receivers.drips_head)) as receiver,

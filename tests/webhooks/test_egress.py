@@ -622,6 +622,15 @@ def test_the_name_is_kept_for_tls(authority: Authority) -> None:
     assert said == [NAME]
 
 
+def test_an_answer_to_the_head_alone_is_read_over_tls(authority: Authority) -> None:
+    with (
+        receiving(receivers.answers_head(410), tls=authority.server(NAME)) as receiver,
+        development().to(receiver_url(receiver, "https")) as post,
+    ):
+        # More than there is room for between the two.
+        assert post(b"x" * 50 * MEGABYTE, {}).http_status == 410
+
+
 def test_a_certificate_must_be_good(authority: Authority) -> None:
     for context in (authority.server("other.example"), authority.server(NAME, days=-1)):
         with receiving(answers(), tls=context) as receiver:
