@@ -120,7 +120,7 @@ class Attempt:
 
 
 Post = Callable[[bytes, Mapping[str, str]], Attempt]
-"""Posts a body with these headers, once."""
+"""Posts a body with these headers; as `Line.post`, it may arrive twice."""
 
 
 class Egress:
@@ -162,13 +162,19 @@ class Egress:
         Whatever the receiver does is in the `Attempt`, and raises nothing. Nothing of one tenant's receiver is left for
         another's: what is kept between two attempts ends with the block.
         """
-        try:
-            line = Line(self._policy.check(url), self._bounds, resolver=self._resolver, trust=self._trust)
-        except (WebhookUrlRefused, UrlInvalid):
+        line = self._line_to(url)
+        if line is None:
             yield lambda _body, _headers: Attempt(None, "refused_url", 0)
-        else:
-            with line:
-                yield partial(self._attempt, line)
+            return
+        with line:
+            yield partial(self._attempt, line)
+
+    def _line_to(self, url: str) -> Line | None:
+        # None, as what the block raises would have a refusal for its context.
+        try:
+            return Line(self._policy.check(url), self._bounds, resolver=self._resolver, trust=self._trust)
+        except (WebhookUrlRefused, UrlInvalid):
+            return None
 
     def _attempt(self, line: Line, body: bytes, headers: Mapping[str, str]) -> Attempt:
         began = time.monotonic()

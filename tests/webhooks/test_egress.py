@@ -457,6 +457,13 @@ def test_each_block_looks_the_name_up_anew(acme: Names) -> None:
     assert acme.looked_up == [NAME, NAME]
 
 
+@pytest.mark.parametrize("url", [f"https://{NAME}/", "https:///", "ftp://files.example/"])
+def test_what_a_block_raises_has_no_refusal_for_its_context(url: str) -> None:
+    with pytest.raises(LookupError) as raised, development().to(url):
+        raise LookupError
+    assert raised.value.__context__ is None
+
+
 @pytest.mark.parametrize("status", [200, 204, 301, 400, 410, 500, 503])
 def test_every_status_is_an_answer(status: int) -> None:
     with receiving(answers(status, b"")) as receiver:
