@@ -1,7 +1,8 @@
 """Calls that leave this machine: bounded in time and size, however the other side behaves.
 
 A read timeout begins anew with every byte, so a sender who drips holds us for minutes. Here each request has one
-deadline over all of it, and a watchdog shuts down the very socket that the request is on.
+deadline over all of it, and a watchdog shuts down the very socket that the request is on. Those to Stripe are a
+`Session`'s, which is here; those to tenants' URLs are a `Line`'s (`lines.py`), of the same parts.
 """
 
 from __future__ import annotations
@@ -11,31 +12,27 @@ import os
 import socket
 import ssl
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
-from email.message import Message
 from functools import partial
 from heapq import heappop, heappush
-from http import HTTPStatus
 from http.cookiejar import DefaultCookiePolicy
 from io import BufferedReader, BytesIO, RawIOBase
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from itertools import count
 from queue import Empty, SimpleQueue
 from threading import BoundedSemaphore, Condition, Lock, Semaphore, Thread
-from typing import Any, Self, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import requests
 from requests.adapters import HTTPAdapter
 from requests.structures import CaseInsensitiveDict
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.exceptions import HTTPError, LocationParseError, ReadTimeoutError
-from urllib3.util import parse_url, wait_for_read
+from urllib3.exceptions import HTTPError, ReadTimeoutError
 
 Address = IPv4Address | IPv6Address
 # What getaddrinfo says: family, kind, protocol, canonical name, and what to give to connect.
@@ -46,10 +43,6 @@ HEAD_BYTES = 64 * 1024
 PIECE_BYTES = 16 * 1024
 # After which a thread that looks names up ends.
 IDLE_SECONDS = 10
-DEFAULT_PORTS = {"http": 80, "https": 443}
-NO_DELAY = ((socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),)
-# How a connection that was good says that it is no more.
-ENDED = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
 T = TypeVar("T")
 
@@ -119,17 +112,8 @@ class Bounds:
         while piece := read(min(PIECE_BYTES, most - len(body))):
             body += piece
         if len(body) > self.max_bytes:
-            raise _Stopped(ResponseTooLarge())
+            raise Stopped(ResponseTooLarge())
         return bytes(body)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What came back; `body` as it came, or its beginning."""
-
-    status: int
-    headers: Message
-    body: bytes
 
 
 class Resolver:
@@ -188,6 +172,13 @@ class Resolver:
                 return None
 
 
+class Names(Protocol):
+    """What a call looks names up with."""
+
+    def look_up(self, host: str, port: int, seconds: float) -> Sequence[Found]:
+        """As `Resolver`'s."""
+
+
 class Session(requests.Session):
     """A session for any number of threads, each of whose calls keeps within its limits or raises an `OutboundError`.
 
@@ -225,7 +216,7 @@ class Session(requests.Session):
 
     def send(self, request: requests.PreparedRequest, **kwargs: Any) -> requests.Response:
         """The response with its body read; raises an `OutboundError`."""
-        with _watched(_Call(self._bounds, self._resolver)) as call:
+        with watched(Call(self._bounds, self._resolver)) as call:
             outcome = self._outcome(call, request, kwargs)
         # Raised here, it has no context: that could have the URL in it.
         if isinstance(outcome, OutboundError):
@@ -233,12 +224,12 @@ class Session(requests.Session):
         return outcome
 
     def _outcome(
-        self, call: _Call, request: requests.PreparedRequest, kwargs: dict[str, Any]
+        self, call: Call, request: requests.PreparedRequest, kwargs: dict[str, Any]
     ) -> requests.Response | OutboundError:
         error: OutboundError
         try:
             response = self._exchange(request, kwargs)
-        except _Stopped as stopped:
+        except Stopped as stopped:
             error = stopped.error
         except requests.exceptions.SSLError:
             error = TlsFailed()
@@ -259,165 +250,6 @@ class Session(requests.Session):
             body = self._bounds.body_of(partial(response.raw.read, decode_content=False))
         response.raw = BytesIO(body)
         return response
-
-
-class Line:
-    """POSTs to one URL, from any number of threads, for a while: what is kept between them is gone with the block.
-
-    The name is looked up once; what was found is held against `permitted` at each connection. What the receiver keeps
-    open is used again. Each call keeps within its bounds or raises an `OutboundError`, and none follows a redirect.
-
-    It stands on http.client alone: requests makes of 200 µs of CPU a call 500, a new connection included.
-    """
-
-    def __init__(self, url: str, bounds: Bounds, *, resolver: Resolver, trust: ssl.SSLContext) -> None:
-        self._to = _Place.of(url)
-        self._bounds = bounds
-        self._names = _Lookup(resolver)
-        self._trust = trust
-        self._kept = deque[_Wire]()
-        self._is_open = True
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._is_open = False
-        self._close_kept()
-
-    def post(self, body: bytes, headers: Mapping[str, str]) -> Answer:
-        """The answer, whatever its status; raises an `OutboundError`.
-
-        The body may arrive twice: a receiver may close a kept connection in the moment in which we use it. Where any of
-        an answer came, it is not sent again.
-        """
-        with _watched(_Call(self._bounds, self._names)) as call:
-            outcome = call.judged(self._outcome(call, body, headers))
-        # Raised here, it has no context: that could have the URL in it.
-        if isinstance(outcome, OutboundError):
-            raise outcome
-        return outcome
-
-    def _outcome(self, call: _Call, body: bytes, headers: Mapping[str, str]) -> Answer | OutboundError:
-        try:
-            return self._exchange(call, body, headers)
-        except _Stopped as stopped:
-            return stopped.error
-        except OutboundError as error:
-            return error
-        except ssl.SSLError:
-            return TlsFailed()
-        except TimeoutError:
-            return DeadlineExceeded()
-        except (OSError, http.client.HTTPException):
-            return ConnectionBroken()
-
-    def _exchange(self, call: _Call, body: bytes, headers: Mapping[str, str]) -> Answer:
-        wire, response = self._answered(call, body, headers)
-        with ExitStack() as ends:
-            ends.callback(wire.close)
-            ends.callback(response.close)
-            answer = Answer(response.status, response.headers, self._body_of(response))
-            if wire.may_go_on(response):
-                ends.pop_all()
-                # Before the next call can have it.
-                call.release()
-                self._keep(wire)
-        return answer
-
-    def _answered(
-        self, call: _Call, body: bytes, headers: Mapping[str, str]
-    ) -> tuple[_Wire, http.client.HTTPResponse]:
-        if wire := self._quiet():
-            try:
-                call.watch(wire.sock)
-                return wire, wire.posted(self._to.target, body, headers)
-            except ENDED:
-                # RFC 9110, 9.2.2: a POST may be sent again where its semantics are known to be idempotent. Those of a
-                # delivery are, by its `webhook-id`; but who has begun to answer has it.
-                if call.is_answered:
-                    raise
-        wire = self._new(call)
-        return wire, wire.posted(self._to.target, body, headers)
-
-    def _new(self, call: _Call) -> _Wire:
-        to = self._to
-        connected = call.dial(to.host, to.port, NO_DELAY)
-        if to.scheme == "https":
-            connected = self._trust.wrap_socket(connected, server_hostname=to.name)
-        return _Wire(connected, to)
-
-    def _quiet(self) -> _Wire | None:
-        """A kept connection that nothing has come on: that would be its end, or no answer to what is sent now."""
-        with suppress(IndexError):
-            while wait_for_read((wire := self._kept.pop()).sock, 0):
-                wire.close()
-            return wire
-        return None
-
-    def _body_of(self, response: http.client.HTTPResponse) -> bytes:
-        body = self._bounds.body_of(response.read)
-        is_cut = self._bounds.cut and len(body) == self._bounds.max_bytes
-        if response.length and not is_cut:
-            raise ConnectionBroken
-        return body
-
-    def _keep(self, wire: _Wire) -> None:
-        self._kept.append(wire)
-        if not self._is_open:
-            self._close_kept()
-
-    def _close_kept(self) -> None:
-        with suppress(IndexError):
-            while True:
-                self._kept.pop().close()
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a URL leads."""
-
-    scheme: str
-    host: str
-    port: int
-    target: str
-
-    @classmethod
-    def of(cls, url: str) -> Self:
-        """Raises `UrlInvalid`."""
-        try:
-            parts = parse_url(url)
-        except LocationParseError:
-            raise UrlInvalid from None
-        if parts.scheme not in DEFAULT_PORTS or not parts.host:
-            raise UrlInvalid
-        host, port = parts.host.strip("[]"), parts.port or DEFAULT_PORTS[parts.scheme]
-        return cls(parts.scheme, host, port, parts.request_uri)
-
-    @property
-    def name(self) -> str:
-        """The host as the receiver knows it: the dot at a name's end is for the resolver."""
-        return self.host.rstrip(".")
-
-
-class _Lookup:
-    """A name's addresses, as the first who asks finds them."""
-
-    def __init__(self, resolver: Resolver) -> None:
-        self._resolver = resolver
-        self._lock = Lock()
-        self._found: Sequence[Found] = ()
-
-    def look_up(self, host: str, port: int, seconds: float) -> Sequence[Found]:
-        """As the resolver's. Those who ask meanwhile wait for the same answer, so that a name holds one thread."""
-        ends_at = time.monotonic() + seconds
-        if not self._lock.acquire(timeout=seconds):
-            raise NameUnknown
-        try:
-            self._found = self._found or self._resolver.look_up(host, port, ends_at - time.monotonic())
-            return self._found
-        finally:
-            self._lock.release()
 
 
 class SharedTrust(ssl.SSLContext):
@@ -441,17 +273,17 @@ class SharedTrust(ssl.SSLContext):
 # One request's time ------------------------------------------------------------------------------
 
 
-class _Stopped(Exception):
-    """Carries an error through urllib3, to which every OSError is a broken connection."""
+class Stopped(Exception):
+    """Carries an error through urllib3 and http.client: to the former every OSError is a broken connection."""
 
     def __init__(self, error: OutboundError) -> None:
         self.error = error
 
 
-class _Call:
+class Call:
     """One request: what it may take, and the socket that it is on."""
 
-    def __init__(self, bounds: Bounds, names: Resolver | _Lookup) -> None:
+    def __init__(self, bounds: Bounds, names: Names) -> None:
         self.bounds = bounds
         self.ends_at = time.monotonic() + bounds.total_seconds
         self.is_cut = False
@@ -540,11 +372,11 @@ class _Watchdog:
 
     def _forget(self) -> None:
         self._changed = Condition()
-        self._calls: list[tuple[float, int, _Call]] = []
+        self._calls: list[tuple[float, int, Call]] = []
         self._numbers = count()
         self._thread: Thread | None = None
 
-    def watch(self, call: _Call) -> None:
+    def watch(self, call: Call) -> None:
         entry = (call.ends_at, next(self._numbers), call)
         with self._changed:
             self._start()
@@ -562,7 +394,7 @@ class _Watchdog:
         while True:
             self._next().cut()
 
-    def _next(self) -> _Call:
+    def _next(self) -> Call:
         with self._changed:
             while (seconds := self._seconds()) is None or seconds > 0:
                 self._changed.wait(seconds)
@@ -577,11 +409,11 @@ class _Watchdog:
 
 _WATCHDOG = _Watchdog()
 # urllib3 has no argument that comes from a request to its connection.
-_CALL: ContextVar[_Call] = ContextVar("call")
+_CALL: ContextVar[Call] = ContextVar("call")
 
 
 @contextmanager
-def _watched(call: _Call) -> Iterator[_Call]:
+def watched(call: Call) -> Iterator[Call]:
     _WATCHDOG.watch(call)
     token = _CALL.set(call)
     try:
@@ -592,7 +424,7 @@ def _watched(call: _Call) -> Iterator[_Call]:
         call.has_ended = True
 
 
-# What urllib3 is made of -------------------------------------------------------------------------
+# What comes back ----------------------------------------------------------------------------------
 
 
 class _Metered(RawIOBase):
@@ -601,7 +433,7 @@ class _Metered(RawIOBase):
     http.client reads a chunk of size -1 to its end, and any number of trailers.
     """
 
-    def __init__(self, raw: RawIOBase, call: _Call) -> None:
+    def __init__(self, raw: RawIOBase, call: Call) -> None:
         self._raw = raw
         self._call = call
         self._left = HEAD_BYTES + 2 * call.bounds.max_bytes
@@ -615,7 +447,7 @@ class _Metered(RawIOBase):
             self._call.is_answered = True
             self._left -= size
         if self._left < 0:
-            raise _Stopped(ResponseTooLarge())
+            raise Stopped(ResponseTooLarge())
         return size
 
     def close(self) -> None:
@@ -623,60 +455,24 @@ class _Metered(RawIOBase):
         super().close()
 
 
-class _Response(http.client.HTTPResponse):
+class Response(http.client.HTTPResponse):
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
         self.fp = BufferedReader(_Metered(self.fp.detach(), _CALL.get()))
 
 
-class _Wire(http.client.HTTPConnection):
-    """A connection that is made already, and never makes another."""
-
-    response_class = _Response
-    auto_open = 0
-
-    def __init__(self, connected: socket.socket, place: _Place) -> None:
-        super().__init__(place.name, place.port)
-        self.sock = connected
-        # Which one Host leaves out.
-        self.default_port = DEFAULT_PORTS[place.scheme]
-        self._body = b""
-
-    def posted(self, target: str, body: bytes, headers: Mapping[str, str]) -> http.client.HTTPResponse:
-        """What answers a request that is sent now."""
-        self._body = body
-        try:
-            self.request("POST", target, headers={**headers, "Content-Length": str(len(body))})
-            response = self.getresponse()
-        except BaseException:
-            self.close()
-            raise
-        return response
-
-    def send(self, data: Any) -> None:
-        """Sends the head, which is what http.client makes, and then the body: in one write if it is small."""
-        if len(self._body) <= PIECE_BYTES:
-            super().send(data + self._body)
-        else:
-            super().send(data)
-            # Who answers the head (410, 413, 429) may close before the body has come. The answer is there to be read.
-            with suppress(*ENDED):
-                super().send(self._body)
-
-    def may_go_on(self, response: http.client.HTTPResponse) -> bool:
-        """Whether another request may follow: all of the answer has been read, and no other belongs to it."""
-        return self.sock is not None and response.isclosed() and response.status >= HTTPStatus.OK
+# What urllib3 is made of -------------------------------------------------------------------------
 
 
 class _Connection(HTTPConnection):
-    response_class = _Response
+    response_class = Response
 
     def _new_conn(self) -> socket.socket:
         # The only place that cannot be rebound: what is checked here is what is dialled here.
         try:
             return _CALL.get().dial(self._dns_host, self.port, self.socket_options)
         except OutboundError as error:
-            raise _Stopped(error) from None
+            raise Stopped(error) from None
 
     def request(self, *args: Any, **kwargs: Any) -> None:
         if self.sock is not None:

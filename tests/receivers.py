@@ -327,3 +327,16 @@ class Names:
 
     def _numeric(self, address: str, port: int) -> list[tuple[object, ...]]:
         return list(self._read(address, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST))
+
+
+class HangingNames(Names):
+    """As `Names`, where the lookup of `hangs.example` ends when it is freed."""
+
+    def __init__(self, addresses: Mapping[str, Sequence[str]]) -> None:
+        super().__init__(addresses)
+        self.freed = threading.Event()
+
+    def __call__(self, host: str, port: int, *_: object, **__: object) -> list[tuple[object, ...]]:
+        if host == "hangs.example":
+            self.freed.wait(STOP_SECONDS)
+        return super().__call__(host, port)

@@ -24,7 +24,7 @@ FLOORS = (
     (2, "billing.idempotency"),
     (1, "billing.passwords billing.encryption billing.ports billing.actors billing.audit"),
     (1, "billing.webhooks.delivery billing.webhooks.events billing.webhooks.signing"),
-    (1, "billing.outbound"),
+    (1, "billing.outbound billing.lines"),
     (0, "billing.errors billing.ids billing.clock billing.settings billing.keyrings billing.tasks"),
     (0, "billing.limits billing.metrics billing.tracing"),
 )
@@ -46,7 +46,7 @@ LIBRARIES = {
     "cryptography": ("billing.encryption",),
     "stripe": ("billing.gateway",),
     "requests": ("billing.outbound", "billing.webhooks", "billing.gateway", "billing.cli.check"),
-    "urllib3": ("billing.outbound", "billing.webhooks", "billing.gateway"),
+    "urllib3": ("billing.outbound", "billing.lines", "billing.webhooks", "billing.gateway"),
     "click": ("billing.cli",),
     "dotenv": ("billing.settings",),
     "limits": ("billing.shared_counters",),

@@ -29,17 +29,14 @@ from billing.outbound import (
     ConnectFailed,
     ConnectionBroken,
     DeadlineExceeded,
-    Line,
     NameUnknown,
     OutboundError,
     Resolver,
     ResponseTooLarge,
     Session,
-    SharedTrust,
-    UrlInvalid,
 )
 from tests import receivers
-from tests.receivers import MEGABYTE, Behaviour, Names, Visit, answers, receiving
+from tests.receivers import MEGABYTE, Behaviour, HangingNames, Names, Visit, answers, receiving
 
 TOTAL_SECONDS = 0.3
 # A busy machine is no failure.
@@ -286,17 +283,10 @@ def test_an_unknown_name(session: Session, names: Callable[..., Names], name: st
 
 @pytest.fixture
 def hanging_resolver(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    freed = threading.Event()
-    known = Names({"good.example": ["127.0.0.1"]})
-
-    def look_up(host: str, *arguments: Any, **options: Any) -> Any:
-        if host == "hangs.example":
-            freed.wait(10)
-        return known(host, *arguments, **options)
-
-    monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    yield freed
-    freed.set()
+    names = HangingNames({"good.example": ["127.0.0.1"]})
+    monkeypatch.setattr(socket, "getaddrinfo", names)
+    yield names.freed
+    names.freed.set()
 
 
 def test_a_lookup_that_hangs_is_an_error_soon(hanging_resolver: threading.Event) -> None:
@@ -346,212 +336,6 @@ def test_a_thread_looks_up_one_name_after_the_other_and_ends(
     threads[0].join(AMPLE_SECONDS)
     assert not threads[0].is_alive()
     assert resolver.look_up("good.example", 80, AMPLE_SECONDS)
-
-
-# Lines -------------------------------------------------------------------------------------------
-
-
-def line(url: str, *, resolver: Resolver | None = None, **changes: Any) -> Line:
-    """One whose deadline is too far away to be met by chance."""
-    ample = {"connect_seconds": AMPLE_SECONDS, "total_seconds": AMPLE_SECONDS}
-    return Line(url, bounds(**{**ample, **changes}), resolver=resolver or Resolver(), trust=SharedTrust())
-
-
-def post(opened: Line) -> int:
-    return opened.post(b"{}", {"X-Mine": "1"}).status
-
-
-@pytest.mark.parametrize("status", [200, 204, 301, 404, 500])
-def test_a_line_keeps_its_connection(status: int) -> None:
-    with (
-        receiving(answers(status, b"" if status == 204 else b"ok")) as receiver,
-        line(receiver.url) as opened,
-    ):
-        assert [post(opened) for _ in range(5)] == [status] * 5
-    assert receiver.connections == 1
-    assert [one.body for one in receiver.received] == [b"{}"] * 5
-
-
-def repeats(data: bytes) -> Behaviour:
-    """Sends these bytes in answer to each request of the connection."""
-
-    def behave(visit: Visit) -> None:
-        while visit.receive():
-            visit.send(data)
-
-    return behave
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n",
-        b"HTTP/1.0 200 OK\r\nContent-Length: 0\r\n\r\n",
-        b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nmore",
-        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nmore\r\n0\r\n\r\n",
-        b"HTTP/1.1 103 Early Hints\r\n\r\n",
-    ],
-)
-def test_a_connection_on_which_more_may_come_is_not_kept(data: bytes) -> None:
-    with receiving(repeats(data)) as receiver, line(receiver.url, max_bytes=3, cut=True) as opened:
-        for number in (1, 2):
-            post(opened)
-            assert receiver.connections == number
-
-
-def test_what_came_unasked_on_a_kept_connection_is_no_answer() -> None:
-    said = threading.Event()
-
-    def behave(visit: Visit) -> None:
-        visit.receive()
-        visit.send(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
-        said.wait(AMPLE_SECONDS)
-        visit.send(b"HTTP/1.1 500 Not This\r\nContent-Length: 0\r\n\r\n")
-        visit.receiver.ended.release()
-        visit.receiver.stopped.wait()
-
-    with receiving(behave) as receiver, line(receiver.url) as opened:
-        assert post(opened) == 200
-        said.set()
-        assert receiver.ended.acquire(timeout=AMPLE_SECONDS)
-        assert post(opened) == 200
-    assert receiver.connections == 2
-
-
-def answers_once_then(end: Behaviour) -> Behaviour:
-    """Answers the first request of a connection, and reads the second before it ends."""
-
-    def behave(visit: Visit) -> None:
-        visit.receive()
-        visit.send(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
-        end(visit)
-
-    return behave
-
-
-@pytest.mark.parametrize("end", [receivers.says(b""), receivers.resets])
-def test_what_a_kept_connection_ended_on_is_posted_once_more_on_a_new_one(end: Behaviour) -> None:
-    with receiving(answers_once_then(end)) as receiver, line(receiver.url) as opened:
-        assert [post(opened), post(opened)] == [200, 200]
-    assert (receiver.connections, len(receiver.received)) == (2, 3)
-
-
-@pytest.mark.parametrize("end", [receivers.says(b""), receivers.resets])
-def test_what_a_new_connection_ended_on_is_not_posted_again(end: Behaviour) -> None:
-    with receiving(end) as receiver, line(receiver.url) as opened, pytest.raises(ConnectionBroken):
-        post(opened)
-    assert len(receiver.received) == 1
-
-
-@pytest.mark.parametrize(
-    "data", [b"H", b"HTTP/1.1 200 OK\r\nX", b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n"]
-)
-def test_what_an_answer_has_begun_to_is_not_posted_again(data: bytes) -> None:
-    with receiving(answers_once_then(receivers.breaks_off(data))) as receiver, line(receiver.url) as opened:
-        assert post(opened) == 200
-        with pytest.raises(ConnectionBroken):
-            post(opened)
-    assert (receiver.connections, len(receiver.received)) == (1, 2)
-
-
-@pytest.mark.parametrize("is_kept", [False, True])
-def test_an_answer_to_the_head_alone_is_read(is_kept: bool) -> None:
-    early = receivers.answers_head(410)
-    with (
-        receiving(answers_once_then(early) if is_kept else early) as receiver,
-        line(receiver.url) as opened,
-    ):
-        if is_kept:
-            assert post(opened) == 200
-        # More than there is room for between the two.
-        assert opened.post(b"x" * 50 * MEGABYTE, {}).status == 410
-    assert receiver.connections == 1
-
-
-@pytest.mark.parametrize("size", [0, 1, 16 * 1024, 16 * 1024 + 1, MEGABYTE])
-def test_a_body_of_any_size_arrives_whole(size: int) -> None:
-    with receiving(answers()) as receiver, line(receiver.url) as opened:
-        assert [opened.post(b"x" * size, {}).status for _ in range(2)] == [200, 200]
-    assert [one.body for one in receiver.received] == [b"x" * size] * 2
-    assert (receiver.connections, receiver.last.headers["Content-Length"]) == (1, str(size))
-
-
-def test_what_is_cut_off_on_a_kept_connection_is_not_posted_again() -> None:
-    with (
-        receiving(answers_once_then(receivers.drips_head)) as receiver,
-        line(receiver.url, total_seconds=TOTAL_SECONDS) as opened,
-    ):
-        post(opened)
-        with bounded(), pytest.raises(DeadlineExceeded):
-            post(opened)
-    assert len(receiver.received) == 2
-
-
-def test_no_connection_outlives_its_line() -> None:
-    inside = threading.Semaphore(0)
-
-    def behave(visit: Visit) -> None:
-        while visit.receive():
-            inside.release()
-            visit.receiver.ended.acquire(timeout=AMPLE_SECONDS)
-            visit.send(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
-
-    before = descriptors()
-    with receiving(behave) as receiver, ThreadPoolExecutor(2) as threads:
-        with line(receiver.url) as opened:
-            posted = [threads.submit(post, opened) for _ in range(2)]
-            assert inside.acquire(timeout=AMPLE_SECONDS) and inside.acquire(timeout=AMPLE_SECONDS)
-            receiver.ended.release()
-            while not any(one.done() for one in posted):
-                time.sleep(0.01)
-        # One was kept when the line ended, the other is answered only now.
-        receiver.ended.release()
-        assert [one.result() for one in posted] == [200, 200]
-    assert descriptors() <= before
-
-
-def test_many_of_a_line_look_the_name_up_once(names: Callable[..., Names]) -> None:
-    resolver = names(a_example=["127.0.0.1"])
-    with (
-        receiving(answers(Connection="close")) as receiver,
-        line(f"http://a.example:{receiver.port}/in?a=1") as opened,
-        ThreadPoolExecutor(16) as threads,
-    ):
-        assert list(threads.map(post, [opened] * 64)) == [200] * 64
-    assert (receiver.connections, resolver.looked_up) == (64, ["a.example"])
-    assert (receiver.last.path, receiver.last.headers["Host"]) == ("/in?a=1", f"a.example:{receiver.port}")
-
-
-def test_each_connection_of_a_line_is_to_an_address_permitted_then(names: Callable[..., Names]) -> None:
-    names(a_example=["127.0.0.1"])
-    verdicts = iter([True, False])
-    with (
-        receiving(answers(Connection="close")) as receiver,
-        line(f"http://a.example:{receiver.port}/", permitted=lambda _: next(verdicts)) as opened,
-    ):
-        assert post(opened) == 200
-        with pytest.raises(AddressRefused):
-            post(opened)
-    assert receiver.connections == 1
-
-
-def test_a_name_that_hangs_holds_one_thread_however_many_ask(hanging_resolver: threading.Event) -> None:
-    resolver = Resolver(threads=2)
-    with (
-        receiving(answers()) as receiver,
-        line("http://hangs.example/", resolver=resolver, connect_seconds=0.2) as hanging,
-        line(f"http://good.example:{receiver.port}/", resolver=resolver) as good,
-        ThreadPoolExecutor(4) as threads,
-    ):
-        posted = [threads.submit(post, hanging) for _ in range(4)]
-        assert post(good) == 200
-        assert {type(one.exception()) for one in posted} == {NameUnknown}
-
-
-@pytest.mark.parametrize("url", ["ftp://a.example/", "http://", "a.example", "http://a.example:b/", "http:a"])
-def test_a_line_needs_a_url_of_http(url: str) -> None:
-    with pytest.raises(UrlInvalid):
-        line(url)
 
 
 # Many at once ------------------------------------------------------------------------------------

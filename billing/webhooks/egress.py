@@ -14,15 +14,14 @@ from ipaddress import IPv6Address, ip_network
 from typing import Literal
 
 from billing.errors import WebhookUrlRefused
+from billing.lines import Answer, Line
 from billing.outbound import (
     Address,
     AddressRefused,
-    Answer,
     Bounds,
     ConnectFailed,
     ConnectionBroken,
     DeadlineExceeded,
-    Line,
     NameUnknown,
     OutboundError,
     Resolver,

@@ -23,7 +23,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from billing.outbound import Bounds, Line, OutboundError, Resolver, Session, SharedTrust
+from billing.lines import Line
+from billing.outbound import Bounds, OutboundError, Resolver, Session, SharedTrust
 from billing.webhooks import egress as module
 from billing.webhooks.egress import FAILURES, Attempt, Egress, Failure, is_public
 from billing.webhooks.endpoints import UrlPolicy
