@@ -76,7 +76,7 @@ bench: bench-tools ## Measure requests beside Starlette, FastAPI and Django, for
 bench-storm: bench-tools ## Measure `verify` while 32 clients log in, for some two minutes
 	$(BIN)/python -m benchmarks.storm $(ARGS)
 
-bench-soak: bench-tools ## Load a server as much as it bears for ten minutes: no error, and no more memory
+bench-soak: bench-tools ## Load a server as much as it bears for ten minutes, and say what broke and what it holds
 	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 bench-scale: bench-tools ## Measure with up to a million tenants, and with 1, 2 and 4 processes; some 8 GB of disk

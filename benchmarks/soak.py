@@ -1,6 +1,6 @@
 """`python -m benchmarks.soak`: ten minutes at the highest rate that two processes and their worker answer.
 
-Every default is on, limits too. Nothing may be refused or break, and memory should not grow.
+Every default is on, limits too. Nothing may be refused or break; what the processes hold is said each minute.
 """
 
 from __future__ import annotations

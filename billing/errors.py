@@ -74,7 +74,7 @@ class BillingError(Exception):
     """Something went wrong."""
 
     retry_after_seconds: int | None = None
-    _code: str
+    _code = "billing-error"
 
     def __init_subclass__(cls) -> None:
         cls._code = re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__).lower()

@@ -70,7 +70,12 @@ class InRedis:
         # What was not told is not put on the one that finds out whether Redis is back: its answer may be lost, and
         # then it would be told once more.
         told = amount if self._is_away else amount + self._untold.take(key)
-        count = await self._ask(lambda: self._redis.incr(key, seconds, told))
+        try:
+            count = await self._ask(lambda: self._redis.incr(key, seconds, told))
+        except asyncio.CancelledError:
+            # The client left. Perhaps Redis was told: who counts twice is stricter, who forgets is not.
+            await self._untold.add(key, told, seconds=seconds)
+            raise
         if count is None:
             await self._untold.add(key, told, seconds=seconds)
             return await self._known.add(key, amount, seconds=seconds)

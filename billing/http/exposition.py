@@ -104,13 +104,12 @@ def is_good(authorization: str, token: str) -> bool:
 class Exporter(ThreadingHTTPServer):
     """The page on a port of its own: it listens at once (`OSError`), and answers for as long as the block.
 
-    Each connection has a thread. Of more than there may be, the one that has said nothing for longest is closed.
+    Each connection has a thread. Of more than there may be, the oldest whose request has not come is closed.
     """
 
     daemon_threads = True
-    request_queue_size = (
-        128  # Of the library's five, those that wait are tried again after a second, and then two.
-    )
+    # Of the library's five, those that wait are tried again after a second, and then two.
+    request_queue_size = 128
 
     def __init__(self, read: Read, host: str, port: int, token: str | None) -> None:
         self.address_family = AF_INET6 if ":" in host else AF_INET

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from http import HTTPStatus
 from typing import Any
 
@@ -184,6 +185,7 @@ class Joined:
     """A transport that sends what is written within one turn of the event loop at once.
 
     uvloop sends each write by itself, and uvicorn writes head and body apart: two calls to the system, two packets.
+    What one turn writes is beyond flow control, which is little: answers are one body.
     """
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
@@ -198,6 +200,9 @@ class Joined:
         if not self._written:
             self._loop.call_soon(self._send)
         self._written.append(data)
+
+    def writelines(self, parts: Iterable[bytes]) -> None:
+        self.write(b"".join(parts))
 
     def close(self) -> None:
         self._send()

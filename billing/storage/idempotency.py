@@ -14,10 +14,9 @@ from sqlalchemy.dialects.postgresql import insert
 
 from billing.encryption import Vault
 from billing.idempotency import Answer, Claim, Found
-from billing.storage.shelf import Shelf, mine
+from billing.storage.shelf import BECOME, Shelf, mine
 from billing.storage.tables import idempotency_keys
 
-BECOME = "SELECT set_config('app.tenant_id', %s, true)"
 FORGET = "SELECT app.forget_answers(%(now)s, %(most)s)"
 FORGOTTEN_AT_ONCE = 1000
 

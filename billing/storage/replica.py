@@ -16,6 +16,7 @@ import structlog
 from sqlalchemy import Connection, create_engine, exc
 
 from billing.storage import schema
+from billing.storage.shelf import BECOME
 from billing.storage.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -25,7 +26,7 @@ STATEMENT_SECONDS = 2.0
 REST_SECONDS = 5.0
 
 # NULL, and so no, on a server that replays nothing.
-OPEN = "BEGIN; SELECT set_config('app.tenant_id', %s, true), pg_last_wal_replay_lsn() >= %s::pg_lsn"
+OPEN = f"BEGIN; {BECOME}, pg_last_wal_replay_lsn() >= %s::pg_lsn"
 IDENTITY = "SELECT system_identifier FROM pg_control_system()"
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.storage")

@@ -14,6 +14,8 @@ Statement = TypeVar("Statement", bound=Executable)
 
 # Of a statement whose result nobody needs: it goes with the next one, or with COMMIT.
 LATER = "later"
+# What makes the rest of a transaction a tenant's.
+BECOME = "SELECT set_config('app.tenant_id', %s, true)"
 # The tenant in every condition, by which a statement is told from one that has lost it.
 MINE = "mine"
 
@@ -34,7 +36,7 @@ class Shelf:
 
     def run(self, statement: Executable, **values: object) -> CursorResult[*tuple[Any, ...]]:
         """Run a statement that was built once, of conditions that are `mine`, with its other values."""
-        return self._connection.execute(statement, {MINE: self._tenant_id, **values})
+        return self._connection.execute(statement, {**values, MINE: self._tenant_id})
 
     def insert(self, table: Table, values: Mapping[str, Any]) -> None:
         """Add a row, as this tenant's whatever it says."""

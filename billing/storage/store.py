@@ -29,7 +29,7 @@ from billing.storage.pool import Pool
 from billing.storage.replica import IDENTITY, NotThere, Replica
 from billing.storage.secrets import Secrets
 from billing.storage.sessions import Sessions
-from billing.storage.shelf import LATER
+from billing.storage.shelf import BECOME, LATER
 from billing.storage.stripe_connect import StripeConnect
 from billing.storage.tasks import Tasks, take_due
 from billing.storage.tenants import Tenants
@@ -61,9 +61,9 @@ CONNECT_ARGS = {
 }
 
 
-SCOPE = "SELECT set_config('app.tenant_id', %(tenant_id)s, true)"
-OPEN = f"BEGIN; {SCOPE}"
-OPEN_LOCKED = f"{OPEN}; SELECT FROM tenants WHERE id = %(tenant_id)s FOR NO KEY UPDATE"
+OPEN = f"BEGIN; {BECOME}"
+# As `Tenants.lock` does, in the same message.
+OPEN_LOCKED = f"{OPEN}; SELECT FROM tenants WHERE id = app.current_tenant() FOR NO KEY UPDATE"
 PING = "SELECT"
 
 # The SQLSTATE of a write to a primary that has become a replica.
@@ -152,13 +152,13 @@ class Store:
         An exclusive one holds the tenant's lock from its beginning.
         """
         opening = OPEN_LOCKED if exclusive else OPEN
-        opened = self._connect(opening, tenant_id=str(tenant_id))
+        opened = self._connect(opening, (str(tenant_id),))
         with _in_our_words(), _span("transaction"), opened as connection:
             yield TenantTx(connection, tenant_id, actor, self._vault)
             connection.commit()
 
     @contextmanager
-    def _connect(self, opening: str = PING, **parameters: str) -> Iterator[Connection]:
+    def _connect(self, opening: str = PING, parameters: tuple[str, ...] | None = None) -> Iterator[Connection]:
         """A connection that has taken its opening, which is how one is found that was lost since it was last used."""
         with ExitStack() as stack:
             connection = stack.enter_context(self._engine.connect())

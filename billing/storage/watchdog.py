@@ -1,4 +1,4 @@
-"""Statements that take too long lose their connection: a server that was stopped says nothing, and for ever.
+"""Messages that are answered too late lose their connection: a server that was stopped says nothing, and for ever.
 
 PostgreSQL minds `statement_timeout` itself, and the kernel a machine that is gone. Neither notices a process that
 was stopped, or a COMMIT that waits for a standby: libpq reads on, and with it one of our threads.
@@ -15,9 +15,11 @@ from typing import Any
 from weakref import WeakSet
 
 import structlog
-from psycopg2 import Error, extensions
 
-# Longer than PostgreSQL's own statement_timeout, and the way there and back.
+from billing.storage.driver import Connection, Cursor
+
+# Longer than PostgreSQL's own statement_timeout, and the way there and back. A message may hold several statements:
+# together they have no longer.
 STATEMENT_SECONDS = 8.0
 LOOKS = 16  # Within that time.
 NEVER = float("inf")
@@ -26,7 +28,7 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.stora
 
 
 class Watchdog:
-    """Cuts the connections that it made when a statement on them is overdue: one thread for all of them."""
+    """Cuts the connections that it made when an answer on them is overdue: one thread for all of them."""
 
     def __init__(self, seconds: float = STATEMENT_SECONDS) -> None:
         self._seconds = seconds
@@ -38,20 +40,23 @@ class Watchdog:
     @property
     def connect_args(self) -> dict[str, Any]:
         """What psycopg2 has to be told to make connections of ours."""
-        return {"connection_factory": self._connect, "cursor_factory": _Cursor}
+        return {"connection_factory": self._connect, "cursor_factory": Cursor}
 
     def close(self) -> None:
-        """End, as soon as no statement is under way."""
+        """End, as soon as no answer is waited for."""
         self._closing.set()
 
-    def _connect(self, dsn: str, **options: Any) -> _Connection:
-        connection = _Connection(dsn, self._seconds, **options)
+    def _connect(self, dsn: str, **options: Any) -> Connection:
+        return Connection(dsn, self._mind, **options)
+
+    def _mind(self, descriptor: int) -> _Line:
+        line = _Line(descriptor, self._seconds)
         with self._lock:
-            self._lines.add(connection.line)
+            self._lines.add(line)
             if self._thread is None:
                 self._thread = Thread(target=self._run, name="statements", daemon=True)
                 self._thread.start()
-        return connection
+        return line
 
     def _run(self) -> None:
         while self._look() or not self._closing.is_set():
@@ -69,7 +74,7 @@ class Watchdog:
 
 
 class _Line:
-    """The socket under a connection, and until when an answer on it may be waited for. A block is one statement."""
+    """The socket under a connection, and until when an answer on it may be waited for. A block is one message."""
 
     def __init__(self, descriptor: int, seconds: float) -> None:
         self.overdue_at = NEVER
@@ -103,59 +108,3 @@ class _Line:
             if self._socket is not None:
                 self._socket.close()
             self._socket = None
-
-
-class _Connection(extensions.connection):
-    def __init__(self, dsn: str, seconds: float, **options: Any) -> None:
-        super().__init__(dsn, **options)
-        # Who wants a transaction says BEGIN, and what else may go in the same message: psycopg2's is one of its own.
-        self.autocommit = True
-        self.put_off: list[bytes] = []
-        self.line = _Line(self.fileno(), seconds)
-
-    def commit(self) -> None:
-        try:
-            self._end("COMMIT")
-        except Error:
-            # With a write that was put off, perhaps. SQLAlchemy takes the transaction for ended.
-            if not self.closed:
-                self.rollback()
-            raise
-
-    def rollback(self) -> None:
-        self.put_off.clear()
-        self._end("ROLLBACK")
-
-    def _end(self, how: str) -> None:
-        """End the transaction, if there is one."""
-        if self.get_transaction_status() != extensions.TRANSACTION_STATUS_IDLE:
-            with self.cursor() as cursor:
-                cursor.execute(how)
-
-    def close(self) -> None:
-        self.line.close()
-        super().close()
-
-
-class _Cursor(extensions.cursor):
-    connection: _Connection
-
-    def execute(self, query: Any, vars: Any = None) -> None:  # psycopg2's name for it
-        if not self.connection.put_off:
-            with self.connection.line:
-                super().execute(query, vars)
-            return
-        statements = [*self.connection.put_off, self.mogrify(query, vars)]
-        self.connection.put_off.clear()
-        with self.connection.line:
-            super().execute(b"; ".join(statements))
-
-    def put_off(self, query: Any, vars: Any) -> None:
-        """Have a statement whose result nobody needs go in one message with the next one, before it."""
-        self.connection.put_off.append(self.mogrify(query, vars))
-
-    def executemany(self, query: Any, vars_list: Any) -> None:
-        if self.connection.put_off:
-            self.execute("SELECT")
-        with self.connection.line:
-            super().executemany(query, vars_list)

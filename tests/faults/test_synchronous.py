@@ -82,6 +82,8 @@ def primary(cluster: embedded.Cluster, settings: Settings, worker_id: str) -> It
 def waited_for(superuser: Engine, standby: Standby, name: str, base: str) -> Iterator[None]:
     """Commits of this database wait for the standby, and nobody else's do."""
     with superuser.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+        # It is a setting of the whole cluster, which the tests' processes share: one at a time.
+        connection.exec_driver_sql("SELECT pg_advisory_lock(2)")
         connection.exec_driver_sql(f"ALTER SYSTEM SET synchronous_standby_names = '\"{name}\"'")
         connection.exec_driver_sql("SELECT pg_reload_conf()")
         state = text("SELECT max(sync_state) FROM pg_stat_replication WHERE application_name = :name")

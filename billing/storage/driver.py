@@ -1,0 +1,83 @@
+"""psycopg2's connections as we use them: BEGIN is said, and what nobody waits for goes with the next message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from psycopg2 import Error, ProgrammingError, extensions
+
+
+class Line(Protocol):
+    """What minds a connection: a block is one message and its answer."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Connection(extensions.connection):
+    """Who wants a transaction says BEGIN, and what else may go in the same message: psycopg2's is one of its own."""
+
+    def __init__(self, dsn: str, line_of: Callable[[int], Line], **options: Any) -> None:
+        super().__init__(dsn, **options)
+        self.autocommit = True
+        self.put_off: list[bytes] = []
+        self.line = line_of(self.fileno())
+
+    @property
+    def is_in_transaction(self) -> bool:
+        """Whether one was begun, and not ended; one that failed is to be ended too."""
+        return bool(self.get_transaction_status() != extensions.TRANSACTION_STATUS_IDLE)
+
+    def commit(self) -> None:
+        try:
+            self._end("COMMIT")
+        except Error:
+            # With a write that was put off, perhaps. SQLAlchemy takes the transaction for ended.
+            if not self.closed:
+                self.rollback()
+            raise
+
+    def rollback(self) -> None:
+        self.put_off.clear()
+        self._end("ROLLBACK")
+
+    def _end(self, how: str) -> None:
+        if self.is_in_transaction:
+            with self.cursor() as cursor:
+                cursor.execute(how)
+
+    def close(self) -> None:
+        self.line.close()
+        super().close()
+
+
+class Cursor(extensions.cursor):
+    """Sends what was put off before its own statement, in the same message."""
+
+    connection: Connection
+
+    def execute(self, query: Any, vars: Any = None) -> None:  # psycopg2's name for it
+        if not self.connection.put_off:
+            with self.connection.line:
+                super().execute(query, vars)
+            return
+        statements = [*self.connection.put_off, self.mogrify(query, vars)]
+        self.connection.put_off.clear()
+        with self.connection.line:
+            super().execute(b"; ".join(statements))
+
+    def put_off(self, query: Any, vars: Any) -> None:
+        """Have a statement whose result nobody needs go with the next one, or with COMMIT."""
+        if not self.connection.is_in_transaction:
+            raise ProgrammingError("Only a transaction has an end with which it would go.")
+        self.connection.put_off.append(self.mogrify(query, vars))
+
+    def executemany(self, query: Any, vars_list: Any) -> None:
+        if self.connection.put_off:
+            self.execute("SELECT")
+        with self.connection.line:
+            super().executemany(query, vars_list)
