@@ -158,7 +158,9 @@ class Store:
             connection.commit()
 
     @contextmanager
-    def _connect(self, opening: str = PING, parameters: tuple[str, ...] | None = None) -> Iterator[Connection]:
+    def _connect(
+        self, opening: str = PING, parameters: tuple[str, ...] | None = None
+    ) -> Iterator[Connection]:
         """A connection that has taken its opening, which is how one is found that was lost since it was last used."""
         with ExitStack() as stack:
             connection = stack.enter_context(self._engine.connect())
