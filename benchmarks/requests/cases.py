@@ -20,7 +20,7 @@ REFUSED = {
     "domain": "-",
 }
 # Registering is limited by address: so many that no address is over its limit before the end.
-ADDRESSES = [IPv4Address("10.0.0.0") + n for n in range(30_000)]
+ADDRESSES = [IPv4Address("10.0.0.0") + n for n in range(60_000)]
 WEBHOOK_URLS = ("https://hooks.acme.example/billing", "https://hooks.acme.example/other")
 EVENT_TYPES = ["api_key.regenerated", "api_key.revoked"]
 

@@ -14,10 +14,12 @@ from benchmarks.installation import Installation
 from benchmarks.requests.cases import Case, Request
 from benchmarks.requests.servers import Server
 
-# The requests in turn. What comes back is counted by wrk itself: reading answers here would cost it more than sending.
+# The requests in turn, from any of them on. What comes back is counted by wrk itself: reading answers here would cost it
+# more than sending.
 SCRIPT = """
 local requests = {%(requests)s}
-local turn = 0
+math.randomseed(os.time())
+local turn = math.random(#requests)
 request = function()
   turn = turn %% #requests + 1
   return requests[turn]
