@@ -14,8 +14,8 @@ from benchmarks.installation import Installation
 from benchmarks.requests.cases import Case, Request
 from benchmarks.requests.servers import Server
 
-# The requests in turn, from any of them on. What comes back is counted by wrk itself: reading answers here would cost it
-# more than sending.
+# The requests in turn, from any of them on. What comes back is counted by wrk itself: reading answers here would cost
+# it more than sending.
 SCRIPT = """
 local requests = {%(requests)s}
 math.randomseed(os.time())
