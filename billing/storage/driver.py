@@ -1,11 +1,15 @@
-"""psycopg2's connections as we use them: BEGIN is said, and what nobody waits for goes with the next message."""
+"""psycopg2's connections as we use them: to one host after the other, with BEGIN said, and messages that are shared."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any, Protocol, TypeVar
 
-from psycopg2 import Error, ProgrammingError, extensions
+from psycopg2 import Error, OperationalError, ProgrammingError, extensions
+from sqlalchemy import Engine, event
+
+T = TypeVar("T")
 
 
 class Line(Protocol):
@@ -81,3 +85,37 @@ class Cursor(extensions.cursor):
             self.execute("SELECT")
         with self.connection.line:
             super().executemany(query, vars_list)
+
+
+# One of several hosts ------------------------------------------------------------------------------
+
+
+def dial_each_host(engine: Engine) -> None:
+    """Have the engine's connections made to the first of its hosts that takes one."""
+
+    @event.listens_for(engine, "do_connect")
+    def _dial(dialect: Any, _record: object, arguments: Any, options: Any) -> Any:
+        return first_host(options, lambda host: dialect.connect(*arguments, **host))
+
+
+def first_host(options: Mapping[str, Any], dial: Callable[[dict[str, Any]], T]) -> T:
+    """What was dialled at the first host that takes it; raises the last one's `OperationalError`.
+
+    libpq would pass over a host that refuses, and over one that does not answer in time; but where one takes the
+    connection and hangs up, as a proxy does whose server is gone, it gives up.
+    """
+    *others, last = each_host(options)
+    for host in others:
+        with suppress(OperationalError):
+            return dial(host)
+    return dial(last)
+
+
+def each_host(options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The options for one host at a time; libpq separates hosts, and their ports, by commas."""
+    hosts = str(options.get("host", "")).split(",")
+    if len(hosts) == 1:
+        return [dict(options)]
+    ports = str(options.get("port", "," * (len(hosts) - 1))).split(",")
+    ports = ports if len(ports) == len(hosts) else ports * len(hosts)
+    return [{**options, "host": host, "port": port} for host, port in zip(hosts, ports, strict=True)]

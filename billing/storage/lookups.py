@@ -11,7 +11,6 @@ import asyncio
 import select
 from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from time import monotonic
@@ -27,6 +26,7 @@ from billing import tracing
 from billing.errors import BillingError, DatabaseUnavailable
 from billing.keys import ApiKey
 from billing.storage import api_keys, tenants, users
+from billing.storage.driver import first_host
 from billing.storage.platform import FROM_TENANT, KEY, TENANT, TENANT_ENDS, USER
 from billing.storage.store import CONNECT_ARGS, StorageError
 from billing.tenants import Tenant
@@ -333,21 +333,7 @@ def connect(url: str) -> tuple[Any, bool]:
     time: libpq's asynchronous side knows no `connect_timeout`, and would wait for the first for ever.
     """
     _, arguments = PGDialect_psycopg2().create_connect_args(make_url(url))  # type: ignore[no-untyped-call]
-    *others, last = each_host(arguments)
-    for host in others:
-        with suppress(psycopg2.OperationalError):
-            return _connect_to(host)
-    return _connect_to(last)
-
-
-def each_host(arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The arguments for one host at a time; libpq separates hosts, and their ports, by commas."""
-    hosts = str(arguments.get("host", "")).split(",")
-    if len(hosts) == 1:
-        return [dict(arguments)]
-    ports = str(arguments.get("port", "," * (len(hosts) - 1))).split(",")
-    ports = ports if len(ports) == len(hosts) else ports * len(hosts)
-    return [{**arguments, "host": host, "port": port} for host, port in zip(hosts, ports, strict=True)]
+    return first_host(arguments, _connect_to)
 
 
 def _connect_to(arguments: Mapping[str, Any]) -> tuple[Any, bool]:

@@ -21,6 +21,7 @@ from billing.storage.audit import AuditLog
 from billing.storage.backlog import read_backlog
 from billing.storage.deliveries import Deliveries
 from billing.storage.directory import Directory
+from billing.storage.driver import dial_each_host
 from billing.storage.events import Events
 from billing.storage.idempotency import IdempotencyKeys, forget_answers
 from billing.storage.operator import Operator
@@ -128,6 +129,7 @@ class Store:
             hide_parameters=True,
             connect_args=CONNECT_ARGS | self._watchdog.connect_args,
         )
+        dial_each_host(self._opened)
         event.listen(self._opened, "do_execute", _put_off)
         if replica_url is not None:
             self._replica = Replica(

@@ -312,19 +312,3 @@ def test_a_host_that_hangs_is_passed_over(
         found = ask(url, lambda opened: opened.find_user(claims, NOW))
     assert found is not None
     assert found[0].id == two[0].tenant.id
-
-
-@pytest.mark.parametrize(
-    ("arguments", "hosts"),
-    [
-        ({"user": "me"}, [{"user": "me"}]),
-        ({"host": "one", "port": 1}, [{"host": "one", "port": 1}]),
-        ({"host": "one,two", "port": "1,2"}, [{"host": "one", "port": "1"}, {"host": "two", "port": "2"}]),
-        ({"host": "one,two", "port": ","}, [{"host": "one", "port": ""}, {"host": "two", "port": ""}]),
-        ({"host": "one,two", "port": "7"}, [{"host": "one", "port": "7"}, {"host": "two", "port": "7"}]),
-    ],
-)
-def test_hosts_are_told_apart_as_libpq_does(
-    arguments: dict[str, object], hosts: list[dict[str, object]]
-) -> None:
-    assert lookups.each_host(arguments) == hosts
