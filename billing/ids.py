@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from uuid import UUID
 
+import uuid_utils
 from uuid_utils.compat import uuid7
 
 
 def new_id() -> UUID:
     """A new UUIDv7."""
     return uuid7()
+
+
+def new_name() -> str:
+    """The same as text, for what is only named by it: without an object it takes a fifth of the time."""
+    return str(uuid_utils.uuid7())

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from billing import errors, metrics, tracing
 from billing.errors import BillingError
 from billing.http import crashes, problems
-from billing.ids import new_id
+from billing.ids import new_name
 
 # What is no page of ours loads nothing and stands in no frame, should a browser be made to show it.
 NO_CONTENT = b"default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -160,7 +160,7 @@ def request_id_of(headers: Headers) -> str:
     offered = [value for name, value in headers if name == b"x-request-id"]
     if len(offered) == 1 and SAFE_REQUEST_ID.fullmatch(offered[0]):
         return offered[0].decode()
-    return str(new_id())
+    return new_name()
 
 
 def summary(scope: Scope, status: int | None, seconds: float) -> dict[str, Any]:

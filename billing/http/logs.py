@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
+from typing import Any
 
 import orjson
 import structlog
@@ -59,7 +60,7 @@ def configure(*, tty: bool, level: str | int = "INFO") -> None:
     finish: list[Processor] = [render_exception, clean, *(PEOPLES if tty else PROGRAMS)]
     structlog.configure(
         processors=[structlog.contextvars.merge_contextvars, structlog.processors.add_log_level, *finish],
-        wrapper_class=structlog.make_filtering_bound_logger(level_number(level)),
+        wrapper_class=lean(structlog.make_filtering_bound_logger(level_number(level))),
         logger_factory=lambda *_: Lines(sink),
         cache_logger_on_first_use=True,
     )
@@ -194,6 +195,19 @@ class Sink:
     def flush(self) -> None:
         with suppress(OSError, ValueError):
             sys.stderr.flush()
+
+
+def lean(base: type) -> type:
+    """structlog's logger, for steps that end in a line: its own copies the event, and asks what the end of them is."""
+
+    def log(self: Any, method: str, event: str | None = None, /, **said: object) -> None:
+        line: Any = {**self._context, **said, "event": event}
+        with suppress(structlog.DropEvent):
+            for step in self._processors:
+                line = step(self._logger, method, line)
+            self._logger.msg(line)
+
+    return type(base.__name__, (base,), {"_proxy_to_logger": log})
 
 
 class Lines:

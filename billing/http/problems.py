@@ -11,7 +11,7 @@ from starlette.types import Scope
 from billing import errors
 from billing.errors import BillingError
 from billing.http.replies import Rendered
-from billing.ids import new_id
+from billing.ids import new_name
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.http")
 
@@ -72,7 +72,7 @@ def _problem(error: BillingError, status: int, request_id: str) -> dict[str, Any
         "title": error.title(),
         "status": status,
         "detail": error.detail,
-        "instance": f"urn:uuid:{new_id()}",
+        "instance": f"urn:uuid:{new_name()}",
         "code": error.code(),
         "request_id": request_id,
     }

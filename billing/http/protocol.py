@@ -15,7 +15,7 @@ from billing import errors, metrics
 from billing.errors import BillingError
 from billing.http import problems
 from billing.http.edge import SECURITY_HEADERS
-from billing.ids import new_id
+from billing.ids import new_name
 
 MAX_HEAD_BYTES = 32 * 1024
 MAX_HEADERS = 100
@@ -164,7 +164,7 @@ class Protocol(HttpToolsProtocol):
         self.transport.close()
 
     def _answer(self, error: BillingError) -> None:
-        request_id = str(new_id())
+        request_id = new_name()
         rendered = problems.render(error, request_id=request_id)
         headers = [
             *self.server_state.default_headers,
