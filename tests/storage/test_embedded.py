@@ -248,13 +248,14 @@ def test_killed_watcher_takes_postgres_along_and_both_come_back(state_dir: Path)
 
 
 @on_linux
-def test_start_works_at_once_after_the_watcher_was_killed(state_dir: Path, client: Start) -> None:
+def test_start_works_after_the_watcher_was_killed(state_dir: Path, client: Start) -> None:
     process = client()
     ready(process)
     process.send_signal(signal.SIGSTOP)
     os.kill(watcher(state_dir), signal.SIGKILL)
     with embedded.start(state_dir) as server:
-        assert answers(server.cluster)
+        # The one that the watcher kept may still be on its way out.
+        eventually(lambda: answers(server.cluster))
 
 
 def test_comes_back_when_all_of_it_is_killed(state_dir: Path) -> None:
