@@ -5,7 +5,9 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import socket
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +39,7 @@ from billing.storage.tables import metadata
 from sandbox.stripe import Sandbox
 from tests import answers, live
 from tests.clock import TurnedClock
+from tests.receivers import HangingNames
 
 API = "/api/v1/auth/tenants"
 PASSWORD = "SecurePass123!"
@@ -272,3 +275,12 @@ def acme(client: TestClient) -> Account:
 @pytest.fixture
 def globex(client: TestClient) -> Account:
     return Account(client, register(client, "Globex Ltd.").json())
+
+
+@pytest.fixture
+def hanging_resolver(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """A look-up of `hangs.example` ends when this is set, that of `good.example` at once."""
+    names = HangingNames({"good.example": ["127.0.0.1"]})
+    monkeypatch.setattr(socket, "getaddrinfo", names)
+    yield names.freed
+    names.freed.set()

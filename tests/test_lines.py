@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from billing.outbound import (
     UrlInvalid,
 )
 from tests import receivers
-from tests.receivers import MEGABYTE, Behaviour, HangingNames, Names, Visit, answers, receiving
+from tests.receivers import MEGABYTE, Behaviour, Names, Visit, answers, receiving
 
 TOTAL_SECONDS = 0.3
 # A busy machine is no failure.
@@ -224,14 +223,6 @@ def test_each_connection_of_a_line_is_to_an_address_permitted_then(names: Names)
         with pytest.raises(AddressRefused):
             post(opened)
     assert receiver.connections == 1
-
-
-@pytest.fixture
-def hanging_resolver(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    names = HangingNames({"good.example": ["127.0.0.1"]})
-    monkeypatch.setattr(socket, "getaddrinfo", names)
-    yield names.freed
-    names.freed.set()
 
 
 def test_a_name_that_hangs_holds_one_thread_however_many_ask(hanging_resolver: threading.Event) -> None:

@@ -36,7 +36,7 @@ from billing.outbound import (
     Session,
 )
 from tests import receivers
-from tests.receivers import MEGABYTE, Behaviour, HangingNames, Names, Visit, answers, receiving
+from tests.receivers import MEGABYTE, Behaviour, Names, Visit, answers, receiving
 
 TOTAL_SECONDS = 0.3
 # A busy machine is no failure.
@@ -279,14 +279,6 @@ def test_an_unknown_name(session: Session, names: Callable[..., Names], name: st
     names()
     with pytest.raises((NameUnknown, requests.exceptions.InvalidURL)):
         session.get(f"http://{name}/")
-
-
-@pytest.fixture
-def hanging_resolver(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    names = HangingNames({"good.example": ["127.0.0.1"]})
-    monkeypatch.setattr(socket, "getaddrinfo", names)
-    yield names.freed
-    names.freed.set()
 
 
 def test_a_lookup_that_hangs_is_an_error_soon(hanging_resolver: threading.Event) -> None:

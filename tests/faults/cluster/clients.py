@@ -6,6 +6,7 @@ import random
 import secrets
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -101,7 +102,7 @@ class Book:
         self.replays = 0
 
 
-class Client(threading.Thread):
+class Client(threading.Thread, ABC):
     """One user of the service: one request at a time, repeated until it is answered."""
 
     def __init__(self, url: str, book: Book, receiver_url: str, *, keyed: bool) -> None:
@@ -133,12 +134,14 @@ class Client(threading.Thread):
                     self.book.wrongs.append(str(error))
                 time.sleep(self._random.uniform(0.5, 1.5) * PAUSE_SECONDS)
         except Exception as error:
+            # A client that has ended looks like one that was told nothing wrong.
             self.book.wrongs.append(f"{self.name} broke off while it did {self.doing}: {error!r}")
             self.idle.set()
             raise
 
+    @abstractmethod
     def act(self) -> None:
-        raise NotImplementedError
+        """Do one thing, and write down what came of it."""
 
     # Requests ----------------------------------------------------------------------------------------
 
