@@ -112,9 +112,12 @@ def first_host(options: Mapping[str, Any], dial: Callable[[dict[str, Any]], T]) 
 
 
 def each_host(options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The options for one host at a time; libpq separates hosts, and their ports, by commas."""
+    """The options for one host at a time; libpq separates hosts, and their ports, by commas.
+
+    With `hostaddr`, another list that goes with the hosts, libpq is left to it.
+    """
     hosts = str(options.get("host", "")).split(",")
-    if len(hosts) == 1:
+    if len(hosts) == 1 or "hostaddr" in options:
         return [dict(options)]
     ports = str(options.get("port", "," * (len(hosts) - 1))).split(",")
     ports = ports if len(ports) == len(hosts) else ports * len(hosts)

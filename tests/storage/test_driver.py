@@ -50,6 +50,7 @@ def test_a_host_that_hangs_up_is_passed_over(test_database: TestDatabase, settin
         ({"host": "one", "port": 1}, [{"host": "one", "port": 1}]),
         ({"host": "one,two", "port": "1,2"}, [{"host": "one", "port": "1"}, {"host": "two", "port": "2"}]),
         ({"host": "one,two", "port": ","}, [{"host": "one", "port": ""}, {"host": "two", "port": ""}]),
+        ({"host": "one,two", "hostaddr": "::1,::2"}, [{"host": "one,two", "hostaddr": "::1,::2"}]),
         ({"host": "one,two", "port": "7"}, [{"host": "one", "port": "7"}, {"host": "two", "port": "7"}]),
     ],
 )
