@@ -39,8 +39,8 @@ from tests import receivers
 from tests.receivers import MEGABYTE, Behaviour, Names, Visit, answers, receiving
 
 TOTAL_SECONDS = 0.3
-# A busy machine is no failure.
-LATE_SECONDS = 1
+# A busy machine is no failure: what is cut here never ends by itself.
+LATE_SECONDS = 10
 AMPLE_SECONDS = 5
 MOST_BYTES = 64 * 1024
 LITTLE_MEMORY = 4 * MEGABYTE

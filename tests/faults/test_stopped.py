@@ -26,8 +26,8 @@ from tests.live import await_ready, free_port
 TIMEOUT_SECONDS = 2
 THREADS = 2
 CALLS = 12
-# What a busy machine may add.
-SLACK_SECONDS = 5
+# What a busy machine may add; still less than a drain.
+SLACK_SECONDS = 10
 
 
 @dataclass
