@@ -11,19 +11,19 @@ from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, Row
+from sqlalchemy import ColumnElement, Connection, Row
 
-from billing.storage import api_keys, tenants, users
+from billing.storage import tenants, users
 from billing.tenants import Account, Tenant
 
 
-def _names(columns: Sequence[Any]) -> str:
+def names_of(columns: Sequence[ColumnElement[Any]]) -> str:
+    """What they are called in SQL."""
     return ", ".join(str(column) for column in columns)
 
 
-TENANT = _names(tenants.COLUMNS)
-USER = _names(users.COLUMNS)
-KEY = _names(api_keys.COLUMNS)
+TENANT = names_of(tenants.COLUMNS)
+USER = names_of(users.COLUMNS)
 TENANT_ENDS = len(tenants.COLUMNS)
 
 AS_WHOEVER_HAS = (
