@@ -130,9 +130,9 @@ lock: $(VENV)/.test ## Renew the locks from pyproject.toml
 	$(LOCK) --group contract -c requirements-dev.lock -o requirements-contract.lock
 	$(LOCK) --group bench -c requirements-dev.lock -o requirements-bench.lock
 
-sbom: $(VENV)/.test ## Write what the server is made of to dist/sbom.json (CycloneDX)
+sbom: $(CONTRACT_VENV)/.installed ## Write what the server is made of to dist/sbom.json (CycloneDX)
 	@mkdir -p dist
-	$(BIN)/cyclonedx-py requirements requirements.lock --pyproject pyproject.toml --mc-type application --output-reproducible -o dist/sbom.json
+	$(CONTRACT_VENV)/bin/cyclonedx-py requirements requirements.lock --pyproject pyproject.toml --mc-type application --output-reproducible -o dist/sbom.json
 
 clean: ## Remove the environment and what tools left behind
 	rm -rf $(VENV) $(CONTRACT_VENV) $(BENCH_VENV) $(JS)/node_modules $(CONTRACT_JS)/node_modules dist/sdk .mypy_cache .ruff_cache .pytest_cache .hypothesis .schemathesis
