@@ -129,8 +129,13 @@ def fastest(one: Passwords, stored: str | None) -> float:
 
 
 def test_no_password_is_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passwords.secrets, "token_urlsafe", lambda: "the dummy's own")
-    assert not made("old").check("the dummy's own", None)
+    monkeypatch.setattr(passwords.bcrypt, "checkpw", lambda *_: True)
+    assert not made("old").check("correct horse", None)
+
+
+def test_nothing_is_hashed_before_there_is_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(passwords.bcrypt, "hashpw")
+    assert not made("old").check("correct horse", None)
 
 
 # Strength ----------------------------------------------------------------------------------------
