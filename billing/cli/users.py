@@ -18,7 +18,7 @@ from billing.clock import utc_now
 from billing.errors import InvalidRequest, MalformedBody
 from billing.handlers import shapes
 from billing.http import document
-from billing.http.validation import Rules
+from billing.http.validation import Rules, as_json_schema
 from billing.passwords import Passwords, require_strength
 from billing.settings import Settings
 from billing.tenants import Tenant, words_of
@@ -79,7 +79,7 @@ def require_valid(tenant: Tenant, details: dict[str, str]) -> None:
     # This writer escapes what was no UTF-8, and the rules refuse it.
     body = json.dumps({"company_name": tenant.company_name, **details}).encode()
     try:
-        Rules(contract, register).body(body)
+        Rules(as_json_schema(contract["components"]), register).body(body)
     except MalformedBody:
         raise InvalidRequest("Email, names and password must be text in UTF-8, without NUL.") from None
     except InvalidRequest as error:

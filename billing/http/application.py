@@ -28,7 +28,7 @@ from billing.http.lanes import Lanes
 from billing.http.limits import Limits
 from billing.http.operations import Operations, compile_all
 from billing.http.pages import beside
-from billing.http.validation import Rules, validator_map
+from billing.http.validation import Rules, as_json_schema, validator_map
 from billing.http.wiring import ByOperationId, endpoints
 from billing.security import Doorkeeper
 
@@ -67,7 +67,8 @@ def build(
     """The whole ASGI application; raises at once what is wrong with the document or a handler."""
     listed = operations(document)
     by_id = {o.operation_id: o for o in listed}
-    rules = {o.operation_id: Rules(document, o) for o in listed}
+    components = as_json_schema(document.get("components", {}))
+    rules = {o.operation_id: Rules(components, o) for o in listed}
     handling = endpoints(listed, services, lanes)
     answering = {o.operation_id: limits.throttled(o, handling[o.operation_id]) for o in listed}
     access = Access(doorkeeper, limits)

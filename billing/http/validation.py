@@ -22,18 +22,21 @@ MAX_DEPTH = 128
 
 
 class Rules:
-    """What one operation takes: its query parameters, its headers and its body."""
+    """What one operation takes: its query parameters, its headers and its body.
 
-    def __init__(self, document: Mapping[str, Any], operation: Operation) -> None:
+    `components` are those of the document, as `as_json_schema` says them: once for all operations.
+    """
+
+    def __init__(self, components: Mapping[str, Any], operation: Operation) -> None:
         parameters = operation.query
-        self._query = {p["name"]: _compiled(document, p["schema"]) for p in parameters}
+        self._query = {p["name"]: _compiled(components, p["schema"]) for p in parameters}
         self._required_query = {p["name"] for p in parameters if p.get("required", False)}
         self._open_query = operation.open_query
         self._headers = {
-            p["name"]: (p["name"].lower().encode(), _compiled(document, p["schema"]))
+            p["name"]: (p["name"].lower().encode(), _compiled(components, p["schema"]))
             for p in operation.headers
         }
-        self._body = operation.request and _compiled(document, operation.request)
+        self._body = operation.request and _compiled(components, operation.request)
         self._body_required = operation.body_required
 
     def query(self, query_string: bytes) -> dict[str, str]:
@@ -145,9 +148,9 @@ def _pointer(path: Sequence[str | int]) -> str:
     return "".join(f"/{str(part).replace('~', '~0').replace('/', '~1')}" for part in path)
 
 
-def _compiled(document: Mapping[str, Any], schema: Mapping[str, Any]) -> Draft4Validator:
+def _compiled(components: Mapping[str, Any], schema: Mapping[str, Any]) -> Draft4Validator:
     # OpenAPI 3.0 schemas are draft 4 with `nullable`; the references point into the components.
-    whole = {**as_json_schema(schema), "components": as_json_schema(document.get("components", {}))}
+    whole = {**as_json_schema(schema), "components": components}
     return Draft4Validator(whole, validate_formats=True, mask=MASK)
 
 

@@ -156,7 +156,7 @@ def rules(
         request=SCHEMA,
         body_required=required,
     )
-    return Rules({"components": COMPONENTS}, operation)
+    return Rules(as_json_schema(COMPONENTS), operation)
 
 
 RULES = rules()
@@ -353,7 +353,7 @@ def test_no_more_faults_are_told_than_the_document_says() -> None:
     configure = next(o for o in operations(contract) if o.operation_id == "configure_webhook")
     unknown = {"webhook_url": "https://hooks.acme.example/", "event_types": list(range(1000))}
     with pytest.raises(InvalidRequest) as refused:
-        Rules(contract, configure).body(json.dumps(unknown).encode())
+        Rules(as_json_schema(contract["components"]), configure).body(json.dumps(unknown).encode())
     said = contract["components"]["schemas"]["Problem"]["properties"]["errors"]
     assert len(refused.value.faults) == said["maxItems"]
 
