@@ -7,11 +7,6 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from alembic.util import CommandError
 from sqlalchemy import Connection, create_engine, exc, text
 
 from billing.errors import DatabaseUnavailable
@@ -35,16 +30,15 @@ def bootstrap_sql() -> str:
 def migrate(owner_url: str) -> str:
     """Bring the schema to this version, in one transaction; returns the revision.
 
-    Any number may run it at once: the lock is taken before Alembic looks at the version. Raises
+    Any number may run it at once: the lock is taken before anybody looks at the version. Raises
     `DatabaseUnavailable`, and `SchemaError` when a newer version was here or the role may not do it.
     """
     engine = create_engine(owner_url, hide_parameters=True)
     try:
         with _in_our_words(), engine.begin() as connection:
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
-            config = _config()
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+            if _present(connection) != _head():
+                _upgrade(connection)
     finally:
         engine.dispose()
     return _head()
@@ -56,8 +50,6 @@ def _in_our_words() -> Iterator[None]:
         yield
     except exc.OperationalError as error:
         raise DatabaseUnavailable from error
-    except CommandError as error:
-        raise SchemaError(f"The database is at a migration that this version lacks: {error}.") from error
     except exc.ProgrammingError as error:
         if getattr(error.orig, "pgcode", None) != INSUFFICIENT_PRIVILEGE:
             raise
@@ -66,15 +58,34 @@ def _in_our_words() -> Iterator[None]:
         ) from error
 
 
+def _upgrade(connection: Connection) -> None:
+    # Only here: a server and its worker would import Alembic at every start, and have nothing to migrate.
+    from alembic import command
+    from alembic.config import Config
+    from alembic.util import CommandError
+
+    config = Config(attributes={"connection": connection})
+    config.set_main_option("script_location", str(MIGRATIONS))
+    try:
+        command.upgrade(config, "head")
+    except CommandError as error:
+        raise SchemaError(f"The database is at a migration that this version lacks: {error}.") from error
+
+
 def require_current(connection: Connection) -> None:
     """Raises `SchemaError` unless the tables are of this version, or of a newer one that this version may run on."""
-    has_versions = connection.dialect.has_table(connection, "alembic_version")
-    present = MigrationContext.configure(connection).get_current_revision() if has_versions else None
+    present = _present(connection)
     if present == _head() or _is_newer_and_serves_us(connection, present):
         return
     raise SchemaError(
         f"The database is at migration {present or 'none'}, this version needs {_head()}: run `billing migrate`."
     )
+
+
+def _present(connection: Connection) -> str | None:
+    """The migration that the database is at, None before the first."""
+    has_versions = connection.dialect.has_table(connection, "alembic_version")
+    return connection.scalar(text("SELECT version_num FROM alembic_version")) if has_versions else None
 
 
 def _is_newer_and_serves_us(connection: Connection, present: str | None) -> bool:
@@ -108,21 +119,13 @@ WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p') AND relnam
 """
 
 
-def _config() -> Config:
-    config = Config()
-    config.set_main_option("script_location", str(MIGRATIONS))
-    return config
-
-
 @cache
 def _known() -> frozenset[str]:
-    """The migrations that this version has."""
-    return frozenset(script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions())
+    """The migrations that this version has: their files' names begin with their numbers."""
+    return frozenset(path.name.partition("_")[0] for path in (MIGRATIONS / "versions").glob("[0-9]*.py"))
 
 
-@cache
 def _head() -> str:
-    head = ScriptDirectory.from_config(_config()).get_current_head()
-    if head is None:
+    if not _known():
         raise SchemaError("This installation has no migrations.")
-    return head
+    return max(_known())

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine, text
 
 from billing.encryption import Vault
@@ -51,6 +52,12 @@ def test_the_tables_are_as_the_migrations_make_them(test_database: TestDatabase)
     with engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
     engine.dispose()
+
+
+def test_migrations_are_known_by_the_names_of_their_files() -> None:
+    scripts = ScriptDirectory(str(schema.MIGRATIONS))
+    assert schema._known() == {script.revision for script in scripts.walk_revisions()}
+    assert schema._head() == scripts.get_current_head()
 
 
 def test_every_table_is_isolated_and_none_is_forgotten(spare: TestDatabase, settings: Settings) -> None:
@@ -116,6 +123,12 @@ def test_the_server_runs_on_a_newer_schema_that_says_so(
                 store.require_ready()
     finally:
         store.close()
+
+
+def test_a_newer_schema_is_not_migrated(spare: TestDatabase) -> None:
+    run(spare.superuser_url, "UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(schema.SchemaError, match="lacks.*'9999'"):
+        schema.migrate(spare.owner_url)
 
 
 def test_an_older_schema_is_refused_whatever_it_says(spare: TestDatabase, settings: Settings) -> None:
