@@ -48,6 +48,8 @@ UNLIKE = [
         (r"whsec_[0-9A-Za-z+/=]+", "whsec_<secret>"),
         (r"eyJ[\w-]+\.[\w-]+\.[\w-]+", "<token>"),
         (r"http://127\.0\.0\.1:\d+", "<origin>"),
+        (r'("slug": ?"[a-z0-9-]+-)[0-9a-f]{6}"', r'\1<other>"'),  # of a name that was taken
+        (r'("response_time_ms": ?)\d+', r"\1<ms>"),
     ]
 ]
 PASSED_OVER = {"date", "x-request-id", "content-length"}
