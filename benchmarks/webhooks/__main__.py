@@ -17,7 +17,13 @@ from billing.cli.console import table
 COLUMNS = ("measured", "deliveries/s", "worker cpu us", "postgresql cpu us", "p50 ms", "p99 ms")
 
 
-CASES: tuple[dict[str, Any], ...] = ({"endpoints": 100}, {"endpoints": 100, "ending": True}, {"endpoints": 4})
+CASES: tuple[dict[str, Any], ...] = (
+    {"endpoints": 100},
+    {"endpoints": 100, "ending": True},
+    {"endpoints": 4},
+    # What many tenants look like: each turn is one delivery.
+    {"endpoints": 2000, "events": 2000},
+)
 
 
 @click.command()
@@ -29,7 +35,7 @@ def main(events: int, seconds: float) -> None:
     """Measure one `billing worker` on a durable PostgreSQL and receivers that take 50 ms."""
     with installed(**OPENED) as installation:
         click.echo(surroundings(installation))
-        rows = [many(throughput(installation, events=events, **case)) for case in CASES]
+        rows = [many(throughput(installation, **{"events": events, **case})) for case in CASES]
         rows += [
             soon(latency(installation, beside=each, seconds=seconds))
             for each in ("-", "silent", "refusing")
