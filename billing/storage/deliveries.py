@@ -7,10 +7,24 @@ from dataclasses import fields
 from datetime import datetime, timedelta
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, and_, delete, func, or_, select, true, tuple_, update
+from sqlalchemy import (
+    ARRAY,
+    ColumnElement,
+    Text,
+    all_,
+    and_,
+    bindparam,
+    delete,
+    func,
+    or_,
+    select,
+    true,
+    tuple_,
+    update,
+)
 
 from billing.ids import new_id
-from billing.storage.shelf import Shelf, columns_of, values_of
+from billing.storage.shelf import Shelf, columns_of, mine, values_of
 from billing.storage.tables import deliveries, events
 from billing.webhooks.delivery import Begun, Delivery, Settled, Stats, Status
 
@@ -26,6 +40,42 @@ HAS_DELIVERY = (
 )
 BLANK = {"http_status": None, "error": None, "duration_ms": None, "settled_at": None}
 
+# What every turn of a worker asks, built once.
+ONLY = bindparam("only", type_=Text)
+PENDING = and_(mine(deliveries), IS_PENDING)
+OF_TYPE = or_(ONLY.is_(None), deliveries.c.event_type == ONLY)
+IS_DUE = deliveries.c.next_attempt_at <= bindparam("now")
+FIRST_DUE = (
+    select(deliveries.c.id)
+    .where(PENDING, OF_TYPE, IS_DUE)
+    .order_by(deliveries.c.next_attempt_at)
+    .limit(bindparam("most"))
+    .with_for_update()
+    .cte("due")
+)
+BEGIN = (
+    update(deliveries)
+    .where(
+        mine(deliveries),
+        deliveries.c.id == FIRST_DUE.c.id,
+        events.c.tenant_id == deliveries.c.tenant_id,
+        events.c.id == deliveries.c.event_id,
+    )
+    .values(attempts=deliveries.c.attempts + 1)
+    .returning(
+        deliveries.c.id,
+        deliveries.c.event_id,
+        deliveries.c.event_type,
+        deliveries.c.attempts,
+        events.c.body,
+        events.c.request_id,
+        deliveries.c.next_attempt_at,
+    )
+)
+NEXT_DUE = select(func.min(deliveries.c.next_attempt_at)).where(PENDING, OF_TYPE)
+UNWANTED = deliveries.c.event_type != all_(bindparam("wanted", type_=ARRAY(Text)))
+SOME_UNWANTED = select(deliveries.c.id).where(PENDING, IS_DUE, UNWANTED).limit(AT_ONCE)
+DROP_UNWANTED = delete(deliveries).where(mine(deliveries), deliveries.c.id.in_(SOME_UNWANTED))
 # One message for all that ended about together. What was begun again meanwhile stays as it is.
 SETTLE = """
 UPDATE deliveries SET
@@ -51,23 +101,7 @@ class Deliveries(Shelf):
 
         `only` leaves out every other type of event.
         """
-        due = select(deliveries.c.id).where(self._pending(only), deliveries.c.next_attempt_at <= now)
-        first = due.order_by(deliveries.c.next_attempt_at).limit(most).with_for_update().cte("due")
-        same_event = and_(events.c.tenant_id == deliveries.c.tenant_id, events.c.id == deliveries.c.event_id)
-        begun = self._connection.execute(
-            update(deliveries)
-            .where(self.mine(deliveries), deliveries.c.id == first.c.id, same_event)
-            .values(attempts=deliveries.c.attempts + 1)
-            .returning(
-                deliveries.c.id,
-                deliveries.c.event_id,
-                deliveries.c.event_type,
-                deliveries.c.attempts,
-                events.c.body,
-                events.c.request_id,
-                deliveries.c.next_attempt_at,
-            )
-        )
+        begun = self.run(BEGIN, now=now, only=only, most=most)
         # The rows come in no order. Of those due at once the oldest event is first: ids are in that of the events.
         in_order = sorted(begun, key=lambda row: (row.next_attempt_at, row.event_id))
         return [Begun(*row[:-1]) for row in in_order]
@@ -91,21 +125,18 @@ class Deliveries(Shelf):
 
     def next_due(self, *, only: str | None) -> datetime | None:
         """When the next attempt is due, None if there is none to come."""
-        found: datetime | None = self._connection.scalar(
-            select(func.min(deliveries.c.next_attempt_at)).where(self._pending(only))
-        )
+        found: datetime | None = self.run(NEXT_DUE, only=only).scalar_one()
         return found
 
     def drop_unwanted(self, wanted: Sequence[str], now: datetime) -> None:
         """Forget what is due of other types of events than these, or a good part of it."""
-        unwanted = and_(deliveries.c.next_attempt_at <= now, deliveries.c.event_type.not_in(wanted))
-        self._connection.execute(delete(deliveries).where(self._some(and_(self._pending(None), unwanted))))
+        self.run(DROP_UNWANTED, now=now, wanted=list(wanted))
 
     def cancel(self, error: str, now: datetime) -> bool:
         """Give up what is pending, or a good part of it; whether there was any."""
         given_up = self._connection.execute(
             update(deliveries)
-            .where(self._some(self._pending(None)))
+            .where(self._some(and_(self.mine(deliveries), IS_PENDING)))
             .values(status="failed", error=error, next_attempt_at=None, settled_at=now)
         )
         return given_up.rowcount > 0
@@ -175,7 +206,3 @@ class Deliveries(Shelf):
         """As many of these as one statement should change."""
         ids = select(deliveries.c.id).where(condition).limit(AT_ONCE)
         return and_(self.mine(deliveries), deliveries.c.id.in_(ids))
-
-    def _pending(self, only: str | None) -> ColumnElement[bool]:
-        of_type = true() if only is None else deliveries.c.event_type == only
-        return and_(self.mine(deliveries), IS_PENDING, of_type)

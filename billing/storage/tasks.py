@@ -5,10 +5,10 @@ from __future__ import annotations
 from datetime import datetime
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Connection, and_, case, func
+from sqlalchemy import Connection, and_, bindparam, case, func
 from sqlalchemy.dialects.postgresql import insert
 
-from billing.storage.shelf import Shelf, columns_of, later
+from billing.storage.shelf import Shelf, columns_of, later, mine
 from billing.storage.tables import tasks
 from billing.tasks import LEASE, Queue, Task
 
@@ -19,6 +19,26 @@ AGAIN = {"due_at": func.least(tasks.c.due_at, NEW.excluded.due_at), "revision": 
 KEY = [tasks.c.tenant_id, tasks.c.kind, tasks.c.id]
 ADD = later(NEW.on_conflict_do_update(index_elements=KEY, set_=AGAIN))
 ADD_MOVED = later(NEW.on_conflict_do_update(index_elements=KEY, set_=AGAIN | {"queue": NEW.excluded.queue}))
+HELD = and_(
+    mine(tasks),
+    tasks.c.kind == bindparam("task_kind"),
+    tasks.c.id == bindparam("task_id"),
+    tasks.c.attempts == bindparam("taken"),
+    # One that was dropped and added anew begins to count anew.
+    tasks.c.created_at == bindparam("added_at"),
+)
+AS_TAKEN = tasks.c.revision == bindparam("known")
+UNTIL = bindparam("until", type_=tasks.c.due_at.type)
+FINISH = tasks.delete().where(HELD, AS_TAKEN)
+RELEASE = (
+    tasks.update()
+    .where(HELD)
+    .values(
+        leased_until=None,
+        due_at=case((AS_TAKEN, UNTIL), else_=func.least(tasks.c.due_at, UNTIL)),
+        queue=bindparam("next_queue"),
+    )
+)
 
 
 class Tasks(Shelf):
@@ -60,32 +80,25 @@ class Tasks(Shelf):
 
     def finish(self, task: Task) -> bool:
         """Done for good, unless it was asked for again meanwhile; False if it was, or was lost or dropped."""
-        as_taken = and_(self._held(task), tasks.c.revision == task.revision)
-        if self._connection.execute(tasks.delete().where(as_taken)).rowcount:
+        if self.run(FINISH, **_held(task)).rowcount:
             return True
-        self._release(task, task.created_at)
+        self.postpone(task, task.created_at)
         return False
 
     def postpone(self, task: Task, due_at: datetime, *, queue: Queue | None = None) -> None:
         """Let go of it until then, or sooner if it was asked for again meanwhile; perhaps for another queue."""
-        self._release(task, due_at, queue=queue or task.queue)
+        self.run(RELEASE, **_held(task), until=due_at, next_queue=queue or task.queue)
 
-    def _release(self, task: Task, due_at: datetime, *, queue: Queue | None = None) -> None:
-        is_as_taken = tasks.c.revision == task.revision
-        self._connection.execute(
-            tasks.update()
-            .where(self._held(task))
-            .values(
-                leased_until=None,
-                due_at=case((is_as_taken, due_at), else_=func.least(tasks.c.due_at, due_at)),
-                queue=queue or task.queue,
-            )
-        )
 
-    def _held(self, task: Task) -> ColumnElement[bool]:
-        same = and_(tasks.c.kind == task.kind, tasks.c.id == task.id, tasks.c.attempts == task.attempts)
-        # One that was dropped and added anew begins to count anew.
-        return and_(self.mine(tasks), same, tasks.c.created_at == task.created_at)
+def _held(task: Task) -> dict[str, object]:
+    """A task as its holder knows it, for conditions that it is still theirs."""
+    return {
+        "task_kind": task.kind,
+        "task_id": task.id,
+        "taken": task.attempts,
+        "added_at": task.created_at,
+        "known": task.revision,
+    }
 
 
 def take_due(connection: Connection, queue: Queue, now: datetime, *, most: int) -> list[Task]:
