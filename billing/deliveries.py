@@ -61,11 +61,25 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Sent:
-    """What became of a batch: what of it was not begun after all, and whether the receiver took long."""
+class Ended:
+    """Attempts that ended about together: how each went, and whether the receiver wants no more."""
 
+    settled: Sequence[Settled] = ()
+    gone: bool = False
+
+    @property
+    def all_delivered(self) -> bool:
+        return all(one.status == "delivered" for one in self.settled)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What became of a batch: what ended last, what was not begun after all, and whether the receiver took long."""
+
+    last: Ended = Ended()
     rest: Sequence[Begun] = ()
     was_slow: bool = False
+    went_well: bool = False
 
 
 class Deliveries:
@@ -89,7 +103,11 @@ class Deliveries:
         batch = self._begin(task.tenant_id)
         sent = self._send(batch) if batch.begun else Sent()
         with self._store.tenant(task.tenant_id) as tx:
-            _let_go(tx, task, sent, self._clock())
+            now = self._clock()
+            endpoint = _keep(tx, batch, sent.last, now)
+            _let_go(tx, task, endpoint, sent, now)
+        if batch.begun:
+            self._remember(task.tenant_id, went_well=sent.went_well and endpoint.url == batch.url)
 
     def _begin(self, tenant_id: UUID) -> Batch:
         with self._store.tenant(tenant_id) as tx:
@@ -104,7 +122,7 @@ class Deliveries:
             return Batch(tenant_id, endpoint, endpoint.url, secrets, begun)
 
     def _send(self, batch: Batch) -> Sent:
-        """Send a batch and settle it, until that is no use any more or we are to stop."""
+        """Send a batch and settle all but what ended last, until that is no use any more or we are to stop."""
         with self._egress.to(batch.url) as post:
             return self._send_by(post, batch)
 
@@ -112,20 +130,26 @@ class Deliveries:
         waiting, flying = deque(batch.begun), dict[Future[Attempt | None], Begun]()
         window, until = self._first_window(batch.tenant_id), time.monotonic() + BEGUN_WITHIN_SECONDS
         durations: list[int] = []
+        last = Ended()  # Of what has ended, that which is not yet kept.
         while flying or (waiting and window and not self._stopping.is_set()):
+            # Kept before more is begun, which is not to go where the endpoint no longer is.
+            if last.settled and not self._settle(batch, last):
+                window = 0
             while waiting and len(flying) < window and not self._stopping.is_set():
                 begun = waiting.popleft()
-                # In the context of the task: what the attempt logs, and its span, belong to that.
-                attempt = copy_context().run
-                flying[self._pool.submit(attempt, self._attempt, post, batch, begun, until)] = begun
+                flying[self._submit(post, batch, begun, until)] = begun
             ended = [(flying.pop(future), future.result()) for future in _gathered(flying)]
             waiting.extend(begun for begun, attempt in ended if attempt is None)
             made = [(begun, attempt) for begun, attempt in ended if attempt is not None]
-            durations += [attempt.duration_ms for _, attempt in made]
-            went_well = len(made) == len(ended) and self._settle(batch, made) and not _is_slow(durations)
+            last = _judged(batch, made, self._clock())
+            durations += [one.duration_ms for one in last.settled]
+            went_well = len(made) == len(ended) and last.all_delivered and not _is_slow(durations)
             window = min(2 * window, IN_FLIGHT) if went_well else 0
-        self._remember(batch.tenant_id, went_well=window > 0)
-        return Sent(list(waiting), _is_slow(durations))
+        return Sent(last, list(waiting), _is_slow(durations), went_well=window > 0)
+
+    def _submit(self, post: Post, batch: Batch, begun: Begun, until: float) -> Future[Attempt | None]:
+        # In the context of the task: what the attempt logs, and its span, belong to that.
+        return self._pool.submit(copy_context().run, self._attempt, post, batch, begun, until)
 
     def _first_window(self, tenant_id: UUID) -> int:
         return IN_FLIGHT if tenant_id in self._proven else 1
@@ -142,24 +166,10 @@ class Deliveries:
             return None
         return send(post, batch.secrets, begun, self._clock())
 
-    def _settle(self, batch: Batch, ended: Sequence[tuple[Begun, Attempt]]) -> bool:
-        """Keep how attempts went, for them and for the endpoint; whether it is worth while to go on."""
-        now = self._clock()
-        verdicts = [_verdict(begun, attempt, batch.endpoint, now) for begun, attempt in ended]
-        settled = [_settled(*one, verdict, now) for one, verdict in zip(ended, verdicts, strict=True)]
-        for (begun, _), one in zip(ended, settled, strict=True):
-            tell(begun, one)
-        gone = any(verdict.gone for verdict in verdicts)
-        all_delivered = all(one.status == "delivered" for one in settled)
+    def _settle(self, batch: Batch, ended: Ended) -> bool:
+        """Keep how attempts went; whether what is left is still to go to the same place."""
         with self._store.tenant(batch.tenant_id) as tx:
-            # The endpoint before its deliveries, as whoever removes it: or the two deadlock.
-            endpoint = tx.webhooks.find(lock=True)
-            # What was sent is not for what is configured now, nor is the rest for what was.
-            is_same = endpoint.url == batch.url
-            if is_same and endpoint.is_active and not (all_delivered and endpoint.failing_since is None):
-                _note(tx, endpoint, settled, gone=gone, now=now)
-            tx.deliveries.settle(settled)
-        return all_delivered and is_same
+            return _keep(tx, batch, ended, self._clock()).url == batch.url
 
 
 def send(post: Post, secrets: Sequence[str], begun: Begun, now: datetime) -> Attempt:
@@ -186,16 +196,31 @@ def _is_slow(durations: Sequence[int]) -> bool:
     return bool(durations) and median(durations) > SLOW_MS
 
 
-def _note(tx: TenantTx, endpoint: Endpoint, settled: Sequence[Settled], *, gone: bool, now: datetime) -> None:
+def _keep(tx: TenantTx, batch: Batch, ended: Ended, now: datetime) -> Endpoint:
+    """Keep how attempts went, for them and for the endpoint, which is locked from now on; returns it as it is then."""
+    # The endpoint before its deliveries, as whoever removes it: or the two deadlock.
+    endpoint = tx.webhooks.find(lock=True)
+    if not ended.settled:
+        return endpoint
+    # What was sent is not for what is configured now, nor is the rest for what was.
+    if endpoint.url == batch.url and endpoint.is_active:
+        endpoint = _note(tx, endpoint, ended, now)
+    tx.deliveries.settle(ended.settled)
+    return endpoint
+
+
+def _note(tx: TenantTx, endpoint: Endpoint, ended: Ended, now: datetime) -> Endpoint:
     """Keep how the endpoint does, and give it up if that is due."""
-    failed = [one for one in settled if one.status != "delivered"]
+    if ended.all_delivered and endpoint.failing_since is None:
+        return endpoint
+    failed = [one for one in ended.settled if one.status != "delivered"]
     first_failures = sum(one.attempt == 1 for one in failed)
     after = endpoint.after(
-        delivered=len(settled) - len(failed), failed=len(failed), first_failures=first_failures, now=now
+        delivered=len(ended.settled) - len(failed), failed=len(failed), first_failures=first_failures, now=now
     )
     tx.webhooks.keep(after, now)
-    if reason := endpoints.reason_to_disable(after, gone=gone, now=now):
-        endpoints.disable(tx, after, reason, now=now)
+    reason = endpoints.reason_to_disable(after, gone=ended.gone, now=now)
+    return endpoints.disable(tx, after, reason, now=now) if reason else after
 
 
 def _only(endpoint: Endpoint) -> str | None:
@@ -208,6 +233,15 @@ def _gathered(flying: Iterable[Future[Attempt | None]]) -> set[Future[Attempt | 
     flying = list(flying)
     wait(flying, return_when=FIRST_COMPLETED)
     return wait(flying, timeout=GATHERED_SECONDS).done
+
+
+def _judged(batch: Batch, made: Sequence[tuple[Begun, Attempt]], now: datetime) -> Ended:
+    """What follows from attempts, which is told at once."""
+    verdicts = [_verdict(begun, attempt, batch.endpoint, now) for begun, attempt in made]
+    settled = [_settled(*one, verdict, now) for one, verdict in zip(made, verdicts, strict=True)]
+    for (begun, _), one in zip(made, settled, strict=True):
+        tell(begun, one)
+    return Ended(settled, any(verdict.gone for verdict in verdicts))
 
 
 def _verdict(begun: Begun, attempt: Attempt, endpoint: Endpoint, now: datetime) -> Verdict:
@@ -258,9 +292,8 @@ def error_of(attempt: Attempt) -> str | None:
     return "bad_status"
 
 
-def _let_go(tx: TenantTx, task: Task, sent: Sent, now: datetime) -> None:
+def _let_go(tx: TenantTx, task: Task, endpoint: Endpoint, sent: Sent, now: datetime) -> None:
     """Let go of an endpoint until its next attempt is due. One that fails or takes long waits in a queue of such."""
-    endpoint = tx.webhooks.find(lock=True)
     if sent.rest:
         tx.deliveries.give_back(sent.rest)
     if endpoint.url is None:

@@ -15,17 +15,18 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from sqlalchemy import Engine, Select, select, text
+from sqlalchemy import Engine, Select, Table, literal_column, select, text, true
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from billing import deliveries as module
 from billing import tenants
 from billing.deliveries import BATCH, IN_FLIGHT, PAUSE, Deliveries
+from billing.errors import DatabaseUnavailable
 from billing.ids import new_id
 from billing.keys import KeyDigests
 from billing.settings import Settings
 from billing.storage.store import Store, TenantTx
-from billing.storage.tables import deliveries, events, tasks
+from billing.storage.tables import deliveries, events, tasks, webhook_endpoints
 from billing.tasks import LEASE, Queue, Task
 from billing.webhooks import endpoints
 from billing.webhooks.delivery import DELIVER, JITTER, RETRY_DELAYS, TOO_LONG, TOO_MANY, Begun, Settled
@@ -173,6 +174,12 @@ class Bench:
         """The queue in which the endpoint waits, and until when, if it does."""
         ours = select(tasks.c.queue, tasks.c.due_at).where(tasks.c.kind == DELIVER)
         return [tuple(row) for row in self.all(ours)]
+
+    def writer_of(self, table: Table) -> str:
+        """The transaction that wrote the one row of deliveries, or of what else there is one of."""
+        is_ours = table.c.kind == DELIVER if table is tasks else true()
+        [row] = self.all(select(literal_column("xmin::text")).select_from(table).where(is_ours))
+        return str(row[0])
 
     def sequences(self) -> list[int]:
         return [row.sequence for row in self.all(select(events.c.sequence).order_by(events.c.sequence))]
@@ -763,6 +770,31 @@ def test_what_a_worker_died_of_comes_again_when_its_lease_ends(bench: Bench) -> 
     assert len(receiver.received) == 1
 
 
+def test_what_ended_last_is_kept_in_the_transaction_that_lets_go(bench: Bench) -> None:
+    with receiving(Answering(500)) as receiver:
+        bench.configure(url_of(receiver))
+        bench.record()
+        bench.deliver()
+
+    assert len({bench.writer_of(table) for table in (deliveries, webhook_endpoints, tasks)}) == 1
+
+
+def test_whoever_cannot_let_go_has_kept_all_but_what_ended_last(bench: Bench, superuser: Engine) -> None:
+    with receiving(Answering()) as receiver:
+        bench.configure(url_of(receiver))
+        bench.record(2)
+        [task] = bench.take()
+        with superuser.begin() as somebody, pytest.raises(DatabaseUnavailable):
+            somebody.execute(select(tasks.c.id).where(tasks.c.id == task.id).with_for_update())
+            bench.deliveries.deliver(task)
+        assert bench.statuses() == [("delivered", 1), ("pending", 1)]
+        bench.clock.now += LEASE
+        assert bench.deliver() == ["webhooks"]
+
+    assert bench.statuses() == [("delivered", 1), ("delivered", 2)]
+    assert ids_of(receiver)[1] == ids_of(receiver)[2]
+
+
 # How much at a time ------------------------------------------------------------------------------
 
 
@@ -998,7 +1030,7 @@ def test_removing_while_a_failure_is_settled_does_not_deadlock(
     attempt = module.Attempt(500, None, 5)
     with ThreadPoolExecutor(1) as pool, bench.store.tenant(bench.tenant_id, exclusive=True) as tx:
         tx.webhooks.find(lock=True)
-        ended = [(replace(begun, attempt=2), attempt)]
+        ended = module._judged(batch, [(replace(begun, attempt=2), attempt)], bench.clock())
         settling = pool.submit(bench.deliveries._settle, batch, ended)
         eventually(lambda: settling.done() or waits_for_a_lock(superuser))
         endpoints.remove(tx, now=bench.clock())

@@ -220,7 +220,7 @@ def require_url(endpoint: Endpoint) -> str:
     return endpoint.url
 
 
-def disable(tx: Storage, endpoint: Endpoint, reason: DisabledReason, *, now: datetime) -> None:
+def disable(tx: Storage, endpoint: Endpoint, reason: DisabledReason, *, now: datetime) -> Endpoint:
     """Send nothing more to an endpoint that does not take it, but for the news of that. What is pending is kept.
 
     The caller holds the endpoint's lock.
@@ -229,7 +229,9 @@ def disable(tx: Storage, endpoint: Endpoint, reason: DisabledReason, *, now: dat
     data = {"webhook_url": endpoint.url, "disabled_reason": reason, "failing_since": since}
     tx.audit.record("webhook.disabled", subject=endpoint.host, reason=reason, now=now)
     tx.events.record(DISABLED, data, now=now)
-    tx.webhooks.keep(replace(endpoint, disabled_reason=reason), now)
+    disabled = replace(endpoint, disabled_reason=reason)
+    tx.webhooks.keep(disabled, now)
+    return disabled
 
 
 def reason_to_disable(endpoint: Endpoint, *, gone: bool, now: datetime) -> DisabledReason | None:
