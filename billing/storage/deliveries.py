@@ -24,7 +24,7 @@ from sqlalchemy import (
 )
 
 from billing.ids import new_id
-from billing.storage.shelf import Shelf, columns_of, mine, values_of
+from billing.storage.shelf import LATER, Shelf, columns_of, later, mine, values_of
 from billing.storage.tables import deliveries, events
 from billing.webhooks.delivery import Begun, Delivery, Settled, Stats, Status
 
@@ -111,17 +111,15 @@ class Deliveries(Shelf):
         as_begun = tuple_(deliveries.c.id, deliveries.c.attempts).in_(
             [(one.id, one.attempt) for one in begun]
         )
-        self._connection.execute(
-            update(deliveries)
-            .where(self.mine(deliveries), as_begun, IS_PENDING)
-            .values(attempts=deliveries.c.attempts - 1)
-        )
+        given_back = update(deliveries).where(self.mine(deliveries), as_begun, IS_PENDING)
+        self._connection.execute(later(given_back.values(attempts=deliveries.c.attempts - 1)))
 
     def settle(self, settled: Sequence[Settled]) -> None:
         """Keep how attempts went."""
         columns = {field.name: [getattr(one, field.name) for one in settled] for field in fields(Settled)}
         columns["id"] = [str(one.id) for one in settled]
-        self._connection.exec_driver_sql(SETTLE, {**columns, "tenant_id": str(self._tenant_id)})
+        values = {**columns, "tenant_id": str(self._tenant_id)}
+        self._connection.exec_driver_sql(SETTLE, values, execution_options={LATER: True})
 
     def next_due(self, *, only: str | None) -> datetime | None:
         """When the next attempt is due, None if there is none to come."""

@@ -30,7 +30,7 @@ HELD = and_(
 AS_TAKEN = tasks.c.revision == bindparam("known")
 UNTIL = bindparam("until", type_=tasks.c.due_at.type)
 FINISH = tasks.delete().where(HELD, AS_TAKEN)
-RELEASE = (
+POSTPONE = later(
     tasks.update()
     .where(HELD)
     .values(
@@ -87,7 +87,7 @@ class Tasks(Shelf):
 
     def postpone(self, task: Task, due_at: datetime, *, queue: Queue | None = None) -> None:
         """Let go of it until then, or sooner if it was asked for again meanwhile; perhaps for another queue."""
-        self.run(RELEASE, **_held(task), until=due_at, next_queue=queue or task.queue)
+        self.run(POSTPONE, **_held(task), until=due_at, next_queue=queue or task.queue)
 
 
 def _held(task: Task) -> dict[str, object]:
