@@ -101,7 +101,7 @@ cluster: ## Install PostgreSQL, Patroni, etcd, Redis, HAProxy and libfaketime wh
 	       && RUNLEVEL=1 apt-get install -y -qq --no-install-recommends $(CLUSTER) >/dev/null; } \
 	  || { echo "Install $(CLUSTER)."; exit 1; }
 
-bench-webhooks: $(VENV)/.test ## Measure deliveries and their latency, for some four minutes
+bench-webhooks: $(VENV)/.test ## Measure deliveries and their latency, for some five minutes
 	$(BIN)/python -m benchmarks.webhooks $(ARGS)
 
 sdk: contract-tools ## Generate SDKs in four languages into dist/sdk, and check their types
@@ -171,7 +171,7 @@ $(CONTRACT_JS)/node_modules/.installed: $(CONTRACT_JS)/package.json $(CONTRACT_J
 	@touch $@
 
 $(CONTRACT_VENV)/.installed: requirements-contract.lock | $(BIN)/python
-	@echo "Installing the generators for Python, Java and Go …"
+	@echo "Installing the generators of clients, and what lists our parts …"
 	@$(PYTHON) -m venv $(CONTRACT_VENV)
 	@$(CONTRACT_VENV)/bin/python -m pip --disable-pip-version-check -q install --require-hashes -r requirements-contract.lock
 	@touch $@

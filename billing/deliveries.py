@@ -74,7 +74,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class Sent:
-    """What became of a batch: what ended last, what was not begun after all, and whether the receiver took long."""
+    """What became of a batch: what ended last and is not kept yet, what was not begun after all, and how it went."""
 
     last: Ended = Ended()
     rest: Sequence[Begun] = ()
@@ -141,7 +141,7 @@ class Deliveries:
             ended = [(flying.pop(future), future.result()) for future in _gathered(flying)]
             waiting.extend(begun for begun, attempt in ended if attempt is None)
             made = [(begun, attempt) for begun, attempt in ended if attempt is not None]
-            last = _judged(batch, made, self._clock())
+            last = _judge_and_tell(batch, made, self._clock())
             durations += [one.duration_ms for one in last.settled]
             went_well = len(made) == len(ended) and last.all_delivered and not _is_slow(durations)
             window = min(2 * window, IN_FLIGHT) if went_well else 0
@@ -235,7 +235,7 @@ def _gathered(flying: Iterable[Future[Attempt | None]]) -> set[Future[Attempt | 
     return wait(flying, timeout=GATHERED_SECONDS).done
 
 
-def _judged(batch: Batch, made: Sequence[tuple[Begun, Attempt]], now: datetime) -> Ended:
+def _judge_and_tell(batch: Batch, made: Sequence[tuple[Begun, Attempt]], now: datetime) -> Ended:
     """What follows from attempts, which is told at once."""
     verdicts = [_verdict(begun, attempt, batch.endpoint, now) for begun, attempt in made]
     settled = [_settled(*one, verdict, now) for one, verdict in zip(made, verdicts, strict=True)]

@@ -1030,7 +1030,7 @@ def test_removing_while_a_failure_is_settled_does_not_deadlock(
     attempt = module.Attempt(500, None, 5)
     with ThreadPoolExecutor(1) as pool, bench.store.tenant(bench.tenant_id, exclusive=True) as tx:
         tx.webhooks.find(lock=True)
-        ended = module._judged(batch, [(replace(begun, attempt=2), attempt)], bench.clock())
+        ended = module._judge_and_tell(batch, [(replace(begun, attempt=2), attempt)], bench.clock())
         settling = pool.submit(bench.deliveries._settle, batch, ended)
         eventually(lambda: settling.done() or waits_for_a_lock(superuser))
         endpoints.remove(tx, now=bench.clock())

@@ -39,7 +39,7 @@ from tests import receivers
 from tests.receivers import MEGABYTE, Behaviour, Names, Visit, answers, receiving
 
 TOTAL_SECONDS = 0.3
-# A busy machine is no failure: what is cut here never ends by itself.
+# A busy machine is no failure: without a cut what is bounded here takes a minute, or never ends.
 LATE_SECONDS = 10
 AMPLE_SECONDS = 5
 MOST_BYTES = 64 * 1024
@@ -284,7 +284,7 @@ def test_an_unknown_name(session: Session, names: Callable[..., Names], name: st
 def test_a_lookup_that_hangs_is_an_error_soon(hanging_resolver: threading.Event) -> None:
     with new_session() as session, bounded(0.2), pytest.raises(NameUnknown):
         session.get("http://hangs.example/")
-    with new_session(connect_seconds=9) as session, bounded(), pytest.raises(DeadlineExceeded):
+    with new_session(connect_seconds=60) as session, bounded(), pytest.raises(DeadlineExceeded):
         session.get("http://hangs.example/")
 
 

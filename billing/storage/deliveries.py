@@ -75,7 +75,7 @@ BEGIN = (
 NEXT_DUE = select(func.min(deliveries.c.next_attempt_at)).where(PENDING, OF_TYPE)
 UNWANTED = deliveries.c.event_type != all_(bindparam("wanted", type_=ARRAY(Text)))
 SOME_UNWANTED = select(deliveries.c.id).where(PENDING, IS_DUE, UNWANTED).limit(AT_ONCE)
-DROP_UNWANTED = delete(deliveries).where(mine(deliveries), deliveries.c.id.in_(SOME_UNWANTED))
+DROP_UNWANTED = later(delete(deliveries).where(mine(deliveries), deliveries.c.id.in_(SOME_UNWANTED)))
 # One message for all that ended about together. What was begun again meanwhile stays as it is.
 SETTLE = """
 UPDATE deliveries SET

@@ -22,7 +22,7 @@ import orjson
 import psycopg2
 from anyio import to_thread
 from psycopg2 import extensions
-from sqlalchemy import ColumnElement, DateTime, Uuid
+from sqlalchemy import Boolean, ColumnElement, DateTime, Integer, Text, Uuid
 from sqlalchemy.dialects.postgresql.psycopg2 import PGDialect_psycopg2
 from sqlalchemy.engine import make_url
 
@@ -31,7 +31,8 @@ from billing.errors import BillingError, DatabaseUnavailable
 from billing.keys import ApiKey
 from billing.storage import api_keys, tenants, users
 from billing.storage.driver import first_host
-from billing.storage.platform import FROM_TENANT, TENANT_ENDS, names_of
+from billing.storage.platform import FROM_TENANT, TENANT_ENDS
+from billing.storage.shelf import listed
 from billing.storage.store import CONNECT_ARGS, StorageError
 from billing.tenants import Tenant
 from billing.tokens import Claims
@@ -53,10 +54,13 @@ SHUTTING_DOWN = "57P"
 KNOWN_IDS = 4096
 
 Row = Sequence[Any]
-# What becomes of a column's text; all else is in JSON what it is here.
-READERS: Mapping[type, Callable[[str], Any]] = {
+# What becomes of what JSON has for a column of this type; None where it is the same here.
+READERS: Mapping[type, Callable[[str], Any] | None] = {
     Uuid: lru_cache(KNOWN_IDS)(UUID),
     DateTime: datetime.fromisoformat,
+    Text: None,
+    Integer: None,
+    Boolean: None,
 }
 
 
@@ -64,8 +68,8 @@ READERS: Mapping[type, Callable[[str], Any]] = {
 class Question:
     """Two statements in one message, and so in one transaction: find the tenant, then read under its row security.
 
-    Parameters are texts, and an answer is one array of JSON: psycopg2 takes longer over an object of ours, and over
-    each column of each answer, than over all that in one piece.
+    Ids and times are sent as texts, and an answer is one array of JSON: psycopg2 takes longer over an object of ours,
+    and over each column of each answer, than over all that in one piece.
     """
 
     name: str
@@ -100,12 +104,12 @@ class Question:
         return row
 
     def _statements(self) -> dict[str, str]:
-        query = f"SELECT json_build_array({names_of(self.columns)}, {POSITION})::text {self.source}"
+        query = f"SELECT json_build_array({listed(self.columns)}, {POSITION})::text {self.source}"
         return {f"{self.name}_scope": self.scope, self.name: query}
 
     @cached_property
     def _readers(self) -> Sequence[tuple[int, Callable[[str], Any]]]:
-        readers = enumerate(READERS.get(type(column.type)) for column in self.columns)
+        readers = enumerate(READERS[type(column.type)] for column in self.columns)
         return [(place, reader) for place, reader in readers if reader]
 
 
@@ -166,6 +170,7 @@ class Lookups:
 
     async def find_key(self, digests: Sequence[str]) -> tuple[Tenant, ApiKey, str | None] | None:
         """The key stored under one of these digests, whose it is, and the position."""
+        # A digest is `pepper id:hex`, with no comma in it.
         row = await self._ask(FIND_KEY, {"names": ",".join(digests), "positioned": self._positioned})
         if row is None:
             return None

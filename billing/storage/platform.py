@@ -7,23 +7,17 @@ the second reads under that tenant's row security.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Connection, Row
+from sqlalchemy import Connection, Row
 
 from billing.storage import tenants, users
+from billing.storage.shelf import listed
 from billing.tenants import Account, Tenant
 
-
-def names_of(columns: Sequence[ColumnElement[Any]]) -> str:
-    """What they are called in SQL."""
-    return ", ".join(str(column) for column in columns)
-
-
-TENANT = names_of(tenants.COLUMNS)
-USER = names_of(users.COLUMNS)
+TENANT = listed(tenants.COLUMNS)
+USER = listed(users.COLUMNS)
 TENANT_ENDS = len(tenants.COLUMNS)
 
 AS_WHOEVER_HAS = (

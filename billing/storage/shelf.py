@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import cache
 from typing import Any, TypeVar
@@ -67,6 +67,11 @@ def _owner(table: Table) -> ColumnElement[Any]:
 def columns_of(value: type, table: Table, **elsewhere: ColumnElement[Any]) -> tuple[ColumnElement[Any], ...]:
     """The columns of a value's fields, in their order; those of another table are given by the field's name."""
     return tuple(elsewhere[f.name] if f.name in elsewhere else table.c[f.name] for f in fields(value))
+
+
+def listed(columns: Sequence[ColumnElement[Any]]) -> str:
+    """The columns as a SELECT lists them."""
+    return ", ".join(str(column) for column in columns)
 
 
 def values_of(value: object, table: Table) -> dict[str, Any]:

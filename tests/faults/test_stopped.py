@@ -18,6 +18,7 @@ from sqlalchemy import Engine, create_engine
 
 from billing.cli.serve import DRAIN_SECONDS
 from billing.storage import database, embedded
+from billing.storage.lookups import ANSWERING_SECONDS
 from billing.storage.watchdog import STATEMENT_SECONDS
 from tests.conftest import API, PASSWORD, clone
 from tests.faults.stopping import stopped
@@ -26,8 +27,9 @@ from tests.live import await_ready, free_port
 TIMEOUT_SECONDS = 2
 THREADS = 2
 CALLS = 12
-# What a busy machine may add; still less than a drain.
-SLACK_SECONDS = 10
+# What a busy machine may add: less than what else would end a call, and less than a drain.
+SLACK_SECONDS = 3.5
+ENDING_SECONDS = 10
 
 
 @dataclass
@@ -89,15 +91,15 @@ def test_calls_are_answered_in_time_and_threads_come_free_while_they_are_stopped
     assert {status for status, _ in server.many()} == {200}
     with stopped(server.superuser) as pids:
         assert len(pids) > THREADS
-        assert {status for status, seconds in server.many() if seconds < TIMEOUT_SECONDS + SLACK_SECONDS} == {
-            503
-        }
+        answers = server.many()
+        assert {status for status, _ in answers} == {503}
+        assert max(seconds for _, seconds in answers) < TIMEOUT_SECONDS + SLACK_SECONDS < ANSWERING_SECONDS
         # Every thread hangs. Once the watchdog has been there the same calls succeed, over other connections.
         until = time.monotonic() + 3 * STATEMENT_SECONDS
         while 503 in {status for status, _ in server.many()}:
             assert time.monotonic() < until, "the threads did not come free"
         assert requests.get(f"{server.url}/readyz", timeout=60).status_code == 200
-    assert server.end() < SLACK_SECONDS
+    assert server.end() < ENDING_SECONDS
 
 
 def test_it_ends_with_a_call_in_flight_that_hangs(server: Running) -> None:
@@ -107,6 +109,6 @@ def test_it_ends_with_a_call_in_flight_that_hangs(server: Running) -> None:
         caller = threading.Thread(target=lambda: outcome.append(server.keys()))
         caller.start()
         time.sleep(0.5)
-        assert server.end() < STATEMENT_SECONDS + SLACK_SECONDS
+        assert server.end() < STATEMENT_SECONDS + ENDING_SECONDS
         caller.join()
         assert [status for status, _ in outcome] == [503]

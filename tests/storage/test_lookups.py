@@ -13,21 +13,40 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 import pytest
-from sqlalchemy import Engine, make_url, text
+from sqlalchemy import Engine, make_url, select, text
 
 from billing import sessions, tenants
 from billing.errors import DatabaseUnavailable
 from billing.ids import new_id
 from billing.keys import KeyDigests
 from billing.settings import Settings
-from billing.storage import lookups
+from billing.storage import api_keys, lookups, users
 from billing.storage.lookups import FIND_KEY, FIND_USER, Lookups
+from billing.storage.shelf import MINE
 from billing.storage.store import Store
+from billing.storage.tables import api_keys as table_of_keys
+from billing.storage.tables import users as table_of_users
+from billing.storage.tenants import GET, tenant_of
 from billing.tenants import Registered
 from billing.tokens import Claims, Tokens
 from tests.conftest import TestDatabase
 
 T = TypeVar("T")
+TEXT = 'Ünïcode "quoted" it\'s \\back\\ \U0001f600 {a,b} %s\x7f'
+ODD: dict[str, dict[str, Any]] = {
+    "tenants": {
+        "company_name": TEXT,
+        "domain": None,
+        "updated_at": datetime(2026, 1, 15, 9, 30, 0, 120, UTC),
+    },
+    "webhook_endpoints": {"url": "https://hooks.acme.example/?a=%27"},
+    "users": {"first_name": TEXT, "last_login": datetime(1999, 12, 31, 23, 59, 59, 999999, UTC)},
+    "api_keys": {
+        "expires_at": datetime(2026, 1, 15, 9, 30, 0, 100000, UTC),
+        "revoked_at": datetime(2026, 1, 15, 9, 30, tzinfo=UTC),
+        "last_used_at": datetime(2026, 1, 15, 9, 30, 0, 1, UTC),
+    },
+}
 NOW = datetime(2026, 1, 15, 9, 30, tzinfo=UTC)
 SHORT = 0.3
 NOWHERE = "postgresql+psycopg2://billing_app@127.0.0.1:1/billing"
@@ -132,6 +151,37 @@ def test_a_token_of_one_tenant_names_no_user_of_another(
 def test_a_session_that_is_over_names_nobody(test_database: TestDatabase, claims: Claims) -> None:
     later = NOW + timedelta(days=31)
     assert ask(test_database.app_url, lambda asked: asked.find_user(claims, later)) is None
+
+
+@pytest.mark.parametrize("is_prepared", [True, False])
+def test_values_of_every_kind_are_those_that_the_store_reads(
+    test_database: TestDatabase,
+    superuser: Engine,
+    two: list[Registered],
+    digests: KeyDigests,
+    claims: Claims,
+    is_prepared: bool,
+) -> None:
+    key = two[0].keys[0]
+    with superuser.begin() as connection:
+        for table, values in ODD.items():
+            given = ", ".join(f"{column} = :{column}" for column in values)
+            connection.execute(text(f"UPDATE {table} SET {given}"), values)
+
+    async def both(asked: Lookups) -> list[Any]:
+        await asked.find_key(["none"])
+        asked._idle[0].is_prepared = is_prepared
+        return [await asked.find_key(digests.candidates(key.text)), await asked.find_user(claims, NOW)]
+
+    by_key, by_token = ask(test_database.app_url, both, lines=1)
+    with superuser.connect() as connection:
+        tenant = connection.execute(GET, {MINE: two[0].tenant.id}).one()
+        kept = connection.execute(select(*api_keys.COLUMNS).where(table_of_keys.c.id == key.key.id)).one()
+        user = connection.execute(select(*users.COLUMNS).where(table_of_users.c.id == claims.user_id)).one()
+    assert by_key == (tenant_of(tenant), api_keys.key_of(kept), None)
+    assert by_token == (tenant_of(tenant), users.user_of(user), None)
+    assert by_key[0].company_name == ODD["tenants"]["company_name"]
+    assert by_key[1].expires_at == ODD["api_keys"]["expires_at"]
 
 
 # Prepared, or not --------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -123,6 +125,14 @@ def test_the_server_runs_on_a_newer_schema_that_says_so(
                 store.require_ready()
     finally:
         store.close()
+
+
+def test_a_schema_of_this_version_is_left_without_alembic(spare: TestDatabase) -> None:
+    code = "import sys; from billing.storage import schema; schema.migrate(sys.argv[1]); print(*sys.modules)"
+    ran = [sys.executable, "-c", code, spare.owner_url]
+    imported = subprocess.run(ran, capture_output=True, text=True, check=True).stdout.split()
+    assert "billing.storage.schema" in imported
+    assert "alembic" not in imported
 
 
 def test_a_newer_schema_is_not_migrated(spare: TestDatabase) -> None:
