@@ -29,6 +29,11 @@ NEWEST = (
 FIND_LIVING = select(*COLUMNS).where(mine(api_keys), OF_TYPES, IS_LIVING).order_by(api_keys.c.id)
 FIND_WORTH_SHOWING = select(*COLUMNS).where(mine(api_keys), or_(IS_LIVING, api_keys.c.id.in_(NEWEST)))
 EXPIRE = later(update(api_keys).where(mine(api_keys), api_keys.c.id == bindparam("key_id")))
+NOTE_USE = later(
+    update(api_keys)
+    .where(mine(api_keys), api_keys.c.id == bindparam("key_id"))
+    .values(last_used_at=func.greatest(api_keys.c.last_used_at, bindparam("at")))
+)
 REVOKE = (
     update(api_keys)
     .where(mine(api_keys), OF_TYPES, IS_LIVING)
@@ -66,8 +71,4 @@ class ApiKeys(Shelf):
 
     def note_use(self, id: UUID, at: datetime) -> None:
         """Keep when a key was last used, by whichever process."""
-        self._connection.execute(
-            api_keys.update()
-            .where(self.mine(api_keys), api_keys.c.id == id)
-            .values(last_used_at=func.greatest(api_keys.c.last_used_at, at))
-        )
+        self.run(NOTE_USE, key_id=id, at=at)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import datetime
 from typing import Any, TypeVar
@@ -62,7 +62,8 @@ CONNECT_ARGS = {
 }
 
 
-OPEN = f"BEGIN; {BECOME}"
+BEGIN = "BEGIN"
+OPEN = f"{BEGIN}; {BECOME}"
 # As `Tenants.lock` does, in the same message.
 OPEN_LOCKED = f"{OPEN}; SELECT FROM tenants WHERE id = app.current_tenant() FOR NO KEY UPDATE"
 PING = "SELECT"
@@ -207,6 +208,17 @@ class Store:
         while is_more:
             with _in_our_words(), self._connect() as connection:
                 is_more = forget_answers(connection, now)
+
+    def note_uses(self, uses: Mapping[UUID, tuple[UUID, datetime]]) -> None:
+        """Keep when a key of each of these tenants was last used, all in one message.
+
+        One key of a tenant and no more: who revokes several locks them in an order of their own.
+        """
+        with _in_our_words(), _span("transaction"), self._connect(BEGIN) as connection:
+            for tenant_id, (key_id, at) in sorted(uses.items()):
+                connection.exec_driver_sql(BECOME, (str(tenant_id),), execution_options={LATER: True})
+                ApiKeys(connection, tenant_id).note_use(key_id, at)
+            connection.commit()
 
     def backlog(self, now: datetime) -> Backlog:
         """What waits at all tenants together, for whoever watches."""

@@ -289,6 +289,17 @@ def test_another_tenants_rows_are_neither_seen_nor_changed(
     assert rows_of(superuser, house.acme.tenant.id) == before
 
 
+def test_uses_of_many_tenants_keys_are_kept_with_whose_the_keys_are(house: House, superuser: Engine) -> None:
+    before = rows_of(superuser, house.acme.tenant.id)
+    another = house.register("Initech")
+    theirs, stolen = another.keys[0].key, house.acme.keys[0].key
+    house.store.note_uses({another.tenant.id: (theirs.id, NOW), house.globex.tenant.id: (stolen.id, NOW)})
+    assert rows_of(superuser, house.acme.tenant.id) == before
+    with house.store.tenant(another.tenant.id) as tx:
+        used = [key.id for key in tx.api_keys.living(NOW, keys.TYPES) if key.last_used_at]
+    assert used == [theirs.id]
+
+
 def test_the_questions_before_a_tenant_is_known_find_the_right_one(house: House) -> None:
     acme, globex = house.acme, house.globex
     with house.store.platform() as platform:
