@@ -22,7 +22,7 @@ from billing.users import User
 
 # Five minutes is precise enough; noting every use would be one write per request.
 USE_NOTED_EVERY = timedelta(minutes=5)
-# A key that waits for somebody's transaction keeps others waiting no longer than these take.
+# So many keys, each of another tenant, one transaction holds.
 WRITTEN_AT_ONCE = 100
 
 

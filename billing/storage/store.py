@@ -62,10 +62,11 @@ CONNECT_ARGS = {
 }
 
 
-BEGIN = "BEGIN"
-OPEN = f"{BEGIN}; {BECOME}"
+OPEN = f"BEGIN; {BECOME}"
 # As `Tenants.lock` does, in the same message.
 OPEN_LOCKED = f"{OPEN}; SELECT FROM tenants WHERE id = app.current_tenant() FOR NO KEY UPDATE"
+# For many tenants: one whose row somebody holds must not keep the others' waiting. In ms.
+OPEN_SHORTLY = "BEGIN; SET LOCAL lock_timeout = 100"
 PING = "SELECT"
 
 # The SQLSTATE of a write to a primary that has become a replica.
@@ -214,7 +215,7 @@ class Store:
 
         One key of a tenant and no more: who revokes several locks them in an order of their own.
         """
-        with _in_our_words(), _span("transaction"), self._connect(BEGIN) as connection:
+        with _in_our_words(), _span("transaction"), self._connect(OPEN_SHORTLY) as connection:
             for tenant_id, (key_id, at) in sorted(uses.items()):
                 connection.exec_driver_sql(BECOME, (str(tenant_id),), execution_options={LATER: True})
                 ApiKeys(connection, tenant_id).note_use(key_id, at)
