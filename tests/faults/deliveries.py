@@ -43,6 +43,12 @@ CUT = text(
     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
     "WHERE datname = current_database() AND usename = 'billing_app'"
 )
+IS_WAITING = (
+    "FROM pg_stat_activity WHERE datname = current_database() "
+    "AND usename = 'billing_app' AND wait_event_type = 'Lock'"
+)
+WAITING = text(f"SELECT pid {IS_WAITING}")
+CUT_WAITING = text(f"SELECT pg_terminate_backend(pid) {IS_WAITING}")
 PRODUCTION = {"WEBHOOK_ALLOW_CIDRS": "", "WEBHOOK_ALLOW_HTTP": ""}
 
 
@@ -214,12 +220,13 @@ class Bench:
 
     def waiting(self) -> int:
         """How many connections of the application wait for a lock."""
-        query = text(
-            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
-            "AND usename = 'billing_app' AND wait_event_type = 'Lock'"
-        )
         with self.superuser.connect() as connection:
-            return connection.scalar(query) or 0
+            return len(connection.execute(WAITING).all())
+
+    def cut_waiting(self) -> None:
+        """Cut those: what a client has sent, PostgreSQL would do even if the client is gone."""
+        with self.superuser.connect() as connection:
+            connection.execute(CUT_WAITING)
 
     @contextmanager
     def away(self) -> Iterator[None]:
