@@ -13,14 +13,14 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import copy_context
 from functools import partial
 from time import perf_counter
 from typing import TypeVar
 
-import anyio
 import structlog
-from anyio import to_thread
 
 from billing import metrics
 from billing.errors import Overloaded
@@ -69,77 +69,79 @@ class Lanes:
         self, threads: Mapping[Lane, int], *, longest_wait_seconds: float = LONGEST_WAIT_SECONDS
     ) -> None:
         self._longest_wait_seconds = longest_wait_seconds
-        self._limits = {lane: anyio.CapacityLimiter(count) for lane, count in threads.items()}
+        self._lanes = {lane: _Threads(lane, count) for lane, count in threads.items()}
 
     def sample(self) -> None:
         """Say how many threads each lane has, how many of them work, and how many wait for one."""
-        for lane, limiter in self._limits.items():
-            metrics.LANE_THREADS.set(limiter.total_tokens, lane.value)
-            metrics.LANE_BUSY.set(limiter.borrowed_tokens, lane.value)
-            metrics.LANE_WAITING.set(limiter.statistics().tasks_waiting, lane.value)
+        for lane, threads in self._lanes.items():
+            metrics.LANE_THREADS.set(threads.count, lane.value)
+            metrics.LANE_BUSY.set(threads.busy, lane.value)
+            metrics.LANE_WAITING.set(threads.waiting, lane.value)
 
     async def run(self, lane: Lane, call: Callable[[], T]) -> T:
         """Run a blocking call in the lane; raises `Overloaded` if no thread is free in time."""
-        limiter, borrower = self._limits[lane], object()
-        must_wait, started = limiter.available_tokens < 1, perf_counter()
-        try:
-            with anyio.fail_after(self._longest_wait_seconds):
-                await limiter.acquire_on_behalf_of(borrower)
-        except TimeoutError:
-            metrics.LANE_REFUSED.count(lane.value)
-            raise Overloaded from None
-        if must_wait:
-            metrics.LANE_WAIT.observe(perf_counter() - started, lane.value)
-        place = _Place(partial(limiter.release_on_behalf_of, borrower))
-        try:
-            # The lane's limit is taken; the one that anyio asks for here is never waited for.
-            return await to_thread.run_sync(
-                partial(place.run, call), limiter=anyio.CapacityLimiter(1), abandon_on_cancel=True
-            )
-        finally:
-            place.leave()
+        threads = self._lanes[lane]
+        await threads.enter(self._longest_wait_seconds)
+        return await threads.run(call)
 
 
-class _Place:
-    """A call's place in its lane: free when its thread has ended, even if nobody waits for that any more.
+class _Threads:
+    """The threads of one lane. Each call has a place, from `enter` until its thread has ended.
 
-    Given back sooner, requests that are past their deadline would pile up threads without bound.
+    Given back sooner, when nobody waits for it any more, requests that are past their deadline would pile up calls
+    without bound.
     """
 
-    def __init__(self, release: Callable[[], None]) -> None:
-        self._release = release
-        self._loop = asyncio.get_running_loop()
-        self._lock = threading.Lock()
-        self._is_running = False
-        self._is_left = False
+    def __init__(self, lane: Lane, count: int) -> None:
+        self.lane = lane
+        self.count = count
+        self.busy = 0
+        self.waiting = 0
+        self._free = asyncio.Semaphore(count)
+        # Not anyio's threads, which cost each call twice as much.
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix=lane.value)
 
-    def run(self, call: Callable[[], T]) -> T:
-        """The call itself, in its thread; raises `Overloaded` if it was given up before it began."""
-        with self._lock:
-            if self._is_left:
-                raise Overloaded
-            self._is_running = True
+    async def enter(self, longest_wait_seconds: float) -> None:
+        """Take a place; raises `Overloaded` if none becomes free in time."""
+        if self._free.locked():
+            await self._wait(longest_wait_seconds)
+        else:
+            await self._free.acquire()  # At once.
+        self.busy += 1
+
+    async def _wait(self, longest_wait_seconds: float) -> None:
+        started = perf_counter()
+        self.waiting += 1
         try:
-            return call()
+            async with asyncio.timeout(longest_wait_seconds):
+                await self._free.acquire()
+        except TimeoutError:
+            metrics.LANE_REFUSED.count(self.lane.value)
+            raise Overloaded from None
         finally:
-            with self._lock:
-                self._is_running = False
-                is_left = self._is_left
-            if is_left:
-                self._end_late()
+            self.waiting -= 1
+        metrics.LANE_WAIT.observe(perf_counter() - started, self.lane.value)
 
-    def leave(self) -> None:
-        """Wait no longer."""
-        with self._lock:
-            self._is_left = True
-            is_running = self._is_running
-        if not is_running:
-            self._release()
+    async def run(self, call: Callable[[], T]) -> T:
+        """What the call returns or raises, in a thread; it goes on if nobody waits for it any more."""
+        loop = asyncio.get_running_loop()
+        running = self._pool.submit(copy_context().run, call)
+        try:
+            return await asyncio.wrap_future(running)
+        finally:
+            if running.done():
+                self._leave()
+            else:
+                running.add_done_callback(partial(self._end_late, loop))
 
-    def _end_late(self) -> None:
+    def _leave(self) -> None:
+        self.busy -= 1
+        self._free.release()
+
+    def _end_late(self, loop: asyncio.AbstractEventLoop, _: Future[T]) -> None:
         log.warning("a call ended after its request")
         with suppress(RuntimeError):  # The server may have ended before.
-            self._loop.call_soon_threadsafe(self._release)
+            loop.call_soon_threadsafe(self._leave)
 
 
 def end_with_main_thread(patience_seconds: float) -> None:
