@@ -156,7 +156,7 @@ def mint_each(
     for new in minted:
         digest = digests.of(new.text)
         tx.api_keys.add(new.key, digest=digest)
-        tx.directory.claim("api_key", digest, new.key.id)
+        tx.directory.add("api_key", digest, new.key.id)
     return minted
 
 

@@ -19,6 +19,9 @@ class Directory(Protocol):
     def claim(self, kind: str, name: str, id: UUID) -> bool:
         """Take a name for this tenant's thing; False when it is taken, by whomever."""
 
+    def add(self, kind: str, name: str, id: UUID) -> None:
+        """Take a name that is too random to be taken: if it were, nothing of the transaction would be kept."""
+
 
 class Audit(Protocol):
     def record(

@@ -245,7 +245,7 @@ def start(
     bound = hashed(browser) if browser else None
     state = State(new_id(), user.id, digest, flow, return_url, bound, now, expires_at)
     tx.stripe.end_states(now)
-    tx.directory.claim(STATE_NAME, digest, state.id)
+    tx.directory.add(STATE_NAME, digest, state.id)
     tx.stripe.add_state(state)
     tx.audit.record("stripe.connect_started", subject=flow, now=now)
     return Started(text, state)

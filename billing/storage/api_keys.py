@@ -11,7 +11,7 @@ from sqlalchemy import and_, bindparam, func, or_, select, update
 from sqlalchemy.dialects.postgresql import distinct_on
 
 from billing.keys import ApiKey, KeyType
-from billing.storage.shelf import Shelf, columns_of, later, mine, values_of
+from billing.storage.shelf import Shelf, columns_of, mine, values_of
 from billing.storage.tables import api_keys
 
 COLUMNS = columns_of(ApiKey, api_keys)
@@ -28,10 +28,11 @@ NEWEST = (
 )
 FIND_LIVING = select(*COLUMNS).where(mine(api_keys), OF_TYPES, IS_LIVING).order_by(api_keys.c.id)
 FIND_WORTH_SHOWING = select(*COLUMNS).where(mine(api_keys), or_(IS_LIVING, api_keys.c.id.in_(NEWEST)))
-EXPIRE = later(update(api_keys).where(mine(api_keys), api_keys.c.id == bindparam("key_id")))
-NOTE_USE = later(
+IS_NAMED = and_(mine(api_keys), api_keys.c.id == bindparam("key_id"))
+EXPIRE = update(api_keys).where(IS_NAMED)
+NOTE_USE = (
     update(api_keys)
-    .where(mine(api_keys), api_keys.c.id == bindparam("key_id"))
+    .where(IS_NAMED)
     .values(last_used_at=func.greatest(api_keys.c.last_used_at, bindparam("at")))
 )
 REVOKE = (
@@ -63,7 +64,7 @@ class ApiKeys(Shelf):
 
     def expire(self, key: ApiKey) -> None:
         """Keep the end that the key was given."""
-        self.run(EXPIRE, key_id=key.id, expires_at=key.expires_at)
+        self.put_off(EXPIRE, key_id=key.id, expires_at=key.expires_at)
 
     def revoke(self, types: Sequence[KeyType], now: datetime) -> list[ApiKey]:
         """End the living keys of these types; returns them."""
@@ -71,4 +72,4 @@ class ApiKeys(Shelf):
 
     def note_use(self, id: UUID, at: datetime) -> None:
         """Keep when a key was last used, by whichever process."""
-        self.run(NOTE_USE, key_id=id, at=at)
+        self.put_off(NOTE_USE, key_id=id, at=at)

@@ -10,11 +10,11 @@ from sqlalchemy import ColumnElement, Connection, func, select, text
 
 from billing.actors import Actor
 from billing.audit import Choice, Head, Row, chained
-from billing.storage.shelf import Shelf, columns_of, later
+from billing.storage.shelf import Shelf, columns_of
 from billing.storage.tables import audit_heads, audit_log
 
 COLUMNS = columns_of(Row, audit_log)
-ADVANCE = later(text("SELECT app.advance_audit_head()"))
+ADVANCE = text("SELECT app.advance_audit_head()")
 
 
 class AuditLog(Shelf):
@@ -50,7 +50,7 @@ class AuditLog(Shelf):
             "request_id": self._actor.request_id,
         }
         self.insert(audit_log, content | {"hash": chained(bytes(head.hash), content)})
-        self._connection.execute(ADVANCE)
+        self.put_off(ADVANCE)
 
     def head(self) -> Head | None:
         """The last row that was written, as the head remembers it."""

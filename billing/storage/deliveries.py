@@ -19,12 +19,11 @@ from sqlalchemy import (
     or_,
     select,
     true,
-    tuple_,
     update,
 )
 
 from billing.ids import new_id
-from billing.storage.shelf import LATER, Shelf, columns_of, later, mine, values_of
+from billing.storage.shelf import MINE, Shelf, columns_of, mine, values_of
 from billing.storage.tables import deliveries, events
 from billing.webhooks.delivery import Begun, Delivery, Settled, Stats, Status
 
@@ -75,9 +74,19 @@ BEGIN = (
 NEXT_DUE = select(func.min(deliveries.c.next_attempt_at)).where(PENDING, OF_TYPE)
 UNWANTED = deliveries.c.event_type != all_(bindparam("wanted", type_=ARRAY(Text)))
 SOME_UNWANTED = select(deliveries.c.id).where(PENDING, IS_DUE, UNWANTED).limit(AT_ONCE)
-DROP_UNWANTED = later(delete(deliveries).where(mine(deliveries), deliveries.c.id.in_(SOME_UNWANTED)))
-# One message for all that ended about together. What was begun again meanwhile stays as it is.
-SETTLE = """
+DROP_UNWANTED = delete(deliveries).where(mine(deliveries), deliveries.c.id.in_(SOME_UNWANTED))
+AS_BEGUN = f"""
+WHERE deliveries.tenant_id = %({MINE})s::uuid AND deliveries.id = s.id
+    AND deliveries.attempts = s.attempt AND deliveries.status = 'pending'
+"""
+# What was begun again meanwhile stays as it is.
+GIVE_BACK = f"""
+UPDATE deliveries SET attempts = deliveries.attempts - 1
+FROM unnest(%(id)s::uuid[], %(attempt)s::int[]) AS s (id, attempt)
+{AS_BEGUN}
+"""
+# One message for all that ended about together.
+SETTLE = f"""
 UPDATE deliveries SET
     status = s.status, next_attempt_at = s.next_attempt_at, http_status = s.http_status, error = s.error,
     duration_ms = s.duration_ms, settled_at = s.settled_at
@@ -85,8 +94,7 @@ FROM unnest(
     %(id)s::uuid[], %(attempt)s::int[], %(status)s::text[], %(next_attempt_at)s::timestamptz[],
     %(http_status)s::int[], %(error)s::text[], %(duration_ms)s::int[], %(settled_at)s::timestamptz[]
 ) AS s (id, attempt, status, next_attempt_at, http_status, error, duration_ms, settled_at)
-WHERE deliveries.tenant_id = %(tenant_id)s AND deliveries.id = s.id
-    AND deliveries.attempts = s.attempt AND deliveries.status = 'pending'
+{AS_BEGUN}
 """
 
 
@@ -107,19 +115,15 @@ class Deliveries(Shelf):
         return [Begun(*row[:-1]) for row in in_order]
 
     def give_back(self, begun: Sequence[Begun]) -> None:
-        """Not to count attempts that were not made after all. What was begun again meanwhile stays as it is."""
-        as_begun = tuple_(deliveries.c.id, deliveries.c.attempts).in_(
-            [(one.id, one.attempt) for one in begun]
-        )
-        given_back = update(deliveries).where(self.mine(deliveries), as_begun, IS_PENDING)
-        self._connection.execute(later(given_back.values(attempts=deliveries.c.attempts - 1)))
+        """Not to count attempts that were not made after all."""
+        ids, attempts = [str(one.id) for one in begun], [one.attempt for one in begun]
+        self.put_off(GIVE_BACK, id=ids, attempt=attempts)
 
     def settle(self, settled: Sequence[Settled]) -> None:
         """Keep how attempts went."""
         columns = {field.name: [getattr(one, field.name) for one in settled] for field in fields(Settled)}
         columns["id"] = [str(one.id) for one in settled]
-        values = {**columns, "tenant_id": str(self._tenant_id)}
-        self._connection.exec_driver_sql(SETTLE, values, execution_options={LATER: True})
+        self.put_off(SETTLE, **columns)
 
     def next_due(self, *, only: str | None) -> datetime | None:
         """When the next attempt is due, None if there is none to come."""
@@ -128,7 +132,7 @@ class Deliveries(Shelf):
 
     def drop_unwanted(self, wanted: Sequence[str], now: datetime) -> None:
         """Forget what is due of other types of events than these, or a good part of it."""
-        self.run(DROP_UNWANTED, now=now, wanted=list(wanted))
+        self.put_off(DROP_UNWANTED, now=now, wanted=list(wanted))
 
     def cancel(self, error: str, now: datetime) -> bool:
         """Give up what is pending, or a good part of it; whether there was any."""

@@ -22,6 +22,10 @@ class Directory(Shelf):
         row = self._connection.execute(CLAIM, values).one_or_none()
         return row is not None
 
+    def add(self, kind: str, name: str, id: UUID) -> None:
+        """Take a name that is too random to be taken: if it were, nothing of the transaction would be kept."""
+        self.insert(directory, {"kind": kind, "name": name, "id": id})
+
     def owns(self, kind: str, name: str) -> bool:
         """Whether the name is this tenant's."""
         named = select(directory.c.id).where(

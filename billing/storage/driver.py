@@ -28,13 +28,20 @@ class Connection(extensions.connection):
     def __init__(self, dsn: str, line_of: Callable[[int], Line], **options: Any) -> None:
         super().__init__(dsn, **options)
         self.autocommit = True
-        self.put_off: list[bytes] = []
+        self.postponed: list[bytes] = []
         self.line = line_of(self.fileno())
 
     @property
     def is_in_transaction(self) -> bool:
         """Whether one was begun, and not ended; one that failed is to be ended too."""
         return bool(self.get_transaction_status() != extensions.TRANSACTION_STATUS_IDLE)
+
+    def put_off(self, query: str, vars: Any) -> None:
+        """Have a statement whose result nobody needs go with the next one, or with COMMIT."""
+        if not self.is_in_transaction:
+            raise ProgrammingError("Only a transaction has an end with which it would go.")
+        with self.cursor() as cursor:
+            self.postponed.append(cursor.mogrify(query, vars))
 
     def commit(self) -> None:
         try:
@@ -46,7 +53,7 @@ class Connection(extensions.connection):
             raise
 
     def rollback(self) -> None:
-        self.put_off.clear()
+        self.postponed.clear()
         self._end("ROLLBACK")
 
     def _end(self, how: str) -> None:
@@ -65,23 +72,17 @@ class Cursor(extensions.cursor):
     connection: Connection
 
     def execute(self, query: Any, vars: Any = None) -> None:  # psycopg2's name for it
-        if not self.connection.put_off:
+        if not self.connection.postponed:
             with self.connection.line:
                 super().execute(query, vars)
             return
-        statements = [*self.connection.put_off, self.mogrify(query, vars)]
-        self.connection.put_off.clear()
+        statements = [*self.connection.postponed, self.mogrify(query, vars)]
+        self.connection.postponed.clear()
         with self.connection.line:
             super().execute(b"; ".join(statements))
 
-    def put_off(self, query: Any, vars: Any) -> None:
-        """Have a statement whose result nobody needs go with the next one, or with COMMIT."""
-        if not self.connection.is_in_transaction:
-            raise ProgrammingError("Only a transaction has an end with which it would go.")
-        self.connection.put_off.append(self.mogrify(query, vars))
-
     def executemany(self, query: Any, vars_list: Any) -> None:
-        if self.connection.put_off:
+        if self.connection.postponed:
             self.execute("SELECT")
         with self.connection.line:
             super().executemany(query, vars_list)

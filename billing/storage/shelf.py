@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeAlias
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Connection, CursorResult, Executable, Insert, Table, bindparam
+import psycopg2
+from sqlalchemy import ColumnElement, Connection, CursorResult, Executable, Table, TextClause, bindparam
+from sqlalchemy.dialects.postgresql.psycopg2 import PGDialect_psycopg2
+from sqlalchemy.sql.dml import UpdateBase
 
-Statement = TypeVar("Statement", bound=Executable)
+Values: TypeAlias = Mapping[str, Any]
+Write: TypeAlias = UpdateBase | TextClause
 
-# Of a statement whose result nobody needs: it goes with the next one, or with COMMIT.
-LATER = "later"
+DIALECT = PGDialect_psycopg2(dbapi=psycopg2)  # type: ignore[no-untyped-call]
 # What makes the rest of a transaction a tenant's.
 BECOME = "SELECT set_config('app.tenant_id', %s, true)"
 # The tenant in every condition, by which a statement is told from one that has lost it.
@@ -38,21 +41,51 @@ class Shelf:
         """Run a statement that was built once, of conditions that are `mine`, with its other values."""
         return self._connection.execute(statement, {**values, MINE: self._tenant_id})
 
-    def insert(self, table: Table, values: Mapping[str, Any]) -> None:
-        """Add a row, as this tenant's whatever it says."""
-        owner = {"tenant_id": self._tenant_id} if "tenant_id" in table.c else {"id": self._tenant_id}
-        # As parameters: a statement that is the same each time is compiled once, and hardly looked at again.
-        self._connection.execute(_insert(table), {**values, **owner})
+    def put_off(self, statement: Write | str, /, **values: object) -> None:
+        """Run one likewise whose result nobody needs: it goes with the next, or with COMMIT. A text is psycopg2's."""
+        values[MINE] = self._tenant_id
+        if isinstance(statement, str):
+            put_off(self._connection, statement, values)
+        else:
+            text, parameters = _compiled(statement, tuple(values))
+            put_off(self._connection, text, parameters(values))
+
+    def insert(self, table: Table, values: Values) -> None:
+        """Add a row, as this tenant's whatever it says; put off too."""
+        owner = "tenant_id" if "tenant_id" in table.c else "id"
+        self.put_off(_insert(table), **{**values, owner: self._tenant_id})
+
+
+def put_off(connection: Connection, text: str, values: Values | Sequence[object]) -> None:
+    """Have a statement with psycopg2's placeholders go with the next one, or with COMMIT.
+
+    SQLAlchemy has no part in it: it would take longer over a result, which there is none of, than all else does.
+    """
+    connection.connection.driver_connection.put_off(text, values)  # type: ignore[union-attr]
 
 
 @cache
-def _insert(table: Table) -> Insert:
-    return later(table.insert())
+def _insert(table: Table) -> UpdateBase:
+    return table.insert()
 
 
-def later(statement: Statement) -> Statement:
-    """The statement, as one that nobody waits for."""
-    return statement.execution_options(**{LATER: True})
+@cache
+def _compiled(statement: Write, names: tuple[str, ...]) -> tuple[str, Callable[[Values], Values]]:
+    """A statement for values of these names: its text, and what makes psycopg2's parameters of values."""
+    compiled = statement.compile(dialect=DIALECT, column_keys=names)
+    readers = {
+        name: bind.type.dialect_impl(DIALECT).bind_processor(DIALECT)
+        for bind, name in compiled.bind_names.items()
+    }
+    processors = [(name, processor) for name, processor in readers.items() if processor]
+
+    def parameters(values: Values) -> Values:
+        made = compiled.construct_params(values)
+        for name, processor in processors:
+            made[name] = processor(made[name])
+        return made
+
+    return str(compiled), parameters
 
 
 def mine(table: Table) -> ColumnElement[bool]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import TypeVar
 from uuid import UUID
 
-from sqlalchemy import Connection, Engine, create_engine, event, exc
-from sqlalchemy.engine import ExecutionContext
+from sqlalchemy import Connection, Engine, create_engine, exc
 
 from billing import metrics, tracing
 from billing.actors import SYSTEM, Actor
@@ -30,7 +29,7 @@ from billing.storage.pool import Pool
 from billing.storage.replica import IDENTITY, NotThere, Replica
 from billing.storage.secrets import Secrets
 from billing.storage.sessions import Sessions
-from billing.storage.shelf import BECOME, LATER
+from billing.storage.shelf import BECOME, put_off
 from billing.storage.stripe_connect import StripeConnect
 from billing.storage.tasks import Tasks, take_due
 from billing.storage.tenants import Tenants
@@ -132,7 +131,6 @@ class Store:
             connect_args=CONNECT_ARGS | self._watchdog.connect_args,
         )
         dial_each_host(self._opened)
-        event.listen(self._opened, "do_execute", _put_off)
         if replica_url is not None:
             self._replica = Replica(
                 replica_url,
@@ -217,7 +215,7 @@ class Store:
         """
         with _in_our_words(), _span("transaction"), self._connect(OPEN_SHORTLY) as connection:
             for tenant_id, (key_id, at) in sorted(uses.items()):
-                connection.exec_driver_sql(BECOME, (str(tenant_id),), execution_options={LATER: True})
+                put_off(connection, BECOME, (str(tenant_id),))
                 ApiKeys(connection, tenant_id).note_use(key_id, at)
             connection.commit()
 
@@ -269,14 +267,6 @@ class Store:
 
 def _span(name: str) -> AbstractContextManager[object]:
     return tracing.span(f"database {name}", "client", db__system__name="postgresql")
-
-
-def _put_off(cursor: Any, statement: str, parameters: Any, context: ExecutionContext) -> bool:
-    """Keep for later what is to be run later; whether it is that."""
-    is_later = LATER in context.execution_options
-    if is_later:
-        cursor.put_off(statement, parameters)
-    return is_later
 
 
 @contextmanager

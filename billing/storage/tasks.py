@@ -8,7 +8,7 @@ from uuid import UUID
 from sqlalchemy import Connection, and_, bindparam, case, func
 from sqlalchemy.dialects.postgresql import insert
 
-from billing.storage.shelf import Shelf, columns_of, later, mine
+from billing.storage.shelf import Shelf, columns_of, mine
 from billing.storage.tables import tasks
 from billing.tasks import LEASE, Queue, Task
 
@@ -17,8 +17,8 @@ TAKE = f"SELECT {FIELDS} FROM app.take_tasks(%(queue)s, %(now)s, %(until)s, %(mo
 NEW = insert(tasks)
 AGAIN = {"due_at": func.least(tasks.c.due_at, NEW.excluded.due_at), "revision": tasks.c.revision + 1}
 KEY = [tasks.c.tenant_id, tasks.c.kind, tasks.c.id]
-ADD = later(NEW.on_conflict_do_update(index_elements=KEY, set_=AGAIN))
-ADD_MOVED = later(NEW.on_conflict_do_update(index_elements=KEY, set_=AGAIN | {"queue": NEW.excluded.queue}))
+ADD = NEW.on_conflict_do_update(index_elements=KEY, set_=AGAIN)
+ADD_MOVED = NEW.on_conflict_do_update(index_elements=KEY, set_=AGAIN | {"queue": NEW.excluded.queue})
 HELD = and_(
     mine(tasks),
     tasks.c.kind == bindparam("task_kind"),
@@ -30,7 +30,7 @@ HELD = and_(
 AS_TAKEN = tasks.c.revision == bindparam("known")
 UNTIL = bindparam("until", type_=tasks.c.due_at.type)
 FINISH = tasks.delete().where(HELD, AS_TAKEN)
-POSTPONE = later(
+POSTPONE = (
     tasks.update()
     .where(HELD)
     .values(
@@ -59,18 +59,18 @@ class Tasks(Shelf):
 
         It stays in the queue it is in, unless it is `moved`.
         """
-        values = {
-            "tenant_id": self._tenant_id,
-            "kind": kind,
-            "id": id,
-            "subject": subject,
-            "queue": queue,
-            "created_at": now,
-            "due_at": due_at,
-            "attempts": 0,
-            "revision": 0,
-        }
-        self._connection.execute(ADD_MOVED if moved else ADD, values)
+        self.put_off(
+            ADD_MOVED if moved else ADD,
+            tenant_id=self._tenant_id,
+            kind=kind,
+            id=id,
+            subject=subject,
+            queue=queue,
+            created_at=now,
+            due_at=due_at,
+            attempts=0,
+            revision=0,
+        )
 
     def drop(self, kind: str, *, subject: str) -> None:
         """Have the worker leave it. One that is doing it at this moment will not do it again."""
@@ -87,7 +87,7 @@ class Tasks(Shelf):
 
     def postpone(self, task: Task, due_at: datetime, *, queue: Queue | None = None) -> None:
         """Let go of it until then, or sooner if it was asked for again meanwhile; perhaps for another queue."""
-        self.run(POSTPONE, **_held(task), until=due_at, next_queue=queue or task.queue)
+        self.put_off(POSTPONE, **_held(task), until=due_at, next_queue=queue or task.queue)
 
 
 def _held(task: Task) -> dict[str, object]:

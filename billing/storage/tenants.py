@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import select, update
 
 from billing.errors import NotFound
-from billing.storage.shelf import Shelf, columns_of, later, mine, values_of
+from billing.storage.shelf import Shelf, columns_of, mine, values_of
 from billing.storage.tables import tenants, webhook_endpoints
 from billing.tenants import Tenant
 
@@ -17,7 +17,7 @@ COLUMNS = columns_of(Tenant, tenants, webhook_url=webhook_endpoints.c.url)
 WITH_ENDPOINT = tenants.outerjoin(webhook_endpoints, webhook_endpoints.c.tenant_id == tenants.c.id)
 GET = select(*COLUMNS).select_from(WITH_ENDPOINT).where(mine(tenants))
 LOCK = select(tenants.c.id).where(mine(tenants)).with_for_update(key_share=True)
-UPDATE = later(update(tenants).where(mine(tenants)))
+UPDATE = update(tenants).where(mine(tenants))
 
 
 def tenant_of(row: Sequence[Any]) -> Tenant:
@@ -56,4 +56,4 @@ class Tenants(Shelf):
         self._update(stripe_account_id=account_id, stripe_status=status, updated_at=now)
 
     def _update(self, **values: object) -> None:
-        self.run(UPDATE, **values)
+        self.put_off(UPDATE, **values)

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Row, bindparam, delete, or_, select, update
 
 from billing.encryption import Vault
 from billing.ids import new_id
-from billing.storage.shelf import Shelf, columns_of, later, mine, values_of
+from billing.storage.shelf import Shelf, columns_of, mine, values_of
 from billing.storage.tables import webhook_endpoints, webhook_secrets
 from billing.webhooks.endpoints import Endpoint, Secret
 
@@ -19,7 +19,7 @@ COLUMNS = columns_of(Endpoint, webhook_endpoints)
 SECRET_COLUMNS = columns_of(Secret, webhook_secrets)
 FIND = select(*COLUMNS).where(mine(webhook_endpoints))
 FIND_AND_LOCK = FIND.with_for_update()
-KEEP = later(update(webhook_endpoints).where(mine(webhook_endpoints)))
+KEEP = update(webhook_endpoints).where(mine(webhook_endpoints))
 LIVING = (
     select(webhook_secrets.c.sealed, *SECRET_COLUMNS)
     .where(
@@ -50,7 +50,7 @@ class Webhooks(Shelf):
 
     def keep(self, endpoint: Endpoint, now: datetime) -> None:
         values = values_of(endpoint, webhook_endpoints) | {"event_types": list(endpoint.event_types)}
-        self.run(KEEP, **values, updated_at=now)
+        self.put_off(KEEP, **values, updated_at=now)
 
     def add_secret(self, text: str, now: datetime) -> None:
         """Keep a secret, which is the current one from now on."""

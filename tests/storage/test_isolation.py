@@ -19,8 +19,9 @@ from billing.idempotency import Answer, Claim
 from billing.ids import new_id
 from billing.keys import KeyDigests
 from billing.settings import Settings
+from billing.storage import driver
 from billing.storage.shelf import MINE, Shelf
-from billing.storage.store import Store, TenantTx
+from billing.storage.store import StorageError, Store, TenantTx
 from billing.storage.tables import metadata
 from billing.stripe_connect import ACCOUNT_NAME, CHECK, Account, Connected, Connection, Grant, State
 from billing.tasks import Task
@@ -103,28 +104,39 @@ class House:
 
 
 WAYS = ["both", "filters off", "row security off"]
-FILTER = re.compile(rf"\w+\.(tenant_id|id) = %\({MINE}\)s::UUID")
+FILTER = re.compile(rf"\w+\.(tenant_id|id) = %\({MINE}\)s::UUID", re.IGNORECASE)
 
 
-def take_filters_off(store: Store) -> None:
+def take_filters_off(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have each statement be what it would be, had nobody said whose rows it is about."""
+    put_off = driver.Connection.put_off
 
     @event.listens_for(store._engine, "before_cursor_execute", retval=True)
     def take_off(_: Any, __: Any, statement: str, parameters: Any, *___: Any) -> Any:
-        changed = FILTER.sub("true", statement)
-        assert f"%({MINE})s" not in changed
-        return changed, parameters
+        return without_filters(statement), parameters
+
+    def put_off_without(connection: driver.Connection, statement: str, parameters: Any) -> None:
+        put_off(connection, without_filters(statement), parameters)
+
+    monkeypatch.setattr(driver.Connection, "put_off", put_off_without)
+
+
+def without_filters(statement: str) -> str:
+    changed = FILTER.sub("true", statement)
+    assert f"%({MINE})s" not in changed
+    return changed
 
 
 @pytest.fixture(params=WAYS)
 def house(
     request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
     store: Store,
     settings: Settings,
     test_database: TestDatabase,
 ) -> Iterator[House]:
     if request.param == "filters off":
-        take_filters_off(store)
+        take_filters_off(store, monkeypatch)
     if request.param == "row security off":
         store.open(test_database.superuser_url)
     yield House(store, settings)
@@ -310,12 +322,26 @@ def test_the_questions_before_a_tenant_is_known_find_the_right_one(house: House)
             assert platform.find_tenant(made.tenant.slug) == made.tenant
 
 
+def test_a_name_that_another_tenant_has_ends_the_transaction_that_adds_it(
+    house: House, superuser: Engine
+) -> None:
+    globex, email = house.globex.tenant.id, house.acme.owner.email
+    before = rows_of(superuser, globex)
+    with pytest.raises(StorageError, match="UniqueViolation"), house.store.tenant(globex) as tx:
+        tx.tenants.touch(LATER)
+        tx.directory.add("email", email, new_id())
+    assert rows_of(superuser, globex) == before
+    with house.store.platform() as platform:
+        assert platform.find_account(email) is not None
+
+
 def test_every_question_of_every_shelf_is_attempted() -> None:
     about_oneself = {
         "tenants.get",
         "tenants.add",
         "tenants.lock",
         "api_keys.add",
+        "directory.add",
         "sessions.add",
         "webhooks.open",
     }
@@ -335,10 +361,11 @@ def test_with_both_safeguards_off_these_tests_would_see_it(
     settings: Settings,
     test_database: TestDatabase,
     superuser: Engine,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     house = House(store, settings)
     store.open(test_database.superuser_url)
-    take_filters_off(store)
+    take_filters_off(store, monkeypatch)
     with store.tenant(house.globex.tenant.id) as tx:
         assert tx.users.find(house.acme.owner.id) is not None
         assert foreign(tx, tx.api_keys.revoke(keys.TYPES, NOW))
@@ -347,7 +374,10 @@ def test_with_both_safeguards_off_these_tests_would_see_it(
         assert len(tx.webhooks.secrets(NOW)) > 2
         assert tx.deliveries.stats(NOW).delivered_24h
         tx.tasks.finish(house.task)
-    assert not any(CHECK in task for task in rows_of(superuser, house.acme.tenant.id)["tasks"])
+        tx.api_keys.note_use(house.acme.keys[0].key.id, MUCH_LATER)
+    rows = rows_of(superuser, house.acme.tenant.id)
+    assert not any(CHECK in task for task in rows["tasks"])
+    assert any(f"{MUCH_LATER:%Y-%m-%d}" in key for key in rows["api_keys"])
 
 
 # What the application's role may do at all -------------------------------------------------------

@@ -113,7 +113,7 @@ def test_what_was_written_goes_in_one_message_with_the_commit(store: Store, acme
         tx.tenants.touch(LATER)
         tx.tenants.touch(MUCH_LATER)
         connection = tx.tenants._connection.connection.dbapi_connection
-        assert [b"UPDATE" in statement for statement in connection.put_off] == [True, True]  # type: ignore[union-attr]
+        assert [b"UPDATE" in statement for statement in connection.postponed] == [True, True]  # type: ignore[union-attr]
 
 
 def test_a_write_that_is_refused_is_told_at_the_end_and_keeps_nothing(store: Store, acme: Account) -> None:
