@@ -43,13 +43,14 @@ class Installation:
 
 
 @contextmanager
-def installed(**variables: str) -> Iterator[Installation]:
-    """An installation on disk, as durable as any, with these settings; removed with the block."""
+def installed(postgres: Mapping[str, str] = {}, /, **variables: str) -> Iterator[Installation]:
+    """An installation on disk, as durable as any, with these settings, of PostgreSQL too; removed with the block."""
     with state_directory() as state_dir:
         given = {"ENVIRONMENT": "development", "RATE_LIMITS": "off", **variables}
         environ = {"BILLING_STATE_DIR": str(state_dir), **given}
         settings = Settings.load(environ, dotenv=None)
         with (
+            embedded.start(state_dir, options=postgres),  # Who starts it says with which settings.
             closing(database.open_embedded(state_dir)) as opened,
             closing(Store(Vault(settings.encryption_keys), connections=4)) as store,
         ):
