@@ -131,11 +131,11 @@ class Deliveries:
         window, until = self._first_window(batch.tenant_id), time.monotonic() + BEGUN_WITHIN_SECONDS
         durations: list[int] = []
         last = Ended()  # Of what has ended, that which is not yet kept.
-        while flying or (waiting and window and not self._stopping.is_set()):
+        while flying or (waiting and window):
             # Kept before more is begun, which is not to go where the endpoint no longer is.
             if last.settled and not self._settle(batch, last):
                 window = 0
-            while waiting and len(flying) < window and not self._stopping.is_set():
+            while waiting and len(flying) < window:
                 begun = waiting.popleft()
                 flying[self._submit(post, batch, begun, until)] = begun
             ended = [(flying.pop(future), future.result()) for future in _gathered(flying)]
@@ -161,7 +161,8 @@ class Deliveries:
             self._proven.add(tenant_id)
 
     def _attempt(self, post: Post, batch: Batch, begun: Begun, until: float) -> Attempt | None:
-        # All threads may have been busy for a while; what begins now must end before the lease does.
+        # None says that no more is to be sent. All threads may have been busy for a while; what begins now must end
+        # before the lease does.
         if self._stopping.is_set() or time.monotonic() > until:
             return None
         return send(post, batch.secrets, begun, self._clock())
