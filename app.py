@@ -97,7 +97,7 @@ def create_app(
             *exposition.routes(settings, figures, store, clock),
         ],
         lifespan=lambda _: running(
-            settings, store, lookups, (uses, failed_logins), counters, (edge.sample, lanes.sample)
+            settings, store, lookups, (uses, failed_logins), counters, lanes, (edge.sample, lanes.sample)
         ),
         lanes=lanes,
         allowed_origins=settings.cors_allowed_origins,
@@ -148,6 +148,7 @@ async def running(
     lookups: Lookups,
     notes: Sequence[Notes],
     counters: Counters,
+    lanes: Lanes,
     samples: Sequence[Callable[[], None]],
 ) -> AsyncIterator[None]:
     """Everything that lives as long as the server: the database, the pool, the counts, what is to be written down."""
@@ -165,8 +166,9 @@ async def running(
     finally:
         lookups.close()
         end_with_main_thread(FAREWELL_SECONDS)
-        with anyio.move_on_after(FAREWELL_SECONDS, shield=True):
-            await counters.close()
+        for last in (lanes.empty, counters.close):
+            with anyio.move_on_after(FAREWELL_SECONDS, shield=True):
+                await last()
         await farewell(store.close)
         await farewell(database.close)
         await farewell(tracing.end)

@@ -50,8 +50,7 @@ def installed(postgres: Mapping[str, str] = {}, /, **variables: str) -> Iterator
         environ = {"BILLING_STATE_DIR": str(state_dir), **given}
         settings = Settings.load(environ, dotenv=None)
         with (
-            embedded.start(state_dir, options=postgres),  # Who starts it says with which settings.
-            closing(database.open_embedded(state_dir)) as opened,
+            closing(database.open_embedded(state_dir, options=dict(postgres))) as opened,
             closing(Store(Vault(settings.encryption_keys), connections=4)) as store,
         ):
             store.open(opened.app_url)

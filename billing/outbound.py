@@ -23,8 +23,7 @@ from http.cookiejar import DefaultCookiePolicy
 from io import BufferedReader, BytesIO, RawIOBase
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from itertools import count
-from queue import Empty, SimpleQueue
-from threading import BoundedSemaphore, Condition, Lock, Semaphore, Thread
+from threading import BoundedSemaphore, Condition, Lock, Thread
 from typing import Any, Protocol, TypeVar
 
 import requests
@@ -34,15 +33,14 @@ from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, ReadTimeoutError
 
+from billing.threads import Threads
+
 Address = IPv4Address | IPv6Address
 # What getaddrinfo says: family, kind, protocol, canonical name, and what to give to connect.
 Found = tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]
-_Question = tuple[Future[Sequence[Found]], str, int]
 
 HEAD_BYTES = 64 * 1024
 PIECE_BYTES = 16 * 1024
-# After which a thread that looks names up ends.
-IDLE_SECONDS = 10
 
 T = TypeVar("T")
 
@@ -125,9 +123,7 @@ class Resolver:
 
     def __init__(self, threads: int = 16) -> None:
         self._free = BoundedSemaphore(threads)
-        # One for each thread that waits for a question. Who has taken one puts a question; who has not starts a thread.
-        self._idle = Semaphore(0)
-        self._questions = SimpleQueue[_Question]()
+        self._threads = Threads("resolver")
 
     def look_up(self, host: str, port: int, seconds: float) -> Sequence[Found]:
         """All addresses of the host, in the order to try them; raises `NameUnknown`, within the seconds."""
@@ -135,41 +131,27 @@ class Resolver:
         if not self._free.acquire(timeout=seconds):
             raise NameUnknown
         found: Future[Sequence[Found]] = Future()
-        if not self._idle.acquire(blocking=False):
-            self._start()
-        self._questions.put((found, host, port))
+        try:
+            self._threads.start(partial(self._ask, found, host, port))
+        except RuntimeError:
+            self._free.release()
+            raise NameUnknown from None
         try:
             return found.result(ends_at - time.monotonic())
         except (OSError, UnicodeError):
             raise NameUnknown from None
 
-    def _start(self) -> None:
-        # A ThreadPoolExecutor would have the process wait for what hangs when it ends.
+    def _ask(self, found: Future[Sequence[Found]], host: str, port: int) -> Callable[[], None]:
         try:
-            Thread(target=self._run, name="resolver", daemon=True).start()
-        except RuntimeError:  # The machine has no more threads.
-            self._free.release()
-            raise NameUnknown from None
+            tell = partial(found.set_result, socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except (OSError, UnicodeError) as error:
+            tell = partial(found.set_exception, error)
 
-    def _run(self) -> None:
-        while (question := self._next()) is not None:
-            found, host, port = question
-            try:
-                tell = partial(found.set_result, socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-            except (OSError, UnicodeError) as error:
-                tell = partial(found.set_exception, error)
-            # In this order there are never more threads than there may be; and who is told finds one idle.
-            self._idle.release()
+        def end() -> None:
             self._free.release()
             tell()
 
-    def _next(self) -> _Question | None:
-        """What to look up, None to end: nobody has asked for a while."""
-        while True:
-            with suppress(Empty):
-                return self._questions.get(timeout=IDLE_SECONDS)
-            if self._idle.acquire(blocking=False):
-                return None
+        return end
 
 
 class Names(Protocol):

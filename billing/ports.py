@@ -20,7 +20,7 @@ class Directory(Protocol):
         """Take a name for this tenant's thing; False when it is taken, by whomever."""
 
     def add(self, kind: str, name: str, id: UUID) -> None:
-        """Take a name that is too random to be taken: if it were, nothing of the transaction would be kept."""
+        """Put a random name, which nobody else can have: if somebody did, nothing of the transaction would be kept."""
 
 
 class Audit(Protocol):

@@ -311,7 +311,7 @@ def test_when_all_threads_hang_every_name_is_unknown_until_one_is_free(
 def test_a_thread_looks_up_one_name_after_the_other_and_ends(
     names: Callable[..., Names], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outbound, "IDLE_SECONDS", 0.2)
+    monkeypatch.setattr("billing.threads.IDLE_SECONDS", 0.2)
     known, threads = names(good_example=["127.0.0.1"]), list[threading.Thread]()
 
     def look_up(*arguments: Any, **options: Any) -> Any:

@@ -13,9 +13,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from functools import partial
 from time import perf_counter
 from typing import TypeVar
@@ -24,6 +23,7 @@ import structlog
 
 from billing import metrics
 from billing.errors import Overloaded
+from billing.threads import Threads
 
 Handler = TypeVar("Handler", bound=Callable[..., object])
 T = TypeVar("T")
@@ -69,27 +69,31 @@ class Lanes:
         self, threads: Mapping[Lane, int], *, longest_wait_seconds: float = LONGEST_WAIT_SECONDS
     ) -> None:
         self._longest_wait_seconds = longest_wait_seconds
-        self._lanes = {lane: _Threads(lane, count) for lane, count in threads.items()}
+        self._lanes = {lane: _Places(lane, count) for lane, count in threads.items()}
 
     def sample(self) -> None:
         """Say how many threads each lane has, how many of them work, and how many wait for one."""
-        for lane, threads in self._lanes.items():
-            metrics.LANE_THREADS.set(threads.count, lane.value)
-            metrics.LANE_BUSY.set(threads.busy, lane.value)
-            metrics.LANE_WAITING.set(threads.waiting, lane.value)
+        for lane, places in self._lanes.items():
+            metrics.LANE_THREADS.set(places.count, lane.value)
+            metrics.LANE_BUSY.set(places.busy, lane.value)
+            metrics.LANE_WAITING.set(places.waiting, lane.value)
 
     async def run(self, lane: Lane, call: Callable[[], T]) -> T:
         """Run a blocking call in the lane; raises `Overloaded` if no thread is free in time."""
-        threads = self._lanes[lane]
-        await threads.enter(self._longest_wait_seconds)
-        return await threads.run(call)
+        places = self._lanes[lane]
+        await places.enter(self._longest_wait_seconds)
+        return await places.run(call)
+
+    async def empty(self) -> None:
+        """Wait for the calls that nobody else waits for any more. No other may begin from now on."""
+        for places in self._lanes.values():
+            await places.take_all()
 
 
-class _Threads:
-    """The threads of one lane. Each call has a place, from `enter` until its thread has ended.
+class _Places:
+    """The places of one lane. A call has one from `enter` until it has ended, even if nobody waits for it any more.
 
-    Given back sooner, when nobody waits for it any more, requests that are past their deadline would pile up calls
-    without bound.
+    Given back sooner, requests that are past their deadline would pile up calls without bound.
     """
 
     def __init__(self, lane: Lane, count: int) -> None:
@@ -98,8 +102,7 @@ class _Threads:
         self.busy = 0
         self.waiting = 0
         self._free = asyncio.Semaphore(count)
-        # Not anyio's threads, which cost each call twice as much.
-        self._pool = ThreadPoolExecutor(count, thread_name_prefix=lane.value)
+        self._threads = Threads(lane.value)
 
     async def enter(self, longest_wait_seconds: float) -> None:
         """Take a place; raises `Overloaded` if none becomes free in time."""
@@ -122,32 +125,60 @@ class _Threads:
             self.waiting -= 1
         metrics.LANE_WAIT.observe(perf_counter() - started, self.lane.value)
 
+    async def take_all(self) -> None:
+        """Wait until no call has one."""
+        for _ in range(self.count):
+            await self._free.acquire()
+
     async def run(self, call: Callable[[], T]) -> T:
-        """What the call returns or raises, in a thread; it goes on if nobody waits for it any more."""
-        loop = asyncio.get_running_loop()
-        running = self._pool.submit(copy_context().run, call)
+        """What the call returns or raises, in a thread; raises `Overloaded` where the machine has no more threads."""
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         try:
-            return await asyncio.wrap_future(running)
-        finally:
-            if running.done():
-                self._leave()
-            else:
-                running.add_done_callback(partial(self._end_late, loop))
+            self._threads.start(partial(self._work, call, answer, copy_context()))
+        except RuntimeError:
+            self._leave()
+            raise Overloaded from None
+        return await answer
+
+    def _work(self, call: Callable[[], T], answer: asyncio.Future[T], context: Context) -> Callable[[], None]:
+        settle = outcome_of(partial(context.run, call), answer)
+
+        def tell() -> None:
+            with suppress(RuntimeError):  # The server may have ended before.
+                answer.get_loop().call_soon_threadsafe(self._end, answer, settle, context=context)
+
+        return tell
+
+    def _end(self, answer: asyncio.Future[T], settle: Callable[[], None]) -> None:
+        self._leave()
+        if answer.done():
+            log.warning("a call ended after its request")
+        else:
+            settle()
 
     def _leave(self) -> None:
         self.busy -= 1
         self._free.release()
 
-    def _end_late(self, loop: asyncio.AbstractEventLoop, _: Future[T]) -> None:
-        log.warning("a call ended after its request")
-        with suppress(RuntimeError):  # The server may have ended before.
-            loop.call_soon_threadsafe(self._leave)
+
+def outcome_of(call: Callable[[], T], answer: asyncio.Future[T]) -> Callable[[], None]:
+    """What gives the answer whatever the call returns or raises."""
+    try:
+        return partial(answer.set_result, call())
+    except StopIteration as error:
+        stopped = RuntimeError("The call raised StopIteration.")  # Which no future takes.
+        stopped.__cause__ = error
+        return partial(answer.set_exception, stopped)
+    # It is raised again where the answer is waited for.
+    except BaseException as error:
+        return partial(answer.set_exception, error)
 
 
 def end_with_main_thread(patience_seconds: float) -> None:
     """Have the process end when its main thread has, even if others go on for longer than this.
 
-    Python waits for each of them, and one that hangs would keep a server that has drained from ending.
+    Python waits for anyio's, which make connections and do the last things, and one that hangs would keep a server
+    that has drained from ending.
     """
 
     def end() -> None:

@@ -75,15 +75,15 @@ NEXT_DUE = select(func.min(deliveries.c.next_attempt_at)).where(PENDING, OF_TYPE
 UNWANTED = deliveries.c.event_type != all_(bindparam("wanted", type_=ARRAY(Text)))
 SOME_UNWANTED = select(deliveries.c.id).where(PENDING, IS_DUE, UNWANTED).limit(AT_ONCE)
 DROP_UNWANTED = delete(deliveries).where(mine(deliveries), deliveries.c.id.in_(SOME_UNWANTED))
+# What was begun again meanwhile stays as it is.
 AS_BEGUN = f"""
-WHERE deliveries.tenant_id = %({MINE})s::uuid AND deliveries.id = s.id
+deliveries.tenant_id = %({MINE})s::uuid AND deliveries.id = s.id
     AND deliveries.attempts = s.attempt AND deliveries.status = 'pending'
 """
-# What was begun again meanwhile stays as it is.
 GIVE_BACK = f"""
 UPDATE deliveries SET attempts = deliveries.attempts - 1
 FROM unnest(%(id)s::uuid[], %(attempt)s::int[]) AS s (id, attempt)
-{AS_BEGUN}
+WHERE {AS_BEGUN}
 """
 # One message for all that ended about together.
 SETTLE = f"""
@@ -94,7 +94,7 @@ FROM unnest(
     %(id)s::uuid[], %(attempt)s::int[], %(status)s::text[], %(next_attempt_at)s::timestamptz[],
     %(http_status)s::int[], %(error)s::text[], %(duration_ms)s::int[], %(settled_at)s::timestamptz[]
 ) AS s (id, attempt, status, next_attempt_at, http_status, error, duration_ms, settled_at)
-{AS_BEGUN}
+WHERE {AS_BEGUN}
 """
 
 

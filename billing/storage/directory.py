@@ -23,7 +23,7 @@ class Directory(Shelf):
         return row is not None
 
     def add(self, kind: str, name: str, id: UUID) -> None:
-        """Take a name that is too random to be taken: if it were, nothing of the transaction would be kept."""
+        """Put a random name, which nobody else can have: if somebody did, nothing of the transaction would be kept."""
         self.insert(directory, {"kind": kind, "name": name, "id": id})
 
     def owns(self, kind: str, name: str) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
+import sqlalchemy
 from psycopg2 import Error, OperationalError, ProgrammingError, extensions
 from sqlalchemy import Engine, event
 
@@ -86,6 +87,11 @@ class Cursor(extensions.cursor):
             self.execute("SELECT")
         with self.connection.line:
             super().executemany(query, vars_list)
+
+
+def driver_of(connection: sqlalchemy.Connection) -> Connection:
+    """Our connection under one of SQLAlchemy's."""
+    return cast("Connection", connection.connection.driver_connection)
 
 
 # One of several hosts ------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from sqlalchemy import ColumnElement, Connection, CursorResult, Executable, Tabl
 from sqlalchemy.dialects.postgresql.psycopg2 import PGDialect_psycopg2
 from sqlalchemy.sql.dml import UpdateBase
 
+from billing.storage.driver import driver_of
+
 Values: TypeAlias = Mapping[str, Any]
 Write: TypeAlias = UpdateBase | TextClause
 
@@ -44,24 +46,17 @@ class Shelf:
     def put_off(self, statement: Write | str, /, **values: object) -> None:
         """Run one likewise whose result nobody needs: it goes with the next, or with COMMIT. A text is psycopg2's."""
         values[MINE] = self._tenant_id
+        driver = driver_of(self._connection)
         if isinstance(statement, str):
-            put_off(self._connection, statement, values)
+            driver.put_off(statement, values)
         else:
             text, parameters = _compiled(statement, tuple(values))
-            put_off(self._connection, text, parameters(values))
+            driver.put_off(text, parameters(values))
 
     def insert(self, table: Table, values: Values) -> None:
         """Add a row, as this tenant's whatever it says; put off too."""
         owner = "tenant_id" if "tenant_id" in table.c else "id"
         self.put_off(_insert(table), **{**values, owner: self._tenant_id})
-
-
-def put_off(connection: Connection, text: str, values: Values | Sequence[object]) -> None:
-    """Have a statement with psycopg2's placeholders go with the next one, or with COMMIT.
-
-    SQLAlchemy has no part in it: it would take longer over a result, which there is none of, than all else does.
-    """
-    connection.connection.driver_connection.put_off(text, values)  # type: ignore[union-attr]
 
 
 @cache
@@ -71,25 +66,29 @@ def _insert(table: Table) -> UpdateBase:
 
 @cache
 def _compiled(statement: Write, names: tuple[str, ...]) -> tuple[str, Callable[[Values], Values]]:
-    """A statement for values of these names: its text, and what makes psycopg2's parameters of values."""
+    """A statement for values of these names: its text, and what makes psycopg2's parameters of values.
+
+    It is a constant, with no `in_` of a list and no default of Python's: what SQLAlchemy does at each execution is
+    not done. It would get ready for a result, which takes it longer than all else.
+    """
     compiled = statement.compile(dialect=DIALECT, column_keys=names)
-    readers = {
+    binders = {
         name: bind.type.dialect_impl(DIALECT).bind_processor(DIALECT)
         for bind, name in compiled.bind_names.items()
     }
-    processors = [(name, processor) for name, processor in readers.items() if processor]
+    binding = [(name, bind) for name, bind in binders.items() if bind]
 
     def parameters(values: Values) -> Values:
         made = compiled.construct_params(values)
-        for name, processor in processors:
-            made[name] = processor(made[name])
+        for name, bind in binding:
+            made[name] = bind(made[name])
         return made
 
     return str(compiled), parameters
 
 
 def mine(table: Table) -> ColumnElement[bool]:
-    """The condition that a row is the tenant's, in a statement that is built once: `Shelf.run` says whose."""
+    """The condition that a row is the tenant's, in a statement that is built once: who runs it says whose."""
     return _owner(table) == bindparam(MINE)
 
 

@@ -20,7 +20,7 @@ from billing.storage.audit import AuditLog
 from billing.storage.backlog import read_backlog
 from billing.storage.deliveries import Deliveries
 from billing.storage.directory import Directory
-from billing.storage.driver import dial_each_host
+from billing.storage.driver import dial_each_host, driver_of
 from billing.storage.events import Events
 from billing.storage.idempotency import IdempotencyKeys, forget_answers
 from billing.storage.operator import Operator
@@ -29,7 +29,7 @@ from billing.storage.pool import Pool
 from billing.storage.replica import IDENTITY, NotThere, Replica
 from billing.storage.secrets import Secrets
 from billing.storage.sessions import Sessions
-from billing.storage.shelf import BECOME, put_off
+from billing.storage.shelf import BECOME
 from billing.storage.stripe_connect import StripeConnect
 from billing.storage.tasks import Tasks, take_due
 from billing.storage.tenants import Tenants
@@ -215,7 +215,7 @@ class Store:
         """
         with _in_our_words(), _span("transaction"), self._connect(OPEN_SHORTLY) as connection:
             for tenant_id, (key_id, at) in sorted(uses.items()):
-                put_off(connection, BECOME, (str(tenant_id),))
+                driver_of(connection).put_off(BECOME, (str(tenant_id),))
                 ApiKeys(connection, tenant_id).note_use(key_id, at)
             connection.commit()
 

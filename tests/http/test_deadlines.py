@@ -221,3 +221,20 @@ def test_a_thread_that_hangs_does_not_keep_the_process(seconds: float, code: int
     assert ended.returncode == code
     assert ended.stdout.startswith("main has ended\n")
     assert ("a thread did not end" in ended.stdout + ended.stderr) == bool(code)
+
+
+HANGING_CALL = """
+import asyncio, time
+from billing.http.lanes import Lane, Lanes
+async def main():
+    call = asyncio.create_task(Lanes({Lane.GENERAL: 1}).run(Lane.GENERAL, lambda: time.sleep(60)))
+    await asyncio.sleep(0.2)
+    call.cancel()
+asyncio.run(main())
+print("main has ended", flush=True)
+"""
+
+
+def test_a_call_that_hangs_does_not_keep_the_process() -> None:
+    ended = subprocess.run([sys.executable, "-c", HANGING_CALL], capture_output=True, text=True, timeout=30)
+    assert (ended.returncode, ended.stdout) == (0, "main has ended\n")

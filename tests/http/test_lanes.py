@@ -11,6 +11,7 @@ from time import perf_counter
 from typing import Any
 
 import pytest
+import structlog
 
 from billing.errors import Overloaded
 from billing.handlers import authentication
@@ -144,6 +145,54 @@ def test_passwords_do_not_wait_for_general_calls() -> None:
 
     with working() as work:
         asyncio.run(story(work))
+
+
+def test_a_call_for_which_the_machine_has_no_thread_leaves_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def story() -> None:
+        lanes = Lanes({Lane.GENERAL: 1}, longest_wait_seconds=SHORT)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            for _ in range(3):
+                assert await is_overloaded(lanes, Lane.GENERAL)
+        assert await lanes.run(Lane.GENERAL, lambda: "next") == "next"
+
+    asyncio.run(story())
+
+
+def test_a_call_that_stops_an_iteration_has_raised_and_not_hung() -> None:
+    async def story() -> None:
+        lanes = Lanes({Lane.GENERAL: 1})
+        with pytest.raises(RuntimeError) as raised:
+            await asyncio.wait_for(lanes.run(Lane.GENERAL, lambda: next(iter(()))), LONG)
+        assert isinstance(raised.value.__cause__, StopIteration)
+
+    asyncio.run(story())
+
+
+def test_a_call_that_outlives_its_request_is_logged_with_its_id_and_waited_for_at_the_end() -> None:
+    async def story(work: Work) -> None:
+        lanes = Lanes({Lane.GENERAL: 2})
+        with structlog.contextvars.bound_contextvars(request_id="the-late-one"):
+            (task,) = await begin(lanes, Lane.GENERAL, work, 1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        ending = asyncio.create_task(lanes.empty())
+        await asyncio.sleep(SHORT)
+        assert not ending.done()
+        work.end()
+        await ending
+        assert work.running == 0
+
+    merge = structlog.contextvars.merge_contextvars
+    with working() as work, structlog.testing.capture_logs(processors=[merge]) as events:
+        asyncio.run(story(work))
+    assert [(event["event"], event.get("request_id")) for event in events] == [
+        ("a call ended after its request", "the-late-one")
+    ]
 
 
 @pytest.mark.parametrize("error", [ValueError, TimeoutError])
