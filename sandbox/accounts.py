@@ -121,7 +121,7 @@ def requirements(**named: Any) -> dict[str, Any]:
 
 
 def _blank(created: int) -> dict[str, Any]:
-    account_id = new_id("acct_")
+    account_id = new_id("acct_1", 15)  # As Stripe's begin: with a digit in each.
     return {
         "id": account_id,
         "object": "account",
