@@ -290,7 +290,11 @@ def filter_failure(_context: HookContext, failure: Failure, case: Case, response
     """Whether the failure is one; False drops it."""
     if not isinstance(failure, ServerError | RejectedPositiveData):
         return True
-    return json.loads(response.content).get("code") not in EXCUSED.get(operation_of(case), ())
+    code = json.loads(response.content).get("code")
+    # No schema of OpenAPI 3.0 can say which names a free object's members may not have, and PostgreSQL holds no NUL.
+    if code == "malformed-body" and any("\0" in text for text in texts_in(case.body)):
+        return False
+    return code not in EXCUSED.get(operation_of(case), ())
 
 
 # Checks ------------------------------------------------------------------------------------------
@@ -317,7 +321,8 @@ def every_error_is_a_problem(_context: CheckContext, response: Response, _case: 
 @schemathesis.check
 def no_error_repeats_what_was_sent(_context: CheckContext, response: Response, case: Case) -> None:
     if is_error(response):
-        said = " ".join(texts_in(json.loads(response.content)))
+        # The server's own address is in the type of each problem, and `http://1` may be what was sent.
+        said = " ".join(texts_in(json.loads(response.content))).replace(URL, "")
         assert not [text for text in texts_in([case.body, case.query]) if is_telling(text) and text in said]
 
 
