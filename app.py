@@ -166,7 +166,7 @@ async def running(
     finally:
         lookups.close()
         end_with_main_thread(FAREWELL_SECONDS)
-        for last in (lanes.empty, counters.close):
+        for last in (lanes.emptied, counters.close):
             with anyio.move_on_after(FAREWELL_SECONDS, shield=True):
                 await last()
         await farewell(store.close)

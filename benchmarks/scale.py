@@ -25,7 +25,7 @@ from billing.tokens import TokenPair, Tokens
 
 PASSWORD = "correct horse battery staple"
 SIZES, WORKERS = (10, 10_000, 1_000_000), (1, 2, 4)
-# Room for what is asked for: the 128 MB that PostgreSQL has by default hold a tenth of it.
+# Room for what is asked for: the 128 MB that PostgreSQL has by default hold less than half of it.
 POSTGRES = {"shared_buffers": "2GB"}
 # Enough of them, spread over all, that most are not in the cache of a processor; of these, so many log in.
 KNOWN, LOGGED_IN = 5_000, 1_500

@@ -33,6 +33,8 @@ PASSWORD_THREADS = 2
 STRIPE_THREADS = 16
 WEBHOOK_THREADS = 16
 LONGEST_WAIT_SECONDS = 2
+# Whether the last calls have ended.
+LOOKED_EVERY_SECONDS = 0.05
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.http")
 
@@ -84,10 +86,10 @@ class Lanes:
         await places.enter(self._longest_wait_seconds)
         return await places.run(call)
 
-    async def empty(self) -> None:
-        """Wait for the calls that nobody else waits for any more. No other may begin from now on."""
-        for places in self._lanes.values():
-            await places.take_all()
+    async def emptied(self) -> None:
+        """Wait until no call runs, not even one that nobody else waits for."""
+        while any(places.busy for places in self._lanes.values()):
+            await asyncio.sleep(LOOKED_EVERY_SECONDS)
 
 
 class _Places:
@@ -124,11 +126,6 @@ class _Places:
         finally:
             self.waiting -= 1
         metrics.LANE_WAIT.observe(perf_counter() - started, self.lane.value)
-
-    async def take_all(self) -> None:
-        """Wait until no call has one."""
-        for _ in range(self.count):
-            await self._free.acquire()
 
     async def run(self, call: Callable[[], T]) -> T:
         """What the call returns or raises, in a thread; raises `Overloaded` where the machine has no more threads."""

@@ -18,6 +18,7 @@ from billing.storage.driver import driver_of
 Values: TypeAlias = Mapping[str, Any]
 Write: TypeAlias = UpdateBase | TextClause
 
+# For texts and parameters alone; connections have one each.
 DIALECT = PGDialect_psycopg2(dbapi=psycopg2)  # type: ignore[no-untyped-call]
 # What makes the rest of a transaction a tenant's.
 BECOME = "SELECT set_config('app.tenant_id', %s, true)"

@@ -291,10 +291,15 @@ def filter_failure(_context: HookContext, failure: Failure, case: Case, response
     if not isinstance(failure, ServerError | RejectedPositiveData):
         return True
     code = json.loads(response.content).get("code")
-    # No schema of OpenAPI 3.0 can say which names a free object's members may not have, and PostgreSQL holds no NUL.
-    if code == "malformed-body" and any("\0" in text for text in texts_in(case.body)):
+    if code == "malformed-body" and has_nul_in_free_object(case):
         return False
     return code not in EXCUSED.get(operation_of(case), ())
+
+
+def has_nul_in_free_object(case: Case) -> bool:
+    """Whether NUL stands in the one object that no schema of OpenAPI 3.0 can keep it out of: the text says it."""
+    is_test = operation_of(case) == "send_test_webhook" and isinstance(case.body, dict)
+    return is_test and any("\0" in text for text in texts_in(case.body.get("test_data")))
 
 
 # Checks ------------------------------------------------------------------------------------------
@@ -321,8 +326,10 @@ def every_error_is_a_problem(_context: CheckContext, response: Response, _case: 
 @schemathesis.check
 def no_error_repeats_what_was_sent(_context: CheckContext, response: Response, case: Case) -> None:
     if is_error(response):
-        # The server's own address is in the type of each problem, and `http://1` may be what was sent.
-        said = " ".join(texts_in(json.loads(response.content))).replace(URL, "")
+        problem = json.loads(response.content)
+        # It begins with the server's own address, and `http://1` may be what was sent.
+        problem["type"] = problem["type"].removeprefix(URL)
+        said = " ".join(texts_in(problem))
         assert not [text for text in texts_in([case.body, case.query]) if is_telling(text) and text in said]
 
 

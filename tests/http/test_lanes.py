@@ -180,7 +180,7 @@ def test_a_call_that_outlives_its_request_is_logged_with_its_id_and_waited_for_a
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        ending = asyncio.create_task(lanes.empty())
+        ending = asyncio.create_task(lanes.emptied())
         await asyncio.sleep(SHORT)
         assert not ending.done()
         work.end()
