@@ -701,8 +701,8 @@ def test_a_browser_keeps_its_binding(acme: Account, globex: Account, stripe: San
     first = binding_of(start(acme, OUR_PAGE))
     cookie = {"Cookie": f"__Host-connect={first}"}
     assert binding_of(start(globex, OUR_PAGE | cookie)) == first
-    planted = {"Cookie": "__Host-connect=short"}
-    assert binding_of(start(acme, OUR_PAGE | planted)) not in ("short", first)
+    for planted in ("__Host-connect=short", f"x__Host-connect={first}", 'a="' + r"\1" * 15_000 + '"'):
+        assert binding_of(start(acme, OUR_PAGE | {"Cookie": planted})) not in ("short", first)
 
 
 @pytest.mark.parametrize(
@@ -716,6 +716,8 @@ def test_a_browser_keeps_its_binding(acme: Account, globex: Account, stripe: San
         # Reached by another name, the cookie would not come along to ours.
         {"Sec-Fetch-Site": "same-origin", "Origin": "http://127.0.0.1:8000"},
         {"Sec-Fetch-Site": "same-origin", "Host": "other.example"},
+        {"Sec-Fetch-Site": "same-origin", "Origin": "null"},
+        {"Sec-Fetch-Site": "same-origin", "Origin": "http://["},
     ],
 )
 def test_what_could_not_bring_the_cookie_back_gets_none(

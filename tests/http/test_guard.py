@@ -174,6 +174,8 @@ def test_after_the_body_the_server_is_heard_again() -> None:
         b'APPLICATION/JSON ; CharSet="Utf-8"',
         b"application/json; version=1",
         b"application/json;",
+        b'application/json; a="b;\\"c"; a*=x; a*1=y',
+        b"application/json" + b"; a*%b=b" % (b"1" * 5_000),
     ],
 )
 def test_json_in_utf8_however_it_is_written(content_type: bytes) -> None:
@@ -198,6 +200,10 @@ def test_json_in_utf8_however_it_is_written(content_type: bytes) -> None:
         [(b"content-type", b"application/json; charset=")],
         [(b"content-type", b"application/json; charset=utf-8; charset=utf-16")],
         [(b"content-type", b"application/json; charset*=utf-16''utf-8")],
+        [(b"content-type", b"application/json; charset*0=utf-; charset*1=16")],
+        [(b"content-type", b'application/json; charset="utf-8')],
+        [(b"content-type", b'application/json; a="' + b";" * 31_000)],
+        [(b"content-type", b"application/json" + b";   " * 8_000 + b"!")],
         [JSON, (b"content-encoding", b"gzip")],
         [JSON, (b"content-encoding", b"identity"), (b"content-encoding", b"br")],
         [JSON, (b"transfer-encoding", b"gzip, chunked")],
