@@ -8,6 +8,7 @@ asked of the database is asked through the store.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import select
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -104,8 +105,12 @@ class Question:
         return row
 
     def _statements(self) -> dict[str, str]:
+        """By names that other texts do not have: behind a pooler, those of another release may still be prepared."""
         query = f"SELECT json_build_array({listed(self.columns)}, {POSITION})::text {self.source}"
-        return {f"{self.name}_scope": self.scope, self.name: query}
+        return {
+            f"{self.name}_{part}_{hashlib.sha256(text.encode()).hexdigest()[:16]}": text
+            for part, text in {"scope": self.scope, "row": query}.items()
+        }
 
     @cached_property
     def _readers(self) -> Sequence[tuple[int, Callable[[str], Any]]]:
@@ -406,8 +411,8 @@ def _prepare(connection: Any, deadline: float) -> bool:
 def settle(connection: Any, deadline: float) -> None:
     """Wait until the connection has done what it was told; raises `psycopg2.OperationalError` at the deadline."""
     while (state := connection.poll()) != extensions.POLL_OK:
-        descriptors = [connection.fileno()]
-        reading, writing = (descriptors, []) if state == extensions.POLL_READ else ([], descriptors)
+        ready = select.poll()  # `select.select` takes no descriptor above 1,023.
+        ready.register(connection, select.POLLIN if state == extensions.POLL_READ else select.POLLOUT)
         left = deadline - monotonic()
-        if left <= 0 or not any(select.select(reading, writing, [], left)):
+        if left <= 0 or not ready.poll(left * 1000):
             raise psycopg2.OperationalError("no answer")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Iterator
@@ -209,6 +210,14 @@ def test_what_a_pooler_forgets_is_sent_whole(
     assert (key[0], user[0]) == (two[1].tenant, two[0].tenant)
 
 
+def test_what_another_release_prepared_is_not_taken_for_ours() -> None:
+    """Behind a pooler it stays where it was prepared, by its name."""
+    ours = set(FIND_KEY.prepared())
+    for theirs in (replace(FIND_KEY, columns=FIND_KEY.columns[1:]), replace(FIND_KEY, scope="SELECT 1")):
+        [changed] = set(theirs.prepared()) - ours
+        assert changed.split()[1] not in {statement.split()[1] for statement in ours}
+
+
 @pytest.mark.parametrize("question", [FIND_KEY, FIND_USER], ids=lambda question: question.name)
 def test_a_question_is_one_message(question: lookups.Question) -> None:
     # Two statements and so one transaction: the setting is gone when the answer is here.
@@ -223,6 +232,30 @@ def backends(superuser: Engine) -> list[int]:
     query = "SELECT pid FROM pg_stat_activity WHERE usename = 'billing_app' AND query LIKE '%find_key%'"
     with superuser.connect() as connection:
         return list(connection.scalars(text(query)))
+
+
+@contextmanager
+def low_descriptors_taken() -> Iterator[None]:
+    """Whatever is opened within has a descriptor from 1,024 on, of which `select.select` knows nothing."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard) if hard > 0 else 4096, hard))
+    taken = [os.open(os.devnull, os.O_RDONLY)]
+    try:
+        while taken[-1] < 1023:
+            taken.append(os.dup(taken[0]))
+        yield
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_many_open_connections_of_others_are_no_trouble(
+    test_database: TestDatabase, two: list[Registered], digests: KeyDigests
+) -> None:
+    candidates = digests.candidates(two[0].keys[0].text)
+    with low_descriptors_taken():
+        assert ask(test_database.app_url, lambda asked: asked.find_key(candidates)) is not None
 
 
 def test_a_connection_that_was_closed_is_replaced(
