@@ -28,6 +28,7 @@ CLIENT_ID = re.compile(r"ca_[!-~]+")
 TOKEN = re.compile(r"[!-~]{16,}")
 DSN = re.compile(r"https?://[0-9A-Za-z]+(:[0-9A-Za-z]+)?@[!-~]+/[0-9]+")
 COLLECTOR = re.compile(r"https?://[^@\s?#]+")
+DEFAULT_PORTS = {"http": 80, "https": 443}
 HOST = re.compile(r"[a-z0-9._-]+|\[[0-9a-f:.]+\]")
 
 
@@ -221,9 +222,10 @@ class _Reader:
         return text
 
     def development_only(self, name: str, read: Callable[[str], T]) -> T:
-        if self.production and name in self.given:
+        value = read(name)
+        if self.production and value:
             raise SettingsError(f"{name} is for development: production never opens private addresses.")
-        return read(name)
+        return value
 
     def origins(self) -> tuple[str, ...]:
         text = self.given.get("CORS_ALLOWED_ORIGINS", "http://localhost:3000,http://127.0.0.1:3000")
@@ -238,7 +240,7 @@ class _Reader:
         url = self.given.get("PUBLIC_BASE_URL")
         if url is None and self.production:
             raise SettingsError("PUBLIC_BASE_URL is missing: the origin at which clients reach this API.")
-        url = (url or f"http://127.0.0.1:{port}").rstrip("/")
+        url = (url or "http://127.0.0.1" + (f":{port}" if port != DEFAULT_PORTS["http"] else "")).rstrip("/")
         if not _is_origin(url):
             raise SettingsError("PUBLIC_BASE_URL must be an origin such as https://billing.example.")
         return url
@@ -282,15 +284,16 @@ class _Reader:
 
 
 def _is_origin(text: str) -> bool:
+    """Whether a browser would say it so in `Origin`, with which it is compared."""
     try:
         parts = urlsplit(text)
         scheme, host, port = parts.scheme, parts.hostname or "", parts.port
     except ValueError:
         return False
     host = f"[{host}]" if ":" in host else host
-    # Put together again it has no user, no path, no capitals and no port 65536.
-    plain = f"{scheme}://{host}" + ("" if port is None else f":{port}")
-    return scheme in ("http", "https") and text == plain and HOST.fullmatch(host) is not None
+    # Put together again it has no user, no path, no capitals, no port 65536 and none that goes without saying.
+    plain = f"{scheme}://{host}" + ("" if port in (None, DEFAULT_PORTS.get(scheme)) else f":{port}")
+    return scheme in DEFAULT_PORTS and text == plain and HOST.fullmatch(host) is not None
 
 
 def _is_redis(text: str) -> bool:

@@ -82,6 +82,11 @@ def test_defaults(tmp_path: Path) -> None:
     assert loaded.environment == "development"
 
 
+@pytest.mark.parametrize(("port", "url"), [("9000", "http://127.0.0.1:9000"), ("80", "http://127.0.0.1")])
+def test_the_base_url_of_a_laptop_is_what_a_browser_calls_it(tmp_path: Path, port: str, url: str) -> None:
+    assert development(tmp_path, PORT=port).public_base_url == url
+
+
 def test_every_setting_has_a_default_here_or_is_a_secret_or_the_state_directory() -> None:
     fields = {field.name for field in dataclasses.fields(Settings)}
     assert fields == DEFAULTS.keys() | {"state_dir"} | {name.lower() for name in KEYRINGS}
@@ -99,6 +104,7 @@ def test_every_setting_has_a_default_here_or_is_a_secret_or_the_state_directory(
         ("PASSWORD_COST", "16", 16),
         ("PUBLIC_BASE_URL", "https://billing.example/", "https://billing.example"),
         ("PUBLIC_BASE_URL", "http://[::1]:8000", "http://[::1]:8000"),
+        ("PUBLIC_BASE_URL", "http://billing.example:443", "http://billing.example:443"),
         (
             "CORS_ALLOWED_ORIGINS",
             "https://a.example, http://b.example:1",
@@ -160,6 +166,8 @@ BAD = {
         "https://billing.example#x",
         "https://user:hunter2@billing.example",
         "https://billing.example:99999",
+        "https://billing.example:443",
+        "http://127.0.0.1:80",
         "https://[::1",
         "https://a b.example",
         "https://*.billing.example",
@@ -176,6 +184,7 @@ BAD = {
         "https://app.example https://b.example",
         "https://[",
         "https://user@app.example",
+        "https://app.example:443",
     ],
     "TRUSTED_PROXIES": ["proxy", "10.0.0.1/8", "10.0.0.0/33", "*"],
     "WEBHOOK_ALLOW_CIDRS": ["localhost", "127.0.0.1/8"],
@@ -287,11 +296,12 @@ def test_production_speaks_to_stripe_over_tls_alone(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("WEBHOOK_ALLOW_CIDRS", "127.0.0.0/8"), ("WEBHOOK_ALLOW_HTTP", "on"), ("WEBHOOK_ALLOW_HTTP", "off")],
+    [("WEBHOOK_ALLOW_CIDRS", "127.0.0.0/8"), ("WEBHOOK_ALLOW_HTTP", "on")],
 )
 def test_production_never_opens_private_addresses(name: str, text: str) -> None:
     with pytest.raises(SettingsError, match=f"^{name} is for development"):
         production(**{name: text})
+    assert not production(WEBHOOK_ALLOW_HTTP="off", WEBHOOK_ALLOW_CIDRS="").webhook_allow_http
 
 
 @pytest.mark.parametrize(("cost", "allowed"), [("9", False), ("10", True)])
