@@ -19,6 +19,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from heapq import heappop, heappush
+from http import HTTPStatus
 from http.cookiejar import DefaultCookiePolicy
 from io import BufferedReader, BytesIO, RawIOBase
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -441,6 +442,16 @@ class Response(http.client.HTTPResponse):
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
         self.fp = BufferedReader(_Metered(self.fp.detach(), _CALL.get()))
+
+    def begin(self) -> None:
+        """Read the head of the answer, past any that only say that it is to come (RFC 9110, section 15.2)."""
+        super().begin()
+        while (
+            HTTPStatus.CONTINUE <= self.status < HTTPStatus.OK
+            and self.status != HTTPStatus.SWITCHING_PROTOCOLS
+        ):
+            self.headers = None  # type: ignore[assignment]  # By which http.client knows that it has not begun.
+            super().begin()
 
 
 # What urllib3 is made of -------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def repeats(data: bytes) -> Behaviour:
         b"HTTP/1.0 200 OK\r\nContent-Length: 0\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nmore",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nmore\r\n0\r\n\r\n",
-        b"HTTP/1.1 103 Early Hints\r\n\r\n",
+        b"HTTP/1.1 101 Switching Protocols\r\n\r\n",
     ],
 )
 def test_a_connection_on_which_more_may_come_is_not_kept(data: bytes) -> None:
@@ -77,6 +77,16 @@ def test_a_connection_on_which_more_may_come_is_not_kept(data: bytes) -> None:
         for number in (1, 2):
             post(opened)
             assert receiver.connections == number
+
+
+def test_an_answer_that_is_announced_first_is_heard() -> None:
+    announced = (
+        b"HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </a>\r\nContent-Length: 9\r\n\r\n"
+    )
+    answer = announced + b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+    with receiving(repeats(answer)) as receiver, line(receiver.url) as opened:
+        assert [opened.post(b"{}", {}).body for _ in range(3)] == [b"ok"] * 3
+    assert receiver.connections == 1
 
 
 def test_what_came_unasked_on_a_kept_connection_is_no_answer() -> None:
