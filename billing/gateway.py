@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import stripe
 import structlog
@@ -77,7 +77,7 @@ class Gateway:
     # OAuth ---------------------------------------------------------------------------------------
 
     def authorize_url(self, *, state: str, redirect_uri: str, tenant: Tenant, user: User) -> str:
-        """Where an owner's browser goes to agree, with what we know of them filled in. Calls nobody."""
+        """Where an owner's browser goes to agree, with what we know of them filled in, if it fits. Calls nobody."""
         self.require_configured()
         prefill = {
             "email": user.email,
@@ -86,16 +86,16 @@ class Gateway:
             "first_name": user.first_name,
             "last_name": user.last_name,
         }
-        # Always with the scope: Stripe's own default is read_only.
-        return self._stripe.oauth.authorize_url(
-            {
-                "response_type": "code",
-                "scope": "read_write",
-                "state": state,
-                "redirect_uri": redirect_uri,
-                "stripe_user": cast("Any", {name: value for name, value in prefill.items() if value}),
-            }
-        )
+        asked: Any = {
+            "response_type": "code",
+            "scope": "read_write",  # Stripe's own default is read_only.
+            "state": state,
+            "redirect_uri": redirect_uri,
+        }
+        known: Any = {**asked, "stripe_user": {name: value for name, value in prefill.items() if value}}
+        url = self._stripe.oauth.authorize_url(known)
+        # Of a name in another script each letter is nine characters of a URL, or twelve.
+        return url if len(url) <= LONGEST_URL else self._stripe.oauth.authorize_url(asked)
 
     def complete(self, code: str) -> Grant:
         """Exchange an authorization code, which works once; raises `CodeRejected`."""

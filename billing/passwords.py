@@ -6,6 +6,7 @@ import base64
 import hashlib
 import hmac
 import re
+import threading
 import unicodedata
 from collections.abc import Iterable
 
@@ -29,6 +30,8 @@ RARE_SUBSTITUTES = str.maketrans("({[<|+%", ")}]>;=&")
 OWN_WORD = re.compile(r"\w{3,}")
 # What must be left of a password when the words of its account are taken out of it.
 LEAST_OF_ITS_OWN = 6
+# zxcvbn keeps the words of the account in a global of its own while it looks at a password.
+ONE_AT_A_TIME = threading.Lock()
 
 
 class Passwords:
@@ -104,7 +107,8 @@ def _without(password: str, words: Iterable[str]) -> str:
 
 def _score(password: str, words: Iterable[str]) -> int:
     scored = password[:SCORED_CHARACTERS].translate(RARE_SUBSTITUTES)
-    return int(zxcvbn(scored, user_inputs=list(words))["score"])
+    with ONE_AT_A_TIME:
+        return int(zxcvbn(scored, user_inputs=list(words))["score"])
 
 
 def _prehash(pepper: bytes, password: str) -> bytes:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -122,6 +123,12 @@ def test_the_authorize_url_asks_for_what_payments_need(gateway: Gateway, stripe:
         "stripe_user[first_name]": "Ada",
     }
     assert stripe.calls == []
+
+
+def test_what_makes_the_authorize_url_too_long_is_left_out(gateway: Gateway) -> None:
+    tenant, user = replace(ACME, company_name="株" * 255), replace(ADA, first_name="\U0001f600" * 150)
+    url = gateway.authorize_url(state="f3c1", redirect_uri=CALLBACK, tenant=tenant, user=user)
+    assert query_of(url).keys() == {"client_id", "redirect_uri", "response_type", "scope", "state"}
 
 
 def test_a_code_becomes_a_grant(gateway: Gateway, stripe: Sandbox) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import unicodedata
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 
 import bcrypt
@@ -16,6 +19,15 @@ from billing.passwords import RARE_SUBSTITUTES, Passwords, require_strength
 
 OLD, NEW = bytes(range(32)), bytes(range(32, 64))
 COST = 4
+
+
+@pytest.fixture
+def switching_often() -> Iterator[None]:
+    """Threads take turns within every call, and not every five milliseconds."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(usual)
 
 
 def made(*kids: str, cost: int = COST) -> Passwords:
@@ -191,6 +203,20 @@ def test_only_ones_own_words_count_against_one() -> None:
     require_strength("Wolkenkratzerbau", [])
     with pytest.raises(PasswordTooWeak):
         require_strength("Wolkenkratzerbau", ["wolkenkratzerbau"])
+
+
+@pytest.mark.usefixtures("switching_often")
+def test_others_who_choose_a_password_meanwhile_bring_no_words_and_take_none() -> None:
+    def is_refused(words: list[str]) -> bool:
+        try:
+            require_strength("vexatrumbo123456", words)
+        except PasswordTooWeak:
+            return True
+        return False
+
+    with ThreadPoolExecutor(2) as threads:
+        judged = list(threads.map(is_refused, [["Vexatrumbo"], ["Globex"]] * 200))
+    assert judged == [True, False] * 200
 
 
 @pytest.mark.parametrize(("length", "passes"), [(11, False), (12, True), (128, True), (129, False)])
