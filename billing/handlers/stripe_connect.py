@@ -57,10 +57,12 @@ def complete_stripe_connect(
 ) -> Reply:
     ending = connections.complete(state=state, code=code, error=error, browser=browser.binding, actor=actor)
     if ending.return_url is not None:
-        return replies.see_other(stripe_connect.returning(ending.return_url, ending.outcome))
-    if browser.prefers_html:
-        return _page(ending.outcome)
-    return ok(shapes.connected(settled(ending.outcome)))
+        reply = replies.see_other(stripe_connect.returning(ending.return_url, ending.outcome))
+    elif browser.prefers_html:
+        reply = _page(ending.outcome)
+    else:
+        return ok(shapes.connected(settled(ending.outcome)))
+    return reply.refusing(ending.outcome.code()) if isinstance(ending.outcome, BillingError) else reply
 
 
 def _page(outcome: Connected | BillingError) -> Reply:

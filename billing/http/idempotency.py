@@ -121,4 +121,6 @@ def answer_of(rendered: Rendered) -> Answer:
 def replay_of(answer: Answer) -> Rendered:
     """The answer again, byte for byte."""
     headers = [(name.encode(), value.encode("latin-1")) for name, value in answer.headers.items()]
-    return Rendered(answer.status, [*headers, REPLAYED], answer.body.encode())
+    body = answer.body.encode()
+    problem = orjson.loads(body)["code"] if answer.status >= 400 else None
+    return Rendered(answer.status, [*headers, REPLAYED], body, problem)

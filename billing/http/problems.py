@@ -63,7 +63,7 @@ def render(error: BillingError, *, request_id: str) -> Rendered:
     status = status_of(type(error))
     body = orjson.dumps(_problem(error, status, request_id))
     headers = [*BASE_HEADERS, (b"content-length", str(len(body)).encode()), *_headers(error)]
-    return Rendered(status, headers, body)
+    return Rendered(status, headers, body, error.code())
 
 
 def _problem(error: BillingError, status: int, request_id: str) -> dict[str, Any]:

@@ -21,11 +21,12 @@ PAGE = new_environment().get_template("callback.html")
 
 @dataclass(frozen=True)
 class Rendered:
-    """An answer in bytes, as ASGI sends it."""
+    """An answer in bytes, as ASGI sends it, and the code of the refusal that it tells, if it does."""
 
     status: int
     headers: list[tuple[bytes, bytes]]
     body: bytes
+    problem: str | None = None
 
     async def send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status, "headers": self.headers})
@@ -40,15 +41,20 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Reply:
-    """A status, the members of a JSON body or the text of a page, and more headers."""
+    """A status, the members of a JSON body or the text of a page, and more headers; and the code of a refusal."""
 
     status: int
     body: Mapping[str, Any] | str
     headers: Mapping[str, str] = field(default_factory=dict)
+    problem: str | None = None
 
     def with_header(self, name: str, value: str) -> Reply:
         """The same reply with one more header."""
         return replace(self, headers={**self.headers, name: value})
+
+    def refusing(self, problem: str) -> Reply:
+        """The same reply, which tells of a refusal: log and figures have its code, as of any problem."""
+        return replace(self, problem=problem)
 
     def rendered(self) -> Rendered:
         """The bytes. Nothing that this API answers is for a cache to keep."""
@@ -60,7 +66,7 @@ class Reply:
         headers.extend(
             (name.lower().encode(), value.encode("latin-1")) for name, value in self.headers.items()
         )
-        return Rendered(self.status, headers, body)
+        return Rendered(self.status, headers, body, self.problem)
 
 
 def ok(body: Mapping[str, Any]) -> Reply:

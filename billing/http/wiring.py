@@ -69,16 +69,19 @@ def _endpoint(
         raise WiringError(f"Nobody has what {operation.operation_id} asks for: {', '.join(sorted(missing))}.")
     if takes_key(operation) != (ONCE in wanted):
         raise WiringError(f"{operation.operation_id} must ask for `once` if, and only if, it takes {HEADER}.")
-    answer = _idempotency_of(services).answer if ONCE in wanted else _answer
+    handled = _idempotency_of(services).answer if ONCE in wanted else _answer
     lane = lane_of(handler, waits=bool(from_services))
 
     parts = [(name, part_of_the_request(name)) for name in from_request]
 
     async def endpoint(scope: Scope) -> Rendered:
         given = {name: part(scope) for name, part in parts}
-        call = partial(answer, scope, partial(handler, **from_services, **given))
+        call = partial(handled, scope, partial(handler, **from_services, **given))
         # One that asks for no service has nothing to wait for, and needs no thread.
-        return call() if lane is None else await lanes.run(lane, call)
+        answer = call() if lane is None else await lanes.run(lane, call)
+        if answer.problem is not None:
+            scope["state"]["problem"] = answer.problem
+        return answer
 
     return endpoint
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+import structlog
 from sqlalchemy import Engine, text
 from starlette.testclient import TestClient
 
@@ -347,9 +348,12 @@ def test_what_the_state_of_things_refused_is_kept(acme: Account, superuser: Engi
 
 def test_what_a_rule_refused_is_kept(acme: Account) -> None:
     body = {"webhook_url": "https://127.0.0.1/"}
-    first, again = (ask(acme, "configure_webhook", body=body) for _ in range(2))
+    with structlog.testing.capture_logs() as events:
+        first, again = (ask(acme, "configure_webhook", body=body) for _ in range(2))
     assert problem(first) == (422, "webhook-url-refused")
     assert (is_replayed(again), again.content) == (True, first.content)
+    said = [event["problem"] for event in events if event["event"] == "request"]
+    assert said == ["webhook-url-refused"] * 2
 
 
 def test_a_wrong_password_is_not_kept(acme: Account) -> None:

@@ -419,6 +419,16 @@ def test_a_browser_gets_errors_as_pages_too(client: TestClient) -> None:
         assert answer.headers["referrer-policy"] == "no-referrer"
 
 
+def test_a_refusal_that_a_browser_is_told_is_one_for_the_log_too(acme: Account, stripe: Sandbox) -> None:
+    asked = stripe.approve(start(acme, return_url=RETURN_URL).json()["url"])
+    with structlog.testing.capture_logs() as events:
+        assert call_back(acme.client, f"{CALLBACK}?error=access_denied", Accept=CHROME).status_code == 403
+        statuses = [call_back(acme.client, asked).status_code for _ in range(2)]
+    assert statuses == [303, 303]
+    said = [event.get("problem") for event in events if event["event"] == "request"]
+    assert said == ["access-denied", None, "state-used"]
+
+
 def test_303_to_the_return_url(acme: Account, stripe: Sandbox) -> None:
     url = agree(acme, stripe, return_url=RETURN_URL)
     answer = call_back(acme.client, url, Accept=CHROME)
