@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
@@ -20,6 +21,7 @@ THROTTLED = "user.login_throttled"
 
 # A storm of them while the database is away must not fill the memory.
 MOST = 10_000
+NOT_AUDITED = "a failed login was not audited"
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing")
 
@@ -62,25 +64,36 @@ class FailedLogins:
 
     def flush(self, store: Store) -> None:
         """Write down what was noted; raises `DatabaseUnavailable`, and keeps what is left for the next time."""
-        while self._noted:
-            noted = self._noted.popleft()
+        # At the end of the server two may be at it. Each takes what is left.
+        while (noted := self._oldest()) is not None:
             try:
                 _write(store, noted)
             except DatabaseUnavailable:
-                self._noted.appendleft(noted)
+                self._put_back(noted)
                 raise
             except StorageError as error:
-                log.warning("a failed login was not audited", cause=str(error))
+                log.warning(NOT_AUDITED, cause=str(error))
 
     @property
     def waiting(self) -> int:
         """How many are yet to be written."""
         return len(self._noted)
 
+    def _oldest(self) -> Failure | Refusal | None:
+        with suppress(IndexError):
+            return self._noted.popleft()
+        return None
+
+    def _put_back(self, noted: Failure | Refusal) -> None:
+        if len(self._noted) == MOST:
+            log.warning(NOT_AUDITED, cause="too many wait")
+        else:
+            self._noted.appendleft(noted)
+
     def _add(self, noted: Failure | Refusal) -> None:
         """If none could be written for long, the oldest is forgotten for it, and a log line says so."""
         if len(self._noted) == MOST:
-            log.warning("a failed login was not audited", cause="too many wait")
+            log.warning(NOT_AUDITED, cause="too many wait")
         self._noted.append(noted)
 
 

@@ -61,7 +61,7 @@ class Policies:
     costly: Mapping[str, Policy] = field(
         default_factory=lambda: {"send_test_webhook": Policy("test-deliveries", 10, MINUTE)}
     )
-    # Wrong passwords: at log-in by account and address, at a change of password by user.
+    # Wrong passwords: at log-in by account and address, at a change of password by session.
     wrong_passwords: Mapping[str, Policy] = field(
         default_factory=lambda: {
             "log_in": Policy("login-failures", 5, 5 * MINUTE),

@@ -105,7 +105,7 @@ def require_allowed(caller: Caller, *, roles: Sequence[str], keys_allowed: bool)
         raise TenantDisabled
     allowed = keys_allowed if caller.user is None else caller.user.role in roles
     if not allowed:
-        raise InsufficientScope
+        raise InsufficientScope(f"This operation takes a user with the role {' or '.join(roles)}.")
 
 
 class KeyUses:

@@ -6,6 +6,7 @@ import ast
 import re
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -257,6 +258,18 @@ def test_what_could_not_be_written_waits(
     rows = rows_of(superuser, acme, "user.login_failed")
     assert [row.details["cause"] for row in rows] == ["first", "second"]
     assert failed.waiting == 0
+
+
+def test_two_that_write_at_once_write_each_row_once(
+    known: Known, acme: Account, store: Store, superuser: Engine, clock: TurnedClock
+) -> None:
+    failed = FailedLogins(clock)
+    for number in range(40):
+        failed.note("user.login_failed", SYSTEM, known.user, str(number))
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(failed.flush, [store, store]))
+    rows = rows_of(superuser, acme, "user.login_failed")
+    assert sorted(int(row.details["cause"]) for row in rows) == list(range(40))
 
 
 def test_what_can_never_be_written_is_given_up(
