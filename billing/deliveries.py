@@ -117,7 +117,7 @@ class Deliveries:
                 return Batch(tenant_id, endpoint, "", ())
             if endpoint.wanted:
                 tx.deliveries.drop_unwanted(endpoint.wanted, now)
-            begun = tx.deliveries.begin(now, only=_only(endpoint), most=BATCH)
+            begun = tx.deliveries.begin(now, types=_told(endpoint) or endpoint.wanted or None, most=BATCH)
             secrets = tx.webhooks.signing_secrets(now) if begun else ()
             return Batch(tenant_id, endpoint, endpoint.url, secrets, begun)
 
@@ -224,9 +224,9 @@ def _note(tx: TenantTx, endpoint: Endpoint, ended: Ended, now: datetime) -> Endp
     return endpoints.disable(tx, after, reason, now=now) if reason else after
 
 
-def _only(endpoint: Endpoint) -> str | None:
-    """The one type of event that an endpoint still gets which is disabled: the news of that."""
-    return None if endpoint.disabled_reason is None else DISABLED
+def _told(endpoint: Endpoint) -> Sequence[str] | None:
+    """The one type of event that an endpoint still gets which is disabled: the news of that. None is no exception."""
+    return None if endpoint.disabled_reason is None else [DISABLED]
 
 
 def _gathered(flying: Iterable[Future[Attempt | None]]) -> set[Future[Attempt | None]]:
@@ -301,7 +301,7 @@ def _let_go(tx: TenantTx, task: Task, endpoint: Endpoint, sent: Sent, now: datet
         # An event that was being recorded while the URL was removed, or more than one statement gives up.
         due_at = now if tx.deliveries.cancel(endpoints.CANCELLED, now) else None
     else:
-        due_at = tx.deliveries.next_due(only=_only(endpoint))
+        due_at = tx.deliveries.next_due(types=_told(endpoint))
     if due_at is None:
         tx.tasks.finish(task)
     else:

@@ -25,6 +25,7 @@ from billing.errors import DatabaseUnavailable
 from billing.ids import new_id
 from billing.keys import KeyDigests
 from billing.settings import Settings
+from billing.storage.deliveries import AT_ONCE
 from billing.storage.store import Store, TenantTx
 from billing.storage.tables import deliveries, events, tasks, webhook_endpoints
 from billing.tasks import LEASE, Queue, Task
@@ -622,6 +623,24 @@ def test_the_filter_is_the_one_at_the_time_of_sending(bench: Bench) -> None:
     assert bench.sequences() == [1, 2, 3, 4, 5]
 
 
+def test_what_is_not_asked_for_is_not_sent_however_much_of_it_there_is(
+    bench: Bench, superuser: Engine
+) -> None:
+    with receiving(Answering()) as receiver:
+        bench.configure(url_of(receiver))
+        bench.record()
+        others = ", ".join(column.name for column in deliveries.columns if column.name != "id")
+        many = f"SELECT gen_random_uuid(), {others} FROM deliveries, generate_series(1, :many)"
+        with superuser.begin() as connection:
+            connection.execute(text(f"INSERT INTO deliveries (id, {others}) {many}"), {"many": AT_ONCE})
+        bench.configure(url_of(receiver), [REVOKED])
+        bench.record(type=REVOKED)
+        bench.deliver_all()
+
+    assert types_of(receiver) == [REVOKED]
+    assert bench.statuses() == [("delivered", 1)]
+
+
 def test_what_is_removed_while_it_is_due_is_not_sent(bench: Bench) -> None:
     with receiving(Answering()) as receiver:
         bench.configure(url_of(receiver))
@@ -920,7 +939,7 @@ def begun(bench: Bench) -> Begun:
     bench.configure("https://hooks.acme.example/")
     bench.record()
     with bench.tx() as tx:
-        [begun] = tx.deliveries.begin(bench.clock(), only=None, most=BATCH)
+        [begun] = tx.deliveries.begin(bench.clock(), types=None, most=BATCH)
     return begun
 
 
@@ -930,7 +949,7 @@ def settled(begun: Begun, now: datetime, *, attempt: int = 1) -> Settled:
 
 def test_an_attempt_that_is_not_the_last_settles_nothing(bench: Bench, begun: Begun) -> None:
     with bench.tx() as tx:
-        [again] = tx.deliveries.begin(bench.clock(), only=None, most=BATCH)
+        [again] = tx.deliveries.begin(bench.clock(), types=None, most=BATCH)
         assert (again.id, again.attempt) == (begun.id, 2)
     for attempt, expected in ((1, "pending"), (3, "pending"), (2, "delivered")):
         with bench.tx() as tx:
@@ -950,7 +969,7 @@ def test_what_has_ended_is_settled_no_more(bench: Bench, begun: Begun) -> None:
 def test_what_is_given_back_was_not_attempted(bench: Bench, begun: Begun) -> None:
     with bench.tx() as tx:
         tx.deliveries.give_back([begun])
-        assert tx.deliveries.next_due(only=None) == bench.clock()
+        assert tx.deliveries.next_due(types=None) == bench.clock()
     assert bench.statuses() == [("pending", 0)]
 
 
@@ -960,7 +979,7 @@ def test_many_are_settled_each_in_its_own_way(bench: Bench, begun: Begun) -> Non
     with bench.tx() as tx:
         tx.deliveries.give_back([begun])
         first, second, third = sorted(
-            tx.deliveries.begin(bench.clock(), only=None, most=BATCH), key=lambda one: one.id
+            tx.deliveries.begin(bench.clock(), types=None, most=BATCH), key=lambda one: one.id
         )
         tx.deliveries.settle(
             [
@@ -985,9 +1004,9 @@ def test_the_first_due_are_begun_first_and_no_more_than_asked_for(bench: Bench, 
     bench.clock.turn(seconds=1)
     bench.record(2)
     with bench.tx() as tx:
-        first = tx.deliveries.begin(bench.clock(), only=None, most=2)
+        first = tx.deliveries.begin(bench.clock(), types=None, most=2)
         assert begun.id not in {one.id for one in first}
-        assert tx.deliveries.begin(bench.clock(), only=DISABLED, most=2) == []
+        assert tx.deliveries.begin(bench.clock(), types=[DISABLED], most=2) == []
 
 
 def test_what_ended_can_begin_anew(bench: Bench, begun: Begun) -> None:

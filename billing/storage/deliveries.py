@@ -13,6 +13,7 @@ from sqlalchemy import (
     Text,
     all_,
     and_,
+    any_,
     bindparam,
     delete,
     func,
@@ -40,9 +41,9 @@ HAS_DELIVERY = (
 BLANK = {"http_status": None, "error": None, "duration_ms": None, "settled_at": None}
 
 # What every turn of a worker asks, built once.
-ONLY = bindparam("only", type_=Text)
+TYPES = bindparam("types", type_=ARRAY(Text))
 PENDING = and_(mine(deliveries), IS_PENDING)
-OF_TYPE = or_(ONLY.is_(None), deliveries.c.event_type == ONLY)
+OF_TYPE = or_(TYPES.is_(None), deliveries.c.event_type == any_(TYPES))
 IS_DUE = deliveries.c.next_attempt_at <= bindparam("now")
 FIRST_DUE = (
     select(deliveries.c.id)
@@ -104,12 +105,12 @@ class Deliveries(Shelf):
     def add(self, delivery: Delivery) -> None:
         self.insert(deliveries, values_of(delivery, deliveries))
 
-    def begin(self, now: datetime, *, only: str | None, most: int) -> list[Begun]:
+    def begin(self, now: datetime, *, types: Sequence[str] | None, most: int) -> list[Begun]:
         """Count one more attempt of what has been due longest, and get what is to be sent, in that order.
 
-        `only` leaves out every other type of event.
+        `types`, where given, leave out every other type of event.
         """
-        begun = self.run(BEGIN, now=now, only=only, most=most)
+        begun = self.run(BEGIN, now=now, types=types and list(types), most=most)
         # The rows come in no order. Of those due at once the oldest event is first: ids are in that of the events.
         in_order = sorted(begun, key=lambda row: (row.next_attempt_at, row.event_id))
         return [Begun(*row[:-1]) for row in in_order]
@@ -125,9 +126,9 @@ class Deliveries(Shelf):
         columns["id"] = [str(one.id) for one in settled]
         self.put_off(SETTLE, **columns)
 
-    def next_due(self, *, only: str | None) -> datetime | None:
-        """When the next attempt is due, None if there is none to come."""
-        found: datetime | None = self.run(NEXT_DUE, only=only).scalar_one()
+    def next_due(self, *, types: Sequence[str] | None) -> datetime | None:
+        """When the next attempt is due, of these types or of any, None if there is none to come."""
+        found: datetime | None = self.run(NEXT_DUE, types=types and list(types)).scalar_one()
         return found
 
     def drop_unwanted(self, wanted: Sequence[str], now: datetime) -> None:
@@ -195,9 +196,16 @@ class Deliveries(Shelf):
         return Stats(*row)
 
     def prune(self, before: datetime) -> bool:
-        """Forget what ended before, and the events that nothing is left of, or a good part of it; whether any was."""
-        ended = and_(self.mine(deliveries), ~IS_PENDING, deliveries.c.settled_at < before)
-        forgotten = self._connection.execute(delete(deliveries).where(self._some(ended)))
+        """Forget what ended before, or has been due since before, as only where the endpoint is disabled.
+
+        And the events that nothing is left of. It may be a good part of it all; whether there was any.
+        """
+        is_old = or_(
+            and_(~IS_PENDING, deliveries.c.settled_at < before),
+            and_(IS_PENDING, deliveries.c.next_attempt_at < before),
+        )
+        old_ones = self._some(and_(self.mine(deliveries), is_old))
+        forgotten = self._connection.execute(delete(deliveries).where(old_ones))
         old = select(events.c.id).where(self.mine(events), events.c.created_at < before, ~HAS_DELIVERY)
         bare = self._connection.execute(
             delete(events).where(self.mine(events), events.c.id.in_(old.limit(AT_ONCE)))

@@ -30,6 +30,7 @@ HELD = and_(
 AS_TAKEN = tasks.c.revision == bindparam("known")
 UNTIL = bindparam("until", type_=tasks.c.due_at.type)
 FINISH = tasks.delete().where(HELD, AS_TAKEN)
+LET_GO = tasks.update().where(HELD, ~AS_TAKEN).values(leased_until=None)
 POSTPONE = (
     tasks.update()
     .where(HELD)
@@ -82,7 +83,7 @@ class Tasks(Shelf):
         """Done for good, unless it was asked for again meanwhile; False if it was, or was lost or dropped."""
         if self.run(FINISH, **_held(task)).rowcount:
             return True
-        self.postpone(task, task.created_at)
+        self.put_off(LET_GO, **_held(task))
         return False
 
     def postpone(self, task: Task, due_at: datetime, *, queue: Queue | None = None) -> None:

@@ -87,5 +87,5 @@ def test_somebody_else_may_not_ask(superuser: Engine) -> None:
 def test_an_event_remembers_the_request_it_came_of(store: Store, settings: Settings) -> None:
     actor = Actor("anonymous", request_id="of-acme-who-registers")
     with store.tenant(register(store, settings, "acme", actor=actor)) as tx:
-        [begun] = tx.deliveries.begin(NOW, only=None, most=1)
+        [begun] = tx.deliveries.begin(NOW, types=None, most=1)
     assert begun.request_id == "of-acme-who-registers"

@@ -90,7 +90,7 @@ class House:
     def deliver(self, made: Registered) -> tuple[Delivery, Delivery]:
         """A delivery that has arrived, and one that has not."""
         with self.store.tenant(made.tenant.id) as tx:
-            [begun] = tx.deliveries.begin(NOW, only=None, most=1)
+            [begun] = tx.deliveries.begin(NOW, types=None, most=1)
             tx.deliveries.settle([Settled(begun.id, 1, "delivered", None, 200, None, 1, NOW)])
             deliveries = {delivery.status: delivery for delivery in tx.deliveries.recent(100)}
         return deliveries["delivered"], deliveries["pending"]
@@ -193,7 +193,7 @@ ATTEMPTS: dict[str, Attempt] = {
     "webhooks.tidy_secrets": lambda tx, h: tx.webhooks.tidy_secrets(MUCH_LATER),
     "deliveries.add": lambda tx, h: tx.deliveries.add(replace(h.pending, event_id=event_of(tx))),
     "deliveries.begin": lambda tx, h: [
-        begun for begun in tx.deliveries.begin(NOW, only=None, most=100) if begun.id == h.pending.id
+        begun for begun in tx.deliveries.begin(NOW, types=None, most=100) if begun.id == h.pending.id
     ],
     "deliveries.give_back": lambda tx, h: tx.deliveries.give_back(
         [Begun(h.pending.id, h.pending.event_id, h.pending.event_type, 0, b"")]
@@ -202,7 +202,7 @@ ATTEMPTS: dict[str, Attempt] = {
         [Settled(h.pending.id, 0, "delivered", None, 200, None, 1, NOW)]
     ),
     "deliveries.next_due": lambda tx, h: (
-        (tx.deliveries.cancel("stolen", NOW) and None) or tx.deliveries.next_due(only=None)
+        (tx.deliveries.cancel("stolen", NOW) and None) or tx.deliveries.next_due(types=None)
     ),
     "deliveries.drop_unwanted": lambda tx, h: tx.deliveries.drop_unwanted([], LATER),
     "deliveries.cancel": lambda tx, h: tx.deliveries.cancel("stolen", NOW) and None,
@@ -211,7 +211,7 @@ ATTEMPTS: dict[str, Attempt] = {
         delivery for delivery in tx.deliveries.recent(100) if delivery.id in (h.arrived.id, h.pending.id)
     ],
     "deliveries.stats": lambda tx, h: tx.deliveries.stats(NOW).delivered_24h or None,
-    "deliveries.prune": lambda tx, h: tx.deliveries.prune(MUCH_LATER) or None,
+    "deliveries.prune": lambda tx, h: tx.deliveries.prune(MUCH_LATER) and None,
     "events.record": lambda tx, h: tx.events.record("webhook.test", {}, now=NOW),
     "events.keep_test": lambda tx, h: tx.events.keep_test("webhook.test", {}, now=NOW) and None,
     "events.count": lambda tx, h: tx.events.count(chosen(h), wanted=()) or None,

@@ -116,6 +116,18 @@ def test_who_was_served_goes_to_the_back(store: Store, acme: UUID, globex: UUID)
     assert [task.id for task in take(store, most=1)] == [second]
 
 
+def test_who_is_asked_for_again_at_the_end_goes_to_the_back_too(
+    store: Store, acme: UUID, globex: UUID
+) -> None:
+    first = add(store, acme, due_at=NOW - timedelta(hours=1), now=NOW - timedelta(days=1))
+    second = add(store, globex, due_at=NOW - timedelta(minutes=1))
+    [task] = take(store, most=1)
+    add(store, acme, id=first)
+    finish(store, task)
+
+    assert [task.id for task in take(store, most=1)] == [second]
+
+
 def test_each_queue_is_taken_from_by_itself(store: Store, acme: UUID) -> None:
     general, hooks = add(store, acme), add(store, acme, queue="webhooks")
 
