@@ -62,7 +62,7 @@ def open_database(settings: Settings) -> Database:
         return Database(
             _with_driver("DATABASE_URL", settings.database_url),
             owner and _with_driver("MIGRATION_DATABASE_URL", owner),
-            replica_url=replica and _with_driver("DATABASE_REPLICA_URL", replica),
+            replica_url=replica and _with_driver("DATABASE_REPLICA_URL", replica, session="standby"),
         )
     return open_embedded(settings.state_dir, bin_dir=settings.postgres_bin)
 
@@ -139,9 +139,9 @@ def _password(cluster: embedded.Cluster, role: str) -> str:
     return hmac.digest(cluster.password.encode(), role.encode(), hashlib.sha256).hex()
 
 
-def _with_driver(setting: str, text: str) -> str:
+def _with_driver(setting: str, text: str, *, session: str = "read-write") -> str:
     try:
-        url = _parsed(text)
+        url = _parsed(text, session)
     except (ArgumentError, ValueError):
         url = None  # The library's words could quote the password.
     if url is None or url.drivername not in ("postgresql", "postgres", DRIVER):
@@ -149,14 +149,14 @@ def _with_driver(setting: str, text: str) -> str:
     return url.set(drivername=DRIVER).render_as_string(hide_password=False)
 
 
-def _parsed(text: str) -> URL:
+def _parsed(text: str, session: str) -> URL:
     """The address; several hosts as libpq writes them, `one:5432,other:5432`, become what SQLAlchemy reads.
 
-    Of several hosts the one that takes writes is meant, unless the address asks for another.
+    Of several hosts the first that offers such a session is meant, unless the address asks for another.
     """
     several = SEVERAL_HOSTS.fullmatch(text)
     if several is None:
         return make_url(text)
     url = make_url(several["before"] + several["after"])
     url = url.update_query_pairs([("host", host) for host in several["hosts"].split(",")])
-    return url.update_query_dict({"target_session_attrs": "read-write", **url.query})
+    return url.update_query_dict({"target_session_attrs": session, **url.query})

@@ -16,6 +16,9 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 # Any number will do that nobody else takes: "billing" in ASCII.
 MIGRATION_LOCK = 0x62696C6C696E67
 INSUFFICIENT_PRIVILEGE = "42501"
+LOCK_NOT_AVAILABLE = "55P03"
+# Longer than the server's own statements take. Whatever comes behind a migration that waits for a table waits too.
+PATIENCE = "3s"
 
 
 class SchemaError(Exception):
@@ -31,12 +34,14 @@ def migrate(owner_url: str) -> str:
     """Bring the schema to this version, in one transaction; returns the revision.
 
     Any number may run it at once: the lock is taken before anybody looks at the version. Raises
-    `DatabaseUnavailable`, and `SchemaError` when a newer version was here or the role may not do it.
+    `DatabaseUnavailable`, and `SchemaError` when a newer version was here, when the role may not do it, or when
+    somebody else has a table for too long.
     """
     engine = create_engine(owner_url, hide_parameters=True)
     try:
         with _in_our_words(), engine.begin() as connection:
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
+            connection.execute(text(f"SET LOCAL lock_timeout = '{PATIENCE}'"))
             if _present(connection) != _head():
                 _upgrade(connection)
     finally:
@@ -49,7 +54,11 @@ def _in_our_words() -> Iterator[None]:
     try:
         yield
     except exc.OperationalError as error:
-        raise DatabaseUnavailable from error
+        if getattr(error.orig, "pgcode", None) != LOCK_NOT_AVAILABLE:
+            raise DatabaseUnavailable from error
+        raise SchemaError(
+            "Somebody holds a table that is to be changed, as a backup does, and nothing was: run it again later."
+        ) from error
     except exc.ProgrammingError as error:
         if getattr(error.orig, "pgcode", None) != INSUFFICIENT_PRIVILEGE:
             raise

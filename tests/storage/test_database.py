@@ -42,3 +42,14 @@ ADA = {"user": "me", "password": "a,b", "dbname": "billing"}
 def test_libpq_is_told_of_every_host(url: str, told: dict[str, str]) -> None:
     """Of several hosts the one that takes writes is meant, unless the address says otherwise."""
     assert libpq(url) == told
+
+
+def test_of_several_replicas_one_that_is_a_standby_is_meant() -> None:
+    given = {
+        "DATABASE_URL": "postgresql://one/billing",
+        "DATABASE_REPLICA_URL": "postgresql://two,three/billing",
+    }
+    opened = open_database(Settings.load({**given, **SECRETS}, dotenv=None))
+    assert opened.replica_url
+    assert make_url(opened.replica_url).query["target_session_attrs"] == "standby"
+    assert "target_session_attrs" not in make_url(opened.app_url).query

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine, text
@@ -150,18 +152,46 @@ def test_an_older_schema_is_refused_whatever_it_says(spare: TestDatabase, settin
     store.close()
 
 
-def test_six_migrations_at_once_all_succeed(cluster: embedded.Cluster, worker_id: str) -> None:
+@pytest.fixture
+def new_name(cluster: embedded.Cluster, worker_id: str) -> str:
+    """Of a database that there is not."""
     name = f"billing_empty_{worker_id}"
+    run_outside(cluster, f'DROP DATABASE IF EXISTS "{name}"')
+    return name
+
+
+def run_outside(cluster: embedded.Cluster, statement: str) -> None:
+    """What no transaction may hold."""
     engine = create_engine(cluster.url("postgres"), isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
-        connection.exec_driver_sql(f'DROP DATABASE IF EXISTS "{name}"')
+        connection.exec_driver_sql(statement)
     engine.dispose()
+
+
+def test_six_migrations_at_once_all_succeed(cluster: embedded.Cluster, new_name: str) -> None:
     with ThreadPoolExecutor(6) as pool:
-        list(pool.map(lambda _: database.prepare(cluster, name), range(6)))
-    engine = create_engine(database.url(cluster, database.OWNER, name))
+        list(pool.map(lambda _: database.prepare(cluster, new_name), range(6)))
+    engine = create_engine(database.url(cluster, database.OWNER, new_name))
     with engine.connect() as connection:
         schema.require_current(connection)
     engine.dispose()
+
+
+def test_a_migration_waits_for_nobodys_backup(cluster: embedded.Cluster, new_name: str) -> None:
+    """Everybody behind it would."""
+    run_outside(cluster, f'CREATE DATABASE "{new_name}" OWNER {database.OWNER}')
+    run(cluster.url(new_name), f"GRANT CREATE ON SCHEMA public TO {database.OWNER}")
+    engine = create_engine(database.url(cluster, database.OWNER, new_name))
+    with engine.begin() as connection:
+        config = Config(attributes={"connection": connection})
+        config.set_main_option("script_location", str(schema.MIGRATIONS))
+        command.upgrade(config, "0005")
+    with engine.connect() as backup:
+        backup.execute(text("LOCK TABLE audit_log IN ACCESS SHARE MODE"))
+        with pytest.raises(schema.SchemaError, match="run it again later"):
+            database.prepare(cluster, new_name)
+    engine.dispose()
+    database.prepare(cluster, new_name)
 
 
 def test_the_roles_of_the_bootstrap_are_not_above_row_security(cluster: embedded.Cluster) -> None:
