@@ -318,5 +318,16 @@ def build() -> Answers:
 def forget_the_dead(directory: Path) -> None:
     """Take away what a process that ended says of the present; what it counted stays."""
     for path in directory.glob("gauge_live*_*.db"):
-        if (pid := re.search(r"_(\d+)\.db$", path.name)) and not Path(f"/proc/{pid[1]}").exists():
+        if (pid := re.search(r"_(\d+)\.db$", path.name)) and not is_running(int(pid[1])):
             path.unlink(missing_ok=True)
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process, whoever it belongs to."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -103,6 +103,6 @@ def note(text: str) -> None:
 
 if __name__ == "__main__":
     try:
-        main(standalone_mode=False)
+        main()
     except (WrongAnswer, RuntimeError, subprocess.CalledProcessError) as error:
         sys.exit(f"Error: {error}")
