@@ -225,7 +225,7 @@ def _note(tx: TenantTx, endpoint: Endpoint, ended: Ended, now: datetime) -> Endp
 
 
 def _told(endpoint: Endpoint) -> Sequence[str] | None:
-    """The one type of event that an endpoint still gets which is disabled: the news of that. None is no exception."""
+    """The one type of event that a disabled endpoint still gets: the news of that. None where it is not disabled."""
     return None if endpoint.disabled_reason is None else [DISABLED]
 
 

@@ -17,7 +17,7 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 MIGRATION_LOCK = 0x62696C6C696E67
 INSUFFICIENT_PRIVILEGE = "42501"
 LOCK_NOT_AVAILABLE = "55P03"
-# Longer than the server's own statements take. Whatever comes behind a migration that waits for a table waits too.
+# How long for a table: whatever comes behind a migration that waits for one waits too.
 PATIENCE = "3s"
 
 

@@ -437,4 +437,6 @@ def test_a_key_may_verify_itself_and_no_more(acme: Account) -> None:
         answer = acme.client.get(f"{API}{path}", headers=bearer(key))
         assert code_of(answer) == (403, "insufficient-scope")
         assert 'error="insufficient_scope"' in answer.headers["www-authenticate"]
+        wanted = "This operation takes a user with the role developer or admin or owner."
+        assert answer.json()["detail"] == wanted
         assert acme.client.get(f"{API}{path}", headers={"X-API-Key": key}).status_code == 401
