@@ -17,6 +17,8 @@ from billing.http.document import Operation
 MASK = "The value"
 # The document says how many an answer lists at most.
 MAX_FAULTS = 100
+# The library finds all faults before it tells the first, which takes it a second where each of 31,000 parts has one.
+MAX_PARTS = 500
 # The schemas' library follows a value 255 levels down and raises, orjson writes 254; we read a thousand.
 MAX_DEPTH = 128
 
@@ -76,7 +78,9 @@ class Rules:
         body = parse_json(raw)
         if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and is_deep(body):
             raise MalformedBody
-        _refuse(list(_faults(self._body, body)) if self._body else [])
+        if self._body:
+            has_many_parts = raw.count(b",") >= MAX_PARTS
+            _refuse(list((_first_fault if has_many_parts else _faults)(self._body, body)))
         return body
 
 
@@ -132,6 +136,13 @@ def _refuse(faults: Sequence[Fault]) -> None:
 def _faults(validator: Draft4Validator, value: Any, *, at: str = "") -> Iterator[Fault]:
     for error in islice(validator.iter_errors(value), MAX_FAULTS):
         yield _fault(error, at + _pointer(error.instance_path))
+
+
+def _first_fault(validator: Draft4Validator, value: Any) -> Iterator[Fault]:
+    try:
+        validator.validate(value)
+    except ValidationError as error:
+        yield _fault(error, _pointer(error.instance_path))
 
 
 def _fault(error: ValidationError, pointer: str) -> Fault:
