@@ -42,6 +42,7 @@ Found = tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]
 
 HEAD_BYTES = 64 * 1024
 PIECE_BYTES = 16 * 1024
+MIME_TYPE = b"content-type:"
 
 T = TypeVar("T")
 
@@ -438,10 +439,28 @@ class _Metered(RawIOBase):
         super().close()
 
 
+class _Lines(BufferedReader):
+    """What http.client reads a head from, which it has parsed as a whole MIME message.
+
+    So a head could be a tree of parts hundreds deep, which takes seconds, or have a boundary that is no text, which
+    raises whatever. Without its type, and without a CR that ends a line for MIME alone, it is one of text.
+    """
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        line = super().readline(size)
+        while line[: len(MIME_TYPE)].lower() == MIME_TYPE:
+            line = super().readline(size)
+        if b"\r" in line.removesuffix(b"\r\n"):
+            raise http.client.HTTPException("a bare CR")
+        return line
+
+
 class Response(http.client.HTTPResponse):
+    """An answer of at most so many bytes, which has no `Content-Type`: nobody here asks for it."""
+
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
-        self.fp = BufferedReader(_Metered(self.fp.detach(), _CALL.get()))
+        self.fp = _Lines(_Metered(self.fp.detach(), _CALL.get()))
 
     def begin(self) -> None:
         """Read the head of the answer, past any that only say that it is to come (RFC 9110, section 15.2)."""

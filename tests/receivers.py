@@ -224,6 +224,17 @@ def floods_continue(visit: Visit) -> None:
     visit.send_without_end(b"HTTP/1.1 100 Continue\r\n\r\n" * 100)
 
 
+def sends_head(*lines: bytes) -> Behaviour:
+    """204 with these lines in its head, whatever they are."""
+    return says(b"\r\n".join([b"HTTP/1.1 204 No Content", *lines, b"", b""]))
+
+
+def nested_parts(levels: int) -> bytes:
+    """A header that a parser of MIME takes for parts within parts, and for many empty lines in each."""
+    types = [b"Content-Type:multipart/m;boundary=%d\r\r--%d" % (level, level) for level in range(levels)]
+    return b"X: y\r" + b"\r".join(types) + b"\r" * 30_000
+
+
 def floods_negative_chunk(visit: Visit) -> None:
     """A chunk of size -1, which http.client reads to its end."""
     visit.receive()

@@ -503,6 +503,7 @@ BAD: list[tuple[Behaviour, int | None, Failure | None]] = [
     (receivers.floods_trailers, None, "connection_broken"),
     (receivers.says(b""), None, "connection_broken"),
     (receivers.says(b"HTTP/1.1 abc\r\n\r\n"), None, "connection_broken"),
+    (receivers.sends_head(receivers.nested_parts(300)), None, "connection_broken"),
     (receivers.says(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf"), None, "connection_broken"),
 ]
 
@@ -524,6 +525,20 @@ def test_a_bad_receiver_costs_little_time_and_memory(
         LATE_SECONDS + (TOTAL_SECONDS if error == "timeout" else AMPLE_SECONDS)
     )
     assert peak < LITTLE_MEMORY
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [b"Content-Type: multipart/x; boundary*=\x00''z"],
+        [b"content-type: multipart/x; boundary*" + b"9" * 5_000 + b"=z"],
+        [b"Content-Type: multipart/x; boundary=a", b"no header", b"--a", b"Content-Type: message/rfc822"],
+        [b"X-Before: 1", b"Content-Type: application/json", b"X-After: 2"],
+    ],
+)
+def test_a_head_that_is_no_mime_is_an_answer(lines: list[bytes]) -> None:
+    with receiving(receivers.sends_head(*lines)) as receiver:
+        assert send(development(), receiver_url(receiver)).http_status == 204
 
 
 def test_a_connection_that_is_reset_at_once_is_a_failure() -> None:
