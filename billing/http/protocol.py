@@ -19,6 +19,8 @@ from billing.ids import new_name
 
 MAX_HEAD_BYTES = 32 * 1024
 MAX_HEADERS = 100
+# Each that waits for the answers before it is kept. A client whose request gets none may repeat it (RFC 9112, 9.3.2).
+MAX_PIPELINED = 32
 PATIENCE_SECONDS = 15.0
 LOOK_SECONDS = 5.0
 
@@ -35,6 +37,7 @@ class Protocol(HttpToolsProtocol):
       to nothing, and a server may ignore the header (RFC 9110, section 7.8).
     - Its own refusals are text/plain; here every error is a problem.
     - A head has no limit of size, number or time, and a trailer adds to the headers.
+    - Nor have requests that wait for the answers before them: it goes on to read after each answer.
     """
 
     in_head = True
@@ -104,6 +107,8 @@ class Protocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self.pipeline:
+            self.flow.pause_reading()
         # Answered before the body was here, as with 413, what still comes is read and dropped: most clients read
         # the answer only after sending all. But one that waits for 100 may send its next request instead.
         if self.expect_100_continue and not self.in_head and self.cycle.response_complete:
@@ -122,6 +127,8 @@ class Protocol(HttpToolsProtocol):
             raise malformed()
         if hosts > 1 or (hosts == 0 and version == "1.1"):
             raise malformed()
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise errors.RateLimited  # Which nobody is told: the connection ends with the answers before it.
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if size > MAX_HEAD_BYTES or len(self.headers) > MAX_HEADERS:
             raise errors.RequestHeadersTooLarge

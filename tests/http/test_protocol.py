@@ -128,7 +128,8 @@ def test_no_upgrade_is_granted(connection: Connection, wanted: str) -> None:
 def test_as_many_upgrades_as_one_read_holds_are_no_recursion(connection: Connection) -> None:
     one = request("GET", "/", "Connection: Upgrade", "Upgrade: h2c")
     connection.send(one * 900)
-    assert [connection.receive().status for _ in range(900)] == [200] * 900
+    assert {connection.receive().status for _ in range(1 + protocol.MAX_PIPELINED)} == {200}
+    assert connection.is_closed_by_server()
 
 
 def test_http_1_0_may_ask_for_an_upgrade_too(connection: Connection) -> None:
@@ -151,6 +152,19 @@ def test_a_body_in_chunks(connection: Connection) -> None:
         b"0\r\n\r\n",
     ]
     assert seen_by(connection, *parts)["body"] == "hello"
+
+
+def test_of_many_pipelined_requests_the_first_are_answered(connection: Connection) -> None:
+    connection.send(b"".join(request("GET", f"/{n}") for n in range(1_000)))
+    answered = [connection.receive().json()["path"] for _ in range(1 + protocol.MAX_PIPELINED)]
+    assert answered == [f"/{n}" for n in range(1 + protocol.MAX_PIPELINED)]
+    assert connection.is_closed_by_server()
+
+
+def test_as_many_as_may_wait_are_answered_again_and_again(connection: Connection) -> None:
+    for _ in range(3):
+        connection.send(request("GET", "/") * protocol.MAX_PIPELINED)
+        assert {connection.receive().status for _ in range(protocol.MAX_PIPELINED)} == {200}
 
 
 def test_pipelined_requests_are_answered_in_order(connection: Connection) -> None:
