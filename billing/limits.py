@@ -59,7 +59,16 @@ class Policies:
     )
     # Operations that cost others something, by tenant: beside the tier's.
     costly: Mapping[str, Policy] = field(
-        default_factory=lambda: {"send_test_webhook": Policy("test-deliveries", 10, MINUTE)}
+        default_factory=lambda: {
+            "send_test_webhook": Policy("test-deliveries", 10, MINUTE),
+            # Right passwords too: each is a check in threads that all who log in share.
+            "change_password": Policy("password-changes", 60, 5 * MINUTE),
+            # Keys are kept for good. To revoke them makes none, and must be possible whatever somebody else did.
+            "regenerate_api_keys": Policy("key-changes", 300, HOUR),
+            # What the platform's account may ask Stripe is all tenants' together.
+            "get_stripe_status": Policy("stripe-status", 60, MINUTE),
+            "start_stripe_connect": Policy("stripe-connect", 60, HOUR),
+        }
     )
     # Wrong passwords: at log-in by account and address, at a change of password by session.
     wrong_passwords: Mapping[str, Policy] = field(

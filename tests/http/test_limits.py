@@ -197,6 +197,23 @@ def test_a_test_delivery_is_counted_twice(acme: Account) -> None:
 
 
 @pytest.mark.parametrize(
+    ("path", "body", "limit"),
+    [
+        ("/change-password/", {"old_password": "wrong", "new_password": PASSWORD}, "password-changes"),
+        ("/api-keys/regenerate/", {}, "key-changes"),
+        ("/api-keys/revoke/", {"mode": "test"}, None),
+        ("/stripe/connect/", {}, "stripe-connect"),
+        ("/stripe/status/", None, "stripe-status"),
+    ],
+)
+def test_what_costs_others_something_is_counted_beside(
+    acme: Account, path: str, body: dict[str, str] | None, limit: str | None
+) -> None:
+    answer = acme.get(path) if body is None else acme.post(path, body)
+    assert standing(answer).keys() - {"password-failures"} == {"default", limit} - {None}
+
+
+@pytest.mark.parametrize(
     ("address", "network"),
     [
         ("192.0.2.1", "192.0.2.1"),
