@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Protocol
 
@@ -24,7 +24,7 @@ from billing.deliveries import policy_for, tester_for
 from billing.encryption import Vault
 from billing.errors import DatabaseUnavailable
 from billing.failed_logins import FailedLogins
-from billing.http import application, document, exposition, logs, problems
+from billing.http import application, crashes, document, exposition, logs, problems
 from billing.http.idempotency import Idempotency
 from billing.http.lanes import (
     PASSWORD_THREADS,
@@ -191,19 +191,22 @@ async def keep_flushing(notes: Sequence[Notes], store: Store) -> None:
     try:
         while True:
             await anyio.sleep(NOTES_FLUSHED_EVERY_SECONDS)
-            await to_thread.run_sync(flush, notes, store, abandon_on_cancel=True)
+            with suppress(RuntimeError):  # No thread can be started: the next time there may be one.
+                await to_thread.run_sync(flush, notes, store, abandon_on_cancel=True)
     finally:
         await farewell(partial(flush, notes, store))
 
 
 def flush(notes: Sequence[Notes], store: Store) -> None:
-    """A note that cannot be written must not end the server."""
+    """A note that cannot be written must not end the server, whatever the reason: its pool would go with it."""
     for noted in notes:
         try:
             noted.flush(store)
-        except (DatabaseUnavailable, StorageError) as error:
+        except Exception as error:
             what, cause = type(noted).__name__, type(error).__name__
             log.warning("notes were not written down", what=what, cause=cause)
+            if not isinstance(error, DatabaseUnavailable | StorageError):
+                crashes.report(error)
 
 
 def readiness(store: Store) -> Callable[[], Awaitable[None]]:

@@ -27,14 +27,14 @@ class Housekeeping:
         # Those of strangers too, who have no day of their own.
         self._store.forget_answers(now)
         with self._store.tenant(task.tenant_id) as tx:
-            is_more = tx.deliveries.prune(now - KEPT)
+            is_more = [tx.deliveries.prune(now - KEPT), stripe_connect.forget_states(tx, now=now)]
             tx.sessions.prune(now - KEPT)
-            stripe_connect.forget_states(tx, now=now)
             tx.webhooks.tidy_secrets(now)
-            tx.tasks.postpone(task, now if is_more else now + tenants.TIDIED_EVERY)
+            tx.tasks.postpone(task, now if any(is_more) else now + tenants.TIDIED_EVERY)
 
     def tell_of_end(self, task: Task) -> None:
         """Tell of an API key that is about to end."""
         with self._store.tenant(task.tenant_id, exclusive=True) as tx:
-            keys.tell_of_end(tx, UUID(task.subject), now=self._clock())
-            tx.tasks.finish(task)
+            # Only as long as it is ours: another worker would tell it as another event.
+            if tx.tasks.finish(task):
+                keys.tell_of_end(tx, UUID(task.subject), now=self._clock())

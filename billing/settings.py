@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
@@ -114,9 +114,19 @@ def new_secrets() -> dict[str, str]:
 def _dotenv(path: Path | None) -> dict[str, str]:
     if path is None:
         return {}
-    return {
-        name: value for name, value in dotenv_values(path, interpolate=False).items() if value is not None
-    }
+    with _in_our_words(path):
+        values = dotenv_values(path, interpolate=False)
+    return {name: value for name, value in values.items() if value is not None}
+
+
+@contextmanager
+def _in_our_words(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be used: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path} is not text in UTF-8.") from error
 
 
 class _Reader:
@@ -315,12 +325,13 @@ def _keyring(name: str, text: str) -> Keyring:
 def _kept_secrets(state_dir: Path) -> dict[str, str]:
     """The development secrets of this state directory, made once and readable by their owner only."""
     path = state_dir / "secrets.env"
-    state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _require_private(state_dir)
-    if not path.exists():
-        _write_once(path, "".join(f"{name}={value}\n" for name, value in new_secrets().items()))
-    _require_private(path)
-    return cast("dict[str, str]", dotenv_values(path, interpolate=False))
+    with _in_our_words(state_dir):
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _require_private(state_dir)
+        if not path.exists():
+            _write_once(path, "".join(f"{name}={value}\n" for name, value in new_secrets().items()))
+        _require_private(path)
+        return cast("dict[str, str]", dotenv_values(path, interpolate=False))
 
 
 def _write_once(path: Path, text: str) -> None:
@@ -335,5 +346,9 @@ def _write_once(path: Path, text: str) -> None:
 def _require_private(path: Path) -> None:
     # Whoever may write here could give us secrets of their own choosing.
     found = path.lstat()
-    if found.st_uid != os.geteuid() or found.st_mode & 0o022 or path.is_symlink():
+    if path.is_symlink():
+        raise SettingsError(
+            f"{path} is a symbolic link, which others may point elsewhere: name what it points to."
+        )
+    if found.st_uid != os.geteuid() or found.st_mode & 0o022:
         raise SettingsError(f"{path} must belong to the user who runs this, and nobody else may write to it.")

@@ -251,9 +251,11 @@ def start(
     return Started(text, state)
 
 
-def forget_states(tx: Storage, *, now: datetime) -> None:
-    """Forget states that nobody can still be asking about."""
-    tx.directory.release(STATE_NAME, *tx.stripe.forget_states(now - STATE_KEPT))
+def forget_states(tx: Storage, *, now: datetime) -> bool:
+    """Forget states that nobody can still be asking about, or a good part of them; whether there were any."""
+    digests = tx.stripe.forget_states(now - STATE_KEPT)
+    tx.directory.release(STATE_NAME, *digests)
+    return bool(digests)
 
 
 def require_startable(connection: Connection | None, flow: Flow) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 import click
 import pytest
 import requests
+import structlog
 from click.testing import CliRunner, Result
 from dotenv import dotenv_values
 from sqlalchemy import create_engine, text
@@ -600,6 +601,35 @@ def test_a_companion_that_is_not_needed_after_all_ends_soon(
 
     assert time.monotonic() - begun < END_SECONDS / 2
     assert companions_of(os.getpid()) == []
+
+
+def test_a_companion_that_could_not_be_started_is_tried_again(
+    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    python = sys.executable
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with structlog.testing.capture_logs() as events, Companion():
+        eventually(lambda: bool(events))
+        monkeypatch.setattr(sys, "executable", python)
+        eventually(lambda: bool(companions_of(os.getpid())))
+
+    assert events[0]["cause"] == "No such file or directory"
+
+
+def test_a_companion_is_of_the_same_code_wherever_it_is_started(
+    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "billing").mkdir()
+    (tmp_path / "billing/__init__.py").write_text("raise SystemExit(9)")
+    monkeypatch.chdir(tmp_path)
+    with structlog.testing.capture_logs() as events, Companion():
+        eventually(lambda: bool(companions_of(os.getpid())))
+        time.sleep(1)  # Time enough to end.
+    assert events == []
 
 
 def test_no_worker_runs_if_none_is_wanted(environ: dict[str, str]) -> None:

@@ -25,11 +25,11 @@ from billing.errors import DatabaseUnavailable
 from billing.ids import new_id
 from billing.keys import KeyDigests
 from billing.settings import Settings
-from billing.storage.deliveries import AT_ONCE
+from billing.storage.shelf import AT_ONCE
 from billing.storage.store import Store, TenantTx
 from billing.storage.tables import deliveries, events, tasks, webhook_endpoints
 from billing.tasks import LEASE, Queue, Task
-from billing.webhooks import endpoints
+from billing.webhooks import endpoints, replay
 from billing.webhooks.delivery import DELIVER, JITTER, RETRY_DELAYS, TOO_LONG, TOO_MANY, Begun, Settled
 from billing.webhooks.egress import Egress
 from billing.webhooks.endpoints import DISABLED, Endpoint, UrlPolicy
@@ -1037,6 +1037,18 @@ def test_what_waits_begins_sooner_and_keeps_its_count(bench: Bench, begun: Begun
 
 
 # With others at the same rows --------------------------------------------------------------------
+
+
+def test_what_happens_during_a_replay_is_not_part_of_it(bench: Bench) -> None:
+    bench.configure("https://hooks.acme.example/")
+    bench.record(2)
+    choice = replay.Choice(since=bench.clock() - DAY)
+    with bench.tx() as tx:
+        extent = replay.measure(tx, choice)
+    bench.record()
+    with bench.tx() as tx:
+        chosen = replay.replay(tx, choice, after=0, last=extent.last, now=bench.clock())
+    assert [one.sequence for one in chosen] == bench.sequences()[-3:-1]
 
 
 def test_removing_while_a_failure_is_settled_does_not_deadlock(

@@ -19,7 +19,7 @@ from billing.keyrings import Keyring, new_keyring
 from billing.keys import EXPIRING, KeyDigests
 from billing.settings import Settings
 from billing.storage.store import Store
-from billing.tasks import Task
+from billing.tasks import LEASE, Task
 from billing.tenants import HOUSEKEEPING, TIDIED_EVERY, Registered
 from billing.tokens import Tokens
 from billing.webhooks.delivery import Delivery, Status
@@ -246,6 +246,19 @@ def tell(store: Store, clock: TurnedClock) -> int:
 
 def told(superuser: Engine) -> int:
     return len(rows_of(superuser, "SELECT 1 FROM events WHERE type = 'api_key.expiring'"))
+
+
+def test_whoever_lost_the_task_tells_nothing_a_second_time(
+    store: Store, superuser: Engine, digests: KeyDigests, clock: TurnedClock, acme: Registered
+) -> None:
+    regenerate(store, acme, digests, clock, HOUR)
+    clock.now += HOUR / 2
+    late = due(store, clock, EXPIRING)
+    clock.now += LEASE
+    assert tell(store, clock) == 2
+    for task in late:
+        Housekeeping(store, clock).tell_of_end(task)
+    assert told(superuser) == 2
 
 
 @pytest.mark.parametrize(

@@ -423,10 +423,23 @@ def test_a_state_directory_that_others_may_write_to_is_refused(tmp_path: Path, m
         Settings.load({"BILLING_STATE_DIR": str(tmp_path)}, dotenv=None)
 
 
+def test_a_state_directory_that_cannot_be_one_is_told_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nowhere")):
+        with pytest.raises(SettingsError, match=f"^{place} cannot be used: "):
+            Settings.load({"BILLING_STATE_DIR": str(place)}, dotenv=None)
+
+
+def test_a_dotenv_that_is_no_text_is_told_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes("HOST=münchen".encode("latin-1"))
+    with pytest.raises(SettingsError, match="is not text in UTF-8"):
+        Settings.load({}, dotenv=tmp_path / ".env")
+
+
 def test_secrets_behind_a_link_are_refused(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").touch(mode=0o600)
     (tmp_path / "secrets.env").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(SettingsError, match=r"secrets\.env must belong"):
+    with pytest.raises(SettingsError, match=r"secrets\.env is a symbolic link"):
         Settings.load({"BILLING_STATE_DIR": str(tmp_path)}, dotenv=None)
 
 

@@ -19,7 +19,7 @@ from billing.storage.store import Store
 from billing.webhooks import replay as chapter
 from billing.webhooks.delivery import Stats, Status
 from billing.webhooks.endpoints import Endpoint
-from billing.webhooks.replay import Choice
+from billing.webhooks.replay import Choice, Extent
 
 COLUMNS = (
     "event_id",
@@ -112,37 +112,37 @@ def replay(slug: str, event_ids: Sequence[UUID], failed: bool, since: datetime |
         tenant_id = tenant_called(slug, store).id
         found = announced(store, tenant_id, choice, dry_run=dry_run)
         if dry_run:
-            done(f"{events(found)} would be sent to {slug}.")
+            done(f"{events(found.events)} would be sent to {slug}.")
         else:
             done(f"{events(replayed(store, tenant_id, choice, found))} will be sent to {slug}.")
 
 
-def announced(store: Store, tenant_id: UUID, choice: Choice, *, dry_run: bool) -> int:
+def announced(store: Store, tenant_id: UUID, choice: Choice, *, dry_run: bool) -> Extent:
     """How many events it will be, which the audit log says before the first of them is sent."""
     with store.tenant(tenant_id, OPERATOR) as tx:
-        found = chapter.count(tx, choice)
-        if found and not dry_run:
-            chapter.note(tx, choice, found, now=utc_now())
+        found = chapter.measure(tx, choice)
+        if found.events and not dry_run:
+            chapter.note(tx, choice, found.events, now=utc_now())
     return found
 
 
-def replayed(store: Store, tenant_id: UUID, choice: Choice, found: int) -> int:
+def replayed(store: Store, tenant_id: UUID, choice: Choice, found: Extent) -> int:
     """Replay chunk by chunk; returns how many events."""
     total = 0
-    hidden = found <= chapter.CHUNK or not sys.stderr.isatty()
-    with click.progressbar(length=found, label="Replaying", file=sys.stderr, hidden=hidden) as bar:
-        for size in chunks(store, tenant_id, choice):
+    hidden = found.events <= chapter.CHUNK or not sys.stderr.isatty()
+    with click.progressbar(length=found.events, label="Replaying", file=sys.stderr, hidden=hidden) as bar:
+        for size in chunks(store, tenant_id, choice, found.last):
             total += size
             bar.update(size)
     return total
 
 
-def chunks(store: Store, tenant_id: UUID, choice: Choice) -> Iterator[int]:
+def chunks(store: Store, tenant_id: UUID, choice: Choice, last: int) -> Iterator[int]:
     """Replay, each chunk in a transaction of its own; the sizes of the chunks."""
     after = 0
     while True:
         with store.tenant(tenant_id, OPERATOR) as tx:
-            chosen = chapter.replay(tx, choice, after=after, now=utc_now())
+            chosen = chapter.replay(tx, choice, after=after, last=last, now=utc_now())
         if not chosen:
             return
         yield len(chosen)

@@ -159,6 +159,10 @@ def stop_at_end_of_input(crew: Crew) -> None:
     crew.stop()
 
 
+# `billing` of the same code as ours, where `python -m` would prefer what lies in the working directory.
+AS_WE_ARE = f"import sys; sys.path[:] = {sys.path}; from billing.cli import main; main(prog_name='billing')"
+
+
 class Companion:
     """A `billing worker` that lives as long as the block, and is started again if it ends before."""
 
@@ -186,18 +190,25 @@ class Companion:
 
     def _keep_running(self) -> None:
         pause = FIRST_PAUSE_SECONDS
-        while process := self._start():
-            exit_code = process.wait()
+        while not self._stopping.is_set():
+            try:
+                said: dict[str, object] = {"exit_code": self._run()}
+            except OSError as error:  # As where there is no memory for one more process.
+                said = {"cause": error.strerror}
             if not self._stopping.is_set():
-                log.error("the worker ended, and is started again", exit_code=exit_code)
+                log.error("the worker ended, and is started again", **said)
                 self._stopping.wait(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    def _run(self) -> int | None:
+        process = self._start()
+        return None if process is None else process.wait()
 
     def _start(self) -> subprocess.Popen[bytes] | None:
         with self._starting:
             if self._stopping.is_set():
                 return None
-            command = [sys.executable, "-m", "billing.cli", "worker", "--while-stdin-is-open"]
+            command = [sys.executable, "-P", "-c", AS_WE_ARE, "worker", "--while-stdin-is-open"]
             # In a group of its own, for Ctrl-C is ours: it works until requests in flight have finished.
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0)
             return self._process

@@ -24,14 +24,12 @@ from sqlalchemy import (
 )
 
 from billing.ids import new_id
-from billing.storage.shelf import MINE, Shelf, columns_of, mine, values_of
+from billing.storage.shelf import AT_ONCE, MINE, Shelf, columns_of, mine, values_of
 from billing.storage.tables import deliveries, events
 from billing.webhooks.delivery import Begun, Delivery, Settled, Stats, Status
 
 COLUMNS = columns_of(Delivery, deliveries)
 DAY = timedelta(hours=24)
-# So much is changed well within a statement's time.
-AT_ONCE = 5000
 IS_PENDING = deliveries.c.status == "pending"
 HAS_DELIVERY = (
     select(deliveries.c.id)

@@ -168,7 +168,8 @@ class Place:
 
     def _socket_dir(self, password: str) -> Path:
         near = self.home / "run"
-        if len(os.fsencode(near / f".s.PGSQL.{PORT}")) <= SOCKET_PATH_BYTES:
+        # With a comma in it, libpq would take it for two hosts.
+        if len(os.fsencode(near / f".s.PGSQL.{PORT}")) <= SOCKET_PATH_BYTES and "," not in str(near):
             return near
         # Not $TMPDIR, which may differ among those who meet here. Nobody can guess, and take, the name.
         return Path("/tmp", f"billing-{hashlib.sha256(password.encode()).hexdigest()[:20]}")  # noqa: S108

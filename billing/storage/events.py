@@ -16,7 +16,7 @@ from billing.storage.tables import deliveries, event_heads, events, webhook_endp
 from billing.storage.tasks import Tasks
 from billing.webhooks.delivery import DELIVER
 from billing.webhooks.events import Event, envelope
-from billing.webhooks.replay import Choice, Chosen
+from billing.webhooks.replay import Choice, Chosen, Extent
 
 HAS_FAILED = (
     select(deliveries.c.id)
@@ -103,16 +103,19 @@ class Events(Shelf):
         self.insert(events, {**values_of(event, events), "request_id": self._actor.request_id})
         return event
 
-    def count(self, choice: Choice, *, wanted: Sequence[str]) -> int:
-        """How many events that are, of the types wanted; none means all."""
-        query = select(func.count()).select_from(events).where(self._chosen(choice, wanted))
-        return self._connection.scalar(query) or 0
+    def measure(self, choice: Choice, *, wanted: Sequence[str]) -> Extent:
+        """How many events that are, of the types wanted (none means all), and the last one's place."""
+        number, last = func.count(), func.coalesce(func.max(events.c.sequence), 0)
+        found = select(number, last).where(self._chosen(choice, wanted))
+        return Extent(*self._connection.execute(found).one())
 
-    def chosen(self, choice: Choice, *, wanted: Sequence[str], after: int, most: int) -> list[Chosen]:
-        """The first of them beyond this place, in their order."""
+    def chosen(
+        self, choice: Choice, *, wanted: Sequence[str], after: int, last: int, most: int
+    ) -> list[Chosen]:
+        """The first of them beyond one place and up to the other, in their order."""
         rows = self._connection.execute(
             select(events.c.id, events.c.sequence)
-            .where(self._chosen(choice, wanted), events.c.sequence > after)
+            .where(self._chosen(choice, wanted), events.c.sequence > after, events.c.sequence <= last)
             .order_by(events.c.sequence)
             .limit(most)
         )

@@ -24,6 +24,8 @@ DIALECT = PGDialect_psycopg2(dbapi=psycopg2)  # type: ignore[no-untyped-call]
 BECOME = "SELECT set_config('app.tenant_id', %s, true)"
 # The tenant in every condition, by which a statement is told from one that has lost it.
 MINE = "mine"
+# So many rows are changed well within a statement's time.
+AT_ONCE = 5000
 
 
 class Shelf:

@@ -8,11 +8,11 @@ from datetime import datetime
 from typing import Any, cast
 from uuid import UUID
 
-from sqlalchemy import delete, select
+from sqlalchemy import and_, delete, select
 from sqlalchemy.dialects.postgresql import insert
 
 from billing.errors import StateUnknown
-from billing.storage.shelf import Shelf, columns_of, values_of
+from billing.storage.shelf import AT_ONCE, Shelf, columns_of, values_of
 from billing.storage.tables import connect_states, stripe_connections
 from billing.stripe_connect import Account, Connection, RequirementError, Requirements, State
 
@@ -58,8 +58,10 @@ class StripeConnect(Shelf):
         self._connection.execute(living.values(expires_at=now))
 
     def forget_states(self, before: datetime) -> list[str]:
-        """Forget those made before; returns their digests."""
-        old = delete(connect_states).where(self.mine(connect_states), connect_states.c.created_at < before)
+        """Forget those made before, or a good part of them; returns their digests."""
+        is_old = and_(self.mine(connect_states), connect_states.c.created_at < before)
+        some = select(connect_states.c.id).where(is_old).limit(AT_ONCE)
+        old = delete(connect_states).where(self.mine(connect_states), connect_states.c.id.in_(some))
         return list(self._connection.scalars(old.returning(connect_states.c.digest)))
 
     def lock_state(self, id: UUID) -> State:

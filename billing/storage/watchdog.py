@@ -54,8 +54,9 @@ class Watchdog:
         with self._lock:
             self._lines.add(line)
             if self._thread is None:
-                self._thread = Thread(target=self._run, name="statements", daemon=True)
-                self._thread.start()
+                thread = Thread(target=self._run, name="statements", daemon=True)
+                thread.start()
+                self._thread = thread
         return line
 
     def _run(self) -> None:

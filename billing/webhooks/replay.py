@@ -29,6 +29,14 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Extent:
+    """How many events that is, and the place of the last: what happens later is not among them."""
+
+    events: int
+    last: int
+
+
+@dataclass(frozen=True)
 class Chosen:
     """An event to be replayed, and its place among the tenant's events."""
 
@@ -36,11 +44,11 @@ class Chosen:
     sequence: int
 
 
-def count(tx: Storage, choice: Choice) -> int:
-    """How many events that are; raises `WebhookNotConfigured`, `Conflict`, or `NotFound` if not all named are there."""
+def measure(tx: Storage, choice: Choice) -> Extent:
+    """How many they are; raises `WebhookNotConfigured`, `Conflict`, or `NotFound` if not all named are there."""
     endpoint = _require_active(tx.webhooks.find())
-    found = tx.events.count(choice, wanted=endpoint.wanted)
-    if found < len(set(choice.event_ids)):
+    found = tx.events.measure(choice, wanted=endpoint.wanted)
+    if found.events < len(set(choice.event_ids)):
         raise NotFound("The tenant has no such event, or its endpoint does not ask for that type.")
     return found
 
@@ -56,10 +64,10 @@ def _said(choice: Choice) -> dict[str, object]:
     return {"failed": True} if choice.since is None else {"since": choice.since.isoformat()}
 
 
-def replay(tx: Storage, choice: Choice, *, after: int, now: datetime) -> list[Chosen]:
-    """Have the first of the events beyond this place delivered now, and say which; none when all are."""
+def replay(tx: Storage, choice: Choice, *, after: int, last: int, now: datetime) -> list[Chosen]:
+    """Have the first of the events between these places delivered now, and say which; none when all are."""
     endpoint = _require_active(tx.webhooks.find(lock=True))
-    chosen = tx.events.chosen(choice, wanted=endpoint.wanted, after=after, most=CHUNK)
+    chosen = tx.events.chosen(choice, wanted=endpoint.wanted, after=after, last=last, most=CHUNK)
     if chosen:
         tx.deliveries.replay([event.id for event in chosen], now)
         tx.tasks.add(DELIVER, tx.tenant_id, subject=str(tx.tenant_id), due_at=now, now=now, queue="webhooks")
@@ -79,8 +87,10 @@ class WebhookShelf(Protocol):
 
 
 class EventShelf(Protocol):
-    def count(self, choice: Choice, *, wanted: Sequence[str]) -> int: ...
-    def chosen(self, choice: Choice, *, wanted: Sequence[str], after: int, most: int) -> list[Chosen]: ...
+    def measure(self, choice: Choice, *, wanted: Sequence[str]) -> Extent: ...
+    def chosen(
+        self, choice: Choice, *, wanted: Sequence[str], after: int, last: int, most: int
+    ) -> list[Chosen]: ...
 
 
 class DeliveryShelf(Protocol):

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import replace
 
+import anyio
 import pytest
+import structlog
+from anyio import to_thread
 from sqlalchemy import create_engine, text
 from starlette.testclient import TestClient
 
-from app import create_app
+from app import create_app, keep_flushing
 from billing.settings import Settings
+from billing.storage.store import Store
 from tests.conftest import API, Account, TestDatabase, log_in, register
 
 OURS = {"Origin": "https://app.acme.example"}
@@ -38,6 +43,34 @@ def test_browsers_hear_of_https_where_the_public_address_has_it(
     client = TestClient(create_app(replace(settings, public_base_url=base_url)))
     for path in ("/", "/healthz", "/nowhere"):
         assert ("strict-transport-security" in client.get(path).headers) == is_told
+
+
+class Odd:
+    """Notes that cannot be written down, for a reason that nobody thought of."""
+
+    def __init__(self) -> None:
+        self.tries = 0
+        self.tried = threading.Event()
+
+    def flush(self, store: Store) -> None:  # noqa: ARG002 - it is what others write to
+        self.tries += 1
+        if self.tries == 2:
+            self.tried.set()
+        raise ZeroDivisionError
+
+
+def test_notes_that_cannot_be_written_are_tried_again_whatever_the_reason(store: Store) -> None:
+    async def keep(notes: Odd) -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(keep_flushing, [notes], store)
+            await to_thread.run_sync(notes.tried.wait, 30)
+            tasks.cancel_scope.cancel()
+
+    notes = Odd()
+    with structlog.testing.capture_logs() as events:
+        anyio.run(keep, notes)
+    assert notes.tried.is_set()
+    assert events[0]["event"] == "notes were not written down"
 
 
 @pytest.fixture

@@ -416,9 +416,10 @@ def test_named_binaries_are_the_only_ones(state_dir: Path) -> None:
         embedded.start(state_dir, bin_dir=state_dir / "nowhere")
 
 
-def test_long_path_moves_the_socket(empty_dir: Path) -> None:
+@pytest.mark.parametrize("name", ["long" * 20, "one,two"])
+def test_what_libpq_cannot_say_moves_the_socket(empty_dir: Path, name: str) -> None:
     empty_dir.chmod(0o711)
-    deep = empty_dir / ("long" * 20)
+    deep = empty_dir / name
     with embedded.start(deep) as server:
         socket_dir = server.cluster.socket_dir
         assert answers(server.cluster)
