@@ -24,6 +24,9 @@ from typing import Any, Literal
 
 import structlog
 
+# What the library's files begin with, and what it keeps of a value beside its name.
+FILE_BYTES = 64 * 1024
+VALUE_BYTES = 32
 WRITTEN_EVERY_SECONDS = 1.0
 PREFIX = "billing-metrics-"
 # From a key that is verified to a password that is checked, and on to what a deadline ends.
@@ -220,11 +223,35 @@ def keep(given: Path | None) -> Path:
     directory = given or own_directory()
     # The library reads where that is when it is imported.
     os.environ.update(PROMETHEUS_MULTIPROC_DIR=str(directory))
-    import prometheus_client
+    import prometheus_client.values
 
+    if hasattr(os, "posix_fallocate"):  # Not on macOS.
+        files: Any = prometheus_client.values
+        files.MmapedDict = _allocated(files.MmapedDict)
     for figure in REGISTRY.values():
         figure.begin(prometheus_client)
     return directory
+
+
+def _allocated(base: Any) -> Any:
+    """The library's file, which has its blocks before they are written to: a full disk is an `OSError` then.
+
+    The library writes to a mapping of a file with holes, where a full disk is the end of the process (SIGBUS).
+    """
+
+    class Allocated(base):  # type: ignore[misc]
+        def __init__(self, filename: str, read_mode: bool = False) -> None:
+            with open(filename, "ab") as file:
+                if not file.tell():
+                    os.posix_fallocate(file.fileno(), 0, FILE_BYTES)
+            super().__init__(filename, read_mode)
+
+        def _init_value(self, key: str) -> None:
+            if self._used + len(key.encode()) + VALUE_BYTES > self._capacity:
+                os.posix_fallocate(self._f.fileno(), self._capacity, self._capacity)
+            super()._init_value(key)
+
+    return Allocated
 
 
 def own_directory() -> Path:

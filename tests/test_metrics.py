@@ -124,6 +124,35 @@ def test_a_disk_that_is_full_for_a_while_costs_what_was_counted_then_and_no_more
     assert value(figures, "billing_worker_processes") == 1
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has a disk of its own made")
+def test_a_disk_that_is_really_full_ends_no_process(tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from billing import metrics\n"
+        "disk = Path(sys.argv[1])\n"
+        "metrics.keep(disk)\n"
+        "filler = open(disk / 'filler', 'wb', buffering=0)\n"
+        "try:\n"
+        "    while True: filler.write(bytes(4096))\n"
+        "except OSError: pass\n"
+        "def count():\n"
+        "    for n in range(1000): metrics.REQUESTS.count(f'operation_{n}', 'GET', '200')\n"
+        "count(); assert not metrics._look((), was_well=True)\n"
+        "filler.truncate(0)\n"
+        "count(); assert metrics._look((), was_well=False)\n"
+    )
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", tmp_path]).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        ran = subprocess.run(
+            [sys.executable, "-c", program, tmp_path], cwd=ROOT, capture_output=True, text=True
+        )
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+    assert ran.returncode == 0, ran.stderr
+
+
 def test_where_nobody_asks_nothing_is_imported() -> None:
     program = f"import app, sys; print(*(n for n in sys.modules if n.split('.')[0] in {FOR_WATCHERS}))"
     clean = {
