@@ -29,7 +29,7 @@ help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 serve: $(VENV)/.serve ## Start the API on an embedded PostgreSQL at http://127.0.0.1:8000; or PORT=…, ARGS="--workers 2", STRIPE=sandbox, WEBHOOKS=local
-	@$(if $(filter local,$(WEBHOOKS)),$(OPEN_LOOPBACK)) \
+	@$(if $(filter local,$(WEBHOOKS)),exec env $(OPEN_LOOPBACK)) \
 	  $(if $(filter sandbox,$(STRIPE)),$(BIN)/python -m sandbox,$(BIN)/billing) serve $(ARGS)
 
 test: check browser node openssl redis unit ## Run everything that must pass
@@ -110,10 +110,10 @@ sdk: contract-tools ## Generate SDKs in four languages into dist/sdk, and check 
 contract: contract-tools node ## Everything that judges the contract: linters, SDKs, proxy, flows, fuzzing, mutations; ARGS="--only proxy"
 	$(BIN)/python -m contract $(ARGS)
 
-diff: $(VENV)/.test $(CONTRACT_JS)/node_modules/.installed ## Name what breaks clients of an earlier document: BASE=v0.1.0
+diff: $(VENV)/.test $(CONTRACT_JS)/node_modules/.installed ## Name what breaks clients of an earlier document: BASE=main, or any revision
 	@$(BIN)/python -m contract.breaking "$(BASE)"
 
-rolling: $(VENV)/.test ## Try an earlier revision on the schema of this one: BASE=v0.1.0
+rolling: $(VENV)/.test ## Try an earlier revision on the schema of this one: BASE=main, or any other
 	$(BIN)/python -m tests.rolling "$(BASE)"
 
 contract-tools: $(VENV)/.test $(CONTRACT_JS)/node_modules/.installed $(CONTRACT_VENV)/.installed compilers ## Install what judges the document and makes SDKs
@@ -139,7 +139,7 @@ clean: ## Remove the environment and what tools left behind
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed.")'
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.serve: requirements.lock pyproject.toml | $(BIN)/python
 	@echo "Installing what the server needs …"

@@ -149,8 +149,8 @@ class _Reader:
             state_dir=self.state_dir,
             postgres_bin=Path(self.given["BILLING_PG_BIN"]) if "BILLING_PG_BIN" in self.given else None,
             database_url=self.database_url(),
-            database_replica_url=self.database_replica_url(),
-            migration_database_url=self.given.get("MIGRATION_DATABASE_URL"),
+            database_replica_url=self.beside_database_url("DATABASE_REPLICA_URL"),
+            migration_database_url=self.beside_database_url("MIGRATION_DATABASE_URL"),
             jwt_keys=rings["JWT_KEYS"],
             encryption_keys=rings["ENCRYPTION_KEYS"],
             key_peppers=rings["KEY_PEPPERS"],
@@ -277,12 +277,10 @@ class _Reader:
             raise SettingsError("DATABASE_URL is missing: production needs a PostgreSQL of its own.")
         return url
 
-    def database_replica_url(self) -> str | None:
-        url = self.given.get("DATABASE_REPLICA_URL")
+    def beside_database_url(self, name: str) -> str | None:
+        url = self.given.get(name)
         if url is not None and "DATABASE_URL" not in self.given:
-            raise SettingsError(
-                "DATABASE_REPLICA_URL needs DATABASE_URL: the embedded server has no replica."
-            )
+            raise SettingsError(f"{name} needs DATABASE_URL: without it the database is the embedded one.")
         return url
 
     def keyrings(self) -> dict[str, Keyring]:

@@ -99,7 +99,6 @@ def test_every_setting_has_a_default_here_or_is_a_secret_or_the_state_directory(
         ("PORT", "0", 0),
         ("PORT", "65535", 65535),
         ("DATABASE_URL", "postgresql://db.example/billing", "postgresql://db.example/billing"),
-        ("MIGRATION_DATABASE_URL", "postgresql://db.example/b", "postgresql://db.example/b"),
         ("PASSWORD_COST", "4", 4),
         ("PASSWORD_COST", "16", 16),
         ("PUBLIC_BASE_URL", "https://billing.example/", "https://billing.example"),
@@ -241,10 +240,12 @@ def test_the_state_directory_by_default(
     assert default_state_dir(environ) == Path(expected)
 
 
-def test_a_replica_is_one_of_a_named_database(tmp_path: Path) -> None:
-    url = "postgresql://replica.example/billing"
-    assert refusal(tmp_path, DATABASE_REPLICA_URL=url).startswith("DATABASE_REPLICA_URL needs DATABASE_URL")
-    assert production(DATABASE_REPLICA_URL=url).database_replica_url == url
+@pytest.mark.parametrize("name", ["DATABASE_REPLICA_URL", "MIGRATION_DATABASE_URL"])
+def test_another_address_needs_the_databases_own(tmp_path: Path, name: str) -> None:
+    """Or the embedded one would be looked at, by whoever means another."""
+    url = "postgresql://other.example/billing"
+    assert refusal(tmp_path, **{name: url}).startswith(f"{name} needs DATABASE_URL")
+    assert getattr(production(**{name: url}), name.lower()) == url
 
 
 def test_settings_are_frozen(tmp_path: Path) -> None:

@@ -154,7 +154,10 @@ def verify(slug: str | None, every: bool, expect: Head | None) -> None:
         raise click.UsageError("Say whose log: SLUG, perhaps with --expect, or --all.")
     broken = 0
     with opened_store() as (_, store):
-        for name, tenant_id in every_tenant() if slug is None else [(slug, tenant_called(slug, store).id)]:
+        logs = every_tenant() if slug is None else [(slug, tenant_called(slug, store).id)]
+        if not logs:
+            click.echo("There are no tenants.")
+        for name, tenant_id in logs:
             try:
                 click.echo(f"{cell(name)}: whole, {verified(store, name, tenant_id, expect)}")
             except Broken as finding:

@@ -47,6 +47,20 @@ def test_both_kinds_of_credentials_can_be_given(swagger_ui: Page) -> None:
     assert [scheme.split()[0] for scheme in schemes] == ["bearerAuth", "apiKeyAuth"]
 
 
+def test_nothing_is_filled_in_that_would_make_a_call_the_one_before(swagger_ui: Page) -> None:
+    for operation in ("register_tenant", "complete_stripe_connect"):
+        swagger_ui.locator(f".opblock[id$={operation}] .opblock-summary-control").click()
+    filled_in = swagger_ui.locator(".parameters input[type=text]")
+    filled_in.nth(5).wait_for()
+    assert {filled_in.nth(n).input_value() for n in range(filled_in.count())} == {""}
+
+
+def test_operations_are_called_by_the_names_that_the_texts_use(swagger_ui: Page) -> None:
+    names = swagger_ui.locator(".opblock-summary-operation-id").all_inner_texts()
+    assert len(names) == 18
+    assert "register_tenant" in names
+
+
 def test_a_call_bears_the_key_and_goes_to_the_origin_of_the_page(page: Page, live_server_url: str) -> None:
     # Another name than the public one: a call to the document's first server would be cross-origin here.
     origin = live_server_url.replace("127.0.0.1", "localhost")

@@ -87,7 +87,7 @@ def test_nothing_is_loaded_from_elsewhere(client: TestClient, path: str) -> None
 
 def test_the_landing_page_leads_everywhere(client: TestClient) -> None:
     text = client.get("/").text
-    for path in ["/docs/", "/openapi.json", "/openapi.yaml", "/problems/", "/healthz", "/readyz"]:
+    for path in ["/docs/", "/openapi.json", "/openapi.yaml", "/problems/", "/healthz"]:
         assert f'href="{path}"' in text
     assert "API=https://billing.example/api/v1/auth/tenants" in text
 

@@ -12,6 +12,11 @@ async function open() {
   const spec = await answer.json();
   // The page may be open under another name than the public one (localhost, say), and may call its own origin only.
   spec.servers = [{ url: window.location.origin, description: "This server" }];
+  // An example is filled in: every call would bear the same Idempotency-Key, and a callback an error beside its code.
+  for (const parameter of Object.values(spec.components.parameters)) {
+    delete parameter.example;
+    delete parameter.schema.example;
+  }
   window.ui = SwaggerUIBundle({
     spec,
     dom_id: "#swagger-ui",
@@ -20,6 +25,7 @@ async function open() {
     // Neither a token nor a key is left behind in the browser's storage.
     persistAuthorization: false,
     displayRequestDuration: true,
+    displayOperationId: true,
     tryItOutEnabled: true,
     filter: false,
     validatorUrl: null,
