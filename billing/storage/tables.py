@@ -110,6 +110,7 @@ api_keys = Table(
     CheckConstraint("(text IS NULL) = (type IN ('live_secret', 'test_secret'))", name="api_keys_no_secret"),
     Index("api_keys_digest", "tenant_id", "digest", unique=True),
     Index("api_keys_by_age", "tenant_id", "type", text("id DESC")),
+    Index("api_keys_ending", "tenant_id", "expires_at", postgresql_where=text("revoked_at IS NULL")),
     Index(
         "api_keys_one_current",
         "tenant_id",
