@@ -1,6 +1,6 @@
 """An earlier revision on the schema of this one: its server is started there, and its own `billing check` walks it.
 
-`make rolling BASE=v0.1.0`. Earlier than migration 0006 there is nothing to try: those demand exactly their own schema.
+`make rolling BASE=main`. Earlier than migration 0006 there is nothing to try: those demand exactly their own schema.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import os
 import subprocess
 import sys
 import tarfile
-import tempfile
 from contextlib import closing
 from pathlib import Path
 
+from benchmarks.installation import state_directory
 from billing.storage import database
 from tests import live
 
@@ -30,9 +30,7 @@ def checked_out(base: str, directory: Path) -> Path:
 
 def walked(base: str) -> int:
     """The exit code of the earlier revision's `billing check`."""
-    with tempfile.TemporaryDirectory(prefix="billing-rolling-") as made:
-        place = Path(made)
-        place.chmod(0o711)
+    with state_directory() as place:
         earlier = checked_out(base, place / "earlier")
         with closing(database.open_embedded(place / "state")) as opened:
             environ = {
