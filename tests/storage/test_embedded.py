@@ -160,7 +160,9 @@ def lives(pid: int) -> bool:
 
 
 def is_running(state_dir: Path) -> bool:
-    return (state_dir / "postgres/data/postmaster.pid").exists() and lives(postmaster(state_dir))
+    with suppress(FileNotFoundError):  # It goes, with what it tells of, whenever that ends.
+        return lives(postmaster(state_dir))
+    return False
 
 
 def end(state_dir: Path) -> None:
