@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import structlog
 
@@ -243,7 +243,7 @@ def _allocated(base: Any) -> Any:
         def __init__(self, filename: str, read_mode: bool = False) -> None:
             with open(filename, "ab") as file:
                 if not file.tell():
-                    os.posix_fallocate(file.fileno(), 0, FILE_BYTES)
+                    _allocate(file)
             super().__init__(filename, read_mode)
 
         def _init_value(self, key: str) -> None:
@@ -252,6 +252,14 @@ def _allocated(base: Any) -> Any:
             super()._init_value(key)
 
     return Allocated
+
+
+def _allocate(new: BinaryIO) -> None:
+    try:
+        os.posix_fallocate(new.fileno(), 0, FILE_BYTES)
+    except OSError:
+        Path(new.name).unlink()  # Empty, it would be one that nobody can read.
+        raise
 
 
 def own_directory() -> Path:
@@ -312,7 +320,7 @@ def page(directory: Path, answers: Answers, accept: str) -> tuple[bytes, str]:
     from prometheus_client.exposition import choose_encoder
     from prometheus_client.multiprocess import MultiProcessCollector
 
-    write()
+    _look((), was_well=True)
     forget_the_dead(directory)
     registry = CollectorRegistry()
     MultiProcessCollector(registry, str(directory))  # type: ignore[no-untyped-call]

@@ -443,13 +443,16 @@ class _Lines(BufferedReader):
     """What http.client reads a head from, which it has parsed as a whole MIME message.
 
     So a head could be a tree of parts hundreds deep, which takes seconds, or have a boundary that is no text, which
-    raises whatever. Without its type, and without a CR that ends a line for MIME alone, it is one of text.
+    raises whatever. With its type under another name, and without a CR that ends a line for MIME alone, it is one of
+    text.
     """
 
     def readline(self, size: int | None = -1, /) -> bytes:
         line = super().readline(size)
-        while line[: len(MIME_TYPE)].lower() == MIME_TYPE:
-            line = super().readline(size)
+        if line[: len(MIME_TYPE)].lower() == MIME_TYPE:
+            line = (
+                b"X-" + line
+            )  # And not left out: lines that go on with it would go on with the header before.
         if b"\r" in line.removesuffix(b"\r\n"):
             raise http.client.HTTPException("a bare CR")
         return line

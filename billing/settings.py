@@ -326,6 +326,7 @@ def _kept_secrets(state_dir: Path) -> dict[str, str]:
     with _in_our_words(state_dir):
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         _require_private(state_dir)
+    with _in_our_words(path):
         if not path.exists():
             _write_once(path, "".join(f"{name}={value}\n" for name, value in new_secrets().items()))
         _require_private(path)

@@ -437,6 +437,13 @@ def test_a_dotenv_that_is_no_text_is_told_in_a_sentence(tmp_path: Path) -> None:
         Settings.load({}, dotenv=tmp_path / ".env")
 
 
+def test_secrets_that_are_no_text_are_told_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "secrets.env").write_bytes(b"\xff")
+    (tmp_path / "secrets.env").chmod(0o600)
+    with pytest.raises(SettingsError, match=r"secrets\.env is not text in UTF-8"):
+        Settings.load({"BILLING_STATE_DIR": str(tmp_path)}, dotenv=None)
+
+
 def test_secrets_behind_a_link_are_refused(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").touch(mode=0o600)
     (tmp_path / "secrets.env").symlink_to(tmp_path / "elsewhere")

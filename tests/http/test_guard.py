@@ -202,6 +202,8 @@ def test_json_in_utf8_however_it_is_written(content_type: bytes) -> None:
         [(b"content-type", b"application/json; charset*=utf-16''utf-8")],
         [(b"content-type", b"application/json; charset*0=utf-; charset*1=16")],
         [(b"content-type", b'application/json; charset="utf-8')],
+        [(b"content-type", b"application/json; a=")],
+        [(b"content-type", b'application/json; a="b')],
         [(b"content-type", b'application/json; a="' + b";" * 31_000)],
         [(b"content-type", b"application/json" + b";   " * 8_000 + b"!")],
         [JSON, (b"content-encoding", b"gzip")],

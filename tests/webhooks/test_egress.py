@@ -534,6 +534,7 @@ def test_a_bad_receiver_costs_little_time_and_memory(
         [b"content-type: multipart/x; boundary*" + b"9" * 5_000 + b"=z"],
         [b"Content-Type: multipart/x; boundary=a", b"no header", b"--a", b"Content-Type: message/rfc822"],
         [b"X-Before: 1", b"Content-Type: application/json", b"X-After: 2"],
+        [b"Content-Length: 0", b"Content-Type: text/plain;", b" charset=utf-8"],
     ],
 )
 def test_a_head_that_is_no_mime_is_an_answer(lines: list[bytes]) -> None:
