@@ -450,9 +450,8 @@ class _Lines(BufferedReader):
     def readline(self, size: int | None = -1, /) -> bytes:
         line = super().readline(size)
         if line[: len(MIME_TYPE)].lower() == MIME_TYPE:
-            line = (
-                b"X-" + line
-            )  # And not left out: lines that go on with it would go on with the header before.
+            # And not left out: lines that go on with it would go on with the header before.
+            line = b"X-" + line
         if b"\r" in line.removesuffix(b"\r\n"):
             raise http.client.HTTPException("a bare CR")
         return line

@@ -21,8 +21,8 @@ BODY_HEADERS = frozenset({b"content-type", b"content-length", b"content-encoding
 FRAMING = frozenset({b"content-length", b"transfer-encoding"})
 TOKEN = rb"[!#$%&'*+.^_`|~\w-]++"
 # application/json in UTF-8, in any case and with any other parameter (RFC 9110, section 8.3.1); a charset in RFC 2231's
-# form is of no use here. What has matched is not tried anew: the time goes with the length of the header alone. (Before
-# Python 3.11.5 a possessive `?` goes on where its group broke off.)
+# form is of no use here. What has matched is not tried anew: the time goes with the length of the header alone. (Not so
+# the `?`: a possessive one goes on where its group broke off, in Python 3.11.2.)
 JSON_IN_UTF8 = re.compile(
     rb"""
     [ \t]*+ application/json
