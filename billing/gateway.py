@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import stripe
@@ -22,6 +23,7 @@ from billing.users import User
 CONNECT_SECONDS = 3.05
 TOTAL_SECONDS = 8
 LARGEST_ANSWER = 1024 * 1024
+DEEPEST_ANSWER = 100
 
 ACCOUNT_ID = re.compile(r"acct_[A-Za-z0-9]{8,64}")
 COUNTRY = re.compile(r"[A-Z]{2}")
@@ -37,7 +39,7 @@ MOST_CAPABILITIES = 200
 LATEST_TIME = 253402300799  # The end of the year 9999.
 
 # How the library fails: its own errors, and what slips out of it when an answer is of no known form.
-FAILURES = (stripe.StripeError, AttributeError, KeyError, RecursionError, TypeError, ValueError)
+FAILURES = (stripe.StripeError, AttributeError, KeyError, TypeError, ValueError)
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.stripe")
 
@@ -184,13 +186,26 @@ class Gateway:
 stripe._util.STRIPE_LOG = None  # noqa: SLF001
 
 
+class _Client(stripe.RequestsClient):
+    """Refuses an answer too deep for the library, which goes down it by recursion.
+
+    Where the stack ends, whatever happens to run there fails as well, such as a finalizer of somebody else's.
+    """
+
+    def request(self, *args: Any, **kwargs: Any) -> Any:
+        answer = super().request(*args, **kwargs)
+        if _is_deep(answer[0]):
+            raise Malformed
+        return answer
+
+
 def _client(secret_key: str, client_id: str | None, api_base: str, connect_base: str) -> stripe.StripeClient:
     session = Session(Bounds(CONNECT_SECONDS, TOTAL_SECONDS, max_bytes=LARGEST_ANSWER))
     return stripe.StripeClient(
         secret_key,
         client_id=client_id,
         max_network_retries=0,
-        http_client=stripe.RequestsClient(timeout=(CONNECT_SECONDS, TOTAL_SECONDS), session=session),
+        http_client=_Client(timeout=(CONNECT_SECONDS, TOTAL_SECONDS), session=session),
         # All four: an address that is left out stays the real one.
         base_addresses={
             "api": api_base,
@@ -265,6 +280,16 @@ def _is_silence(error: BaseException | None) -> bool:
 
 
 # Answers -----------------------------------------------------------------------------------------
+
+
+def _is_deep(body: bytes) -> bool:
+    """Whether lists and objects of a JSON text stand in each other more than `DEEPEST_ANSWER` deep."""
+    if body.count(b"[") + body.count(b"{") <= DEEPEST_ANSWER:
+        return False
+    unescaped = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    outside_strings = b"".join(unescaped.split(b'"')[::2])
+    steps = (1 if byte in b"[{" else -1 for byte in outside_strings if byte in b"[]{}")
+    return any(depth > DEEPEST_ANSWER for depth in accumulate(steps))
 
 
 def _grant(token: Mapping[str, Any]) -> Grant:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -532,6 +532,35 @@ def test_however_deep_an_answer_is(depth: int, pair: tuple[bytes, bytes]) -> Non
         refusing = facing(answers(400, b'{"error": {"code": %s}}' % deep))
         with refusing as (gateway, _), pytest.raises(StripeUnavailable):
             call(gateway, ID, "ac_1")
+
+
+@pytest.mark.parametrize(
+    ("value", "is_read"),
+    [
+        (b"[" * 99 + b"]" * 99, True),
+        (b"[" * 100 + b"]" * 100, False),
+        (b'[{"a":' * 49 + b"1" + b"}]" * 49, True),
+        (b'[{"a":' * 50 + b"1" + b"}]" * 50, False),
+        (b"[" + b"[]," * 5000 + b"[]]", True),
+        (rb'"' + b"[{" * 5000 + rb'"', True),
+        (rb'"\"' + b"[{" * 5000 + rb'\\"', True),
+        (rb'["\\",' * 100 + b"1" + b"]" * 100, False),
+    ],
+    ids=[
+        "lists",
+        "deep lists",
+        "both",
+        "deep both",
+        "beside",
+        "text",
+        "text with quotes",
+        "deep beside quotes",
+    ],
+)
+def test_an_answer_of_no_more_than_a_hundred_levels_is_read(value: bytes, is_read: bool) -> None:
+    body = b'{"id": "%s", "other": %s}' % (ID.encode(), value)
+    with nullcontext() if is_read else pytest.raises(StripeUnavailable):
+        assert account_in(body) == Account(ID)
 
 
 ABSURD: list[Any] = [
