@@ -251,7 +251,7 @@ events = Table(
     Column("type", Text, nullable=False),
     Column("is_test", Boolean, nullable=False),
     _time("created_at"),
-    # The bytes that are signed, and sent on every attempt.
+    # The bytes that are signed, and sent on every attempt; of a test none, which is sent but once.
     Column("body", LargeBinary, nullable=False),
     # The request in which it happened, for the logs; None where the worker found out.
     Column("request_id", Text),
