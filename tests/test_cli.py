@@ -632,6 +632,25 @@ def test_a_companion_is_of_the_same_code_wherever_it_is_started(
     assert events == []
 
 
+def test_when_the_code_changes_both_the_server_and_its_companion_start_anew(
+    environ: dict[str, str], tmp_path: Path
+) -> None:
+    for part in ("billing", "openapi"):
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "app.py", tmp_path)
+    with serving(environ | {"PYTHONPATH": str(tmp_path)}, "--reload") as server:
+        server.await_started(workers=1)
+        first = server.await_companion()
+        with (tmp_path / "billing" / "ids.py").open("a") as code:
+            code.write("CHANGED = True\n")
+        server.await_started(workers=2)
+        second = server.await_companion(other_than=first)
+        assert server.events("the worker ended") == []
+
+        assert server.end() == 0
+        assert not is_alive(second)
+
+
 def test_no_worker_runs_if_none_is_wanted(environ: dict[str, str]) -> None:
     with serving(environ, "--no-worker") as server:
         server.await_started(workers=1)

@@ -8,14 +8,15 @@ import os
 import signal
 import socket
 import sys
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 
 import click
 import uvicorn
 from uvicorn.config import STARTUP_FAILURE
-from uvicorn.supervisors import ChangeReload, Multiprocess
+from uvicorn.supervisors import Multiprocess
+from uvicorn.supervisors.watchfilesreload import WatchFilesReload
 
 from billing.cli.console import opened_database
 from billing.cli.watchers import figures_kept, figures_of_server
@@ -60,7 +61,8 @@ def serve(host: str | None, port: int | None, workers: int, reload: bool, worker
         raise click.UsageError("--reload serves with one process: leave --workers out.")
     with suppress(KeyboardInterrupt):
         config = configuration(workers=workers, reload=reload)
-        _serve(_settings(HOST=host, PORT=port), config, Companion() if worker else nullcontext())
+        companion = Companion() if worker else None
+        _serve(_settings(HOST=host, PORT=port), config, companion)
 
 
 def _settings(**options: object) -> Settings:
@@ -69,15 +71,15 @@ def _settings(**options: object) -> Settings:
     return Settings.load()
 
 
-def _serve(settings: Settings, config: uvicorn.Config, companion: AbstractContextManager[object]) -> None:
+def _serve(settings: Settings, config: uvicorn.Config, companion: Companion | None) -> None:
     logs.configure(tty=sys.stderr.isatty())
     signal.signal(signal.SIGTERM, interrupt)
     with listen(settings.host, settings.port) as listener, figures_kept(settings):
         settings = _settings(PORT=listener.getsockname()[1])
         with opened_database(settings) as database:
             click.echo(banner(settings, database))
-            with figures_of_server(settings, database), companion:
-                run(config, listener)
+            with figures_of_server(settings, database), companion or nullcontext():
+                run(config, listener, companion)
 
 
 def interrupt(_number: int, _frame: FrameType | None) -> None:
@@ -133,14 +135,27 @@ async def follow_parent() -> None:
         signal.raise_signal(signal.SIGTERM)
 
 
-def run(config: uvicorn.Config, listener: socket.socket) -> None:
+def run(config: uvicorn.Config, listener: socket.socket, companion: Companion | None) -> None:
     """Serve until a signal; raises `click.ClickException` if the application does not start."""
     if config.reload:
-        ChangeReload(config, target=uvicorn.Server(config).run, sockets=[listener]).run()
+        reloader = Reloader(config, target=uvicorn.Server(config).run, sockets=[listener])
+        reloader.companion = companion
+        reloader.run()
     elif config.workers > 1:
         _run_workers(Multiprocess(config, sockets=[listener]))
     else:
         _run_here(uvicorn.Server(config), listener)
+
+
+class Reloader(WatchFilesReload):
+    """uvicorn's, that starts the worker beside the API anew as well."""
+
+    companion: Companion | None = None
+
+    def restart(self) -> None:
+        if self.companion is not None:
+            self.companion.renew()
+        super().restart()
 
 
 def _run_here(server: uvicorn.Server, listener: socket.socket) -> None:

@@ -182,23 +182,36 @@ class Companion:
     ) -> None:
         with self._starting:
             self._stopping.set()
-            if self._process is not None and self._process.stdin is not None:
-                self._process.stdin.close()
+            self._tell_to_end()
         self._watcher.join(END_SECONDS)
         if self._process is not None:
             self._process.kill()
+
+    def renew(self) -> None:
+        """Have it finish what is in flight and end, and another start, of the code as it is now."""
+        with self._starting:
+            self._tell_to_end()
+
+    def _tell_to_end(self) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
 
     def _keep_running(self) -> None:
         pause = FIRST_PAUSE_SECONDS
         while not self._stopping.is_set():
             try:
                 said: dict[str, object] = {"exit_code": self._run()}
+                if self._was_told_to_end():
+                    continue
             except OSError as error:  # As where there is no memory for one more process.
                 said = {"cause": error.strerror}
             if not self._stopping.is_set():
                 log.error("the worker ended, and is started again", **said)
                 self._stopping.wait(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    def _was_told_to_end(self) -> bool:
+        return self._process is not None and self._process.stdin is not None and self._process.stdin.closed
 
     def _run(self) -> int | None:
         process = self._start()
