@@ -234,7 +234,7 @@ class _Reader:
     def development_only(self, name: str, read: Callable[[str], T]) -> T:
         value = read(name)
         if self.production and value:
-            raise SettingsError(f"{name} is for development: production never opens private addresses.")
+            raise SettingsError(f"{name} is for development, and production refuses it.")
         return value
 
     def origins(self) -> tuple[str, ...]:

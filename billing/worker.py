@@ -1,4 +1,4 @@
-"""The worker: takes what is due in its queue, of any tenant, and does it in a few threads; any number may run."""
+"""The worker: takes what is due in its queue, of any tenant, and does it in threads; any number may run."""
 
 from __future__ import annotations
 

@@ -15,14 +15,15 @@ from jsonschema_rs import Draft4Validator, ReferencingError
 from requests.structures import CaseInsensitiveDict
 
 from billing.cli.console import as_json, cell, say_json, table
+from billing.http.validation import as_json_schema
 
 PROBLEM = "application/problem+json"
 COLUMNS = ("verdict", "operation", "status", "ms", "note")
 # Reserved (RFC 2606): a letter to it reaches nobody, and so does a webhook.
 EMAIL_DOMAIN = "billing-check.example"
 WEBHOOK_URL = f"https://hooks.{EMAIL_DOMAIN}/billing"
-# A test delivery is given 15 seconds, and Stripe 8 a question.
 MOST_REFERENCES = 32
+# A test delivery is given 15 seconds, and Stripe 8 a question.
 CALL_SECONDS = 40
 
 # What comes of reading a document, or an answer that it allows, which is not ours at all.
@@ -247,18 +248,6 @@ def _require_headers(headers: CaseInsensitiveDict[str], said: Mapping[str, Json]
     missing = [name for name, header in said.items() if header.get("required") and name not in headers]
     if missing:
         raise Wrong(f"the answer lacks {missing[0]}")
-
-
-def as_json_schema(node: Any) -> Any:
-    """An OpenAPI 3.0 schema as JSON Schema draft 4 says it: `nullable` is a second type."""
-    if isinstance(node, list):
-        return [as_json_schema(item) for item in node]
-    if not isinstance(node, dict):
-        return node
-    plain = {name: as_json_schema(value) for name, value in node.items()}
-    if plain.get("nullable") is True and isinstance(plain.get("type"), str):
-        plain["type"] = [plain["type"], "null"]
-    return plain
 
 
 # The visit -----------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ class Commands(click.Group):
         except DatabaseUnavailable as error:
             raise click.ClickException(unreachable(error)) from error
         except BillingError as error:
-            raise click.ClickException(said(error)) from error
+            raise click.ClickException(error.detail) from error
         except (SettingsError, EmbeddedPostgresError, SchemaError) as error:
             raise click.ClickException(str(error)) from error
 
@@ -42,11 +42,6 @@ def unreachable(error: DatabaseUnavailable) -> str:
     """The title and the driver's first line, which names host and port and reads better than ours would."""
     reason = str(getattr(error.__cause__, "orig", "")).strip().partition("\n")[0]
     return f"The database cannot be reached: {redact(reason)}." if reason else error.title()
-
-
-def said(error: BillingError) -> str:
-    """The error's own detail; where it has none, its title and what its docstring adds."""
-    return f"{error.title()} {error.detail}" if error.detail == error.explanation() else error.detail
 
 
 # The database --------------------------------------------------------------------------------------

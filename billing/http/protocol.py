@@ -14,7 +14,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from billing import errors, metrics
 from billing.errors import BillingError
 from billing.http import problems
-from billing.http.edge import SECURITY_HEADERS
+from billing.http.edge import OUTSIDE, SECURITY_HEADERS
 from billing.ids import new_name
 
 MAX_HEAD_BYTES = 32 * 1024
@@ -184,8 +184,8 @@ class Protocol(HttpToolsProtocol):
         lines += [b"%b: %b" % header for header in headers]
         self.transport.write(b"\r\n".join([*lines, b"", rendered.body]))
         log.info("request", request_id=request_id, status=rendered.status, refused=error.code())
-        metrics.REQUESTS.count("none", "other", str(rendered.status))
-        metrics.PROBLEMS.count("none", error.code())
+        metrics.REQUESTS.count(OUTSIDE, "other", str(rendered.status))
+        metrics.PROBLEMS.count(OUTSIDE, error.code())
 
 
 class Joined:

@@ -1,4 +1,4 @@
-"""What a handler answers, before it becomes bytes."""
+"""What a handler answers, and the bytes that it becomes."""
 
 from __future__ import annotations
 

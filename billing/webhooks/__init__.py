@@ -1,1 +1,1 @@
-"""Webhooks: what a tenant's URL may be, and the secret that signs what is sent there."""
+"""Webhooks: endpoints, events, how they are signed and sent out, what became of them, and sending again."""

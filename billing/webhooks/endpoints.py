@@ -200,17 +200,16 @@ def previous_expiry(secrets: Sequence[Secret]) -> datetime | None:
     return next((secret.expires_at for secret in secrets if secret.expires_at is not None), None)
 
 
-def remove(tx: Storage, *, now: datetime) -> bool:
-    """Send nothing any more, and give up what is pending; False if there was no URL. The secret is kept."""
+def remove(tx: Storage, *, now: datetime) -> None:
+    """Send nothing any more, and give up what is pending. The secret is kept."""
     before = tx.webhooks.find(lock=True)
     if before.url is None:
-        return False
+        return
     tx.webhooks.keep(Endpoint(None, before.event_types), now)
     tx.deliveries.cancel(CANCELLED, now)
     tx.tenants.touch(now)
     tx.audit.record("webhook.removed", subject=before.host, now=now)
     _wake(tx, now)
-    return True
 
 
 def require_url(endpoint: Endpoint) -> str:
