@@ -60,11 +60,11 @@ class Line:
     URL, as it does for requests, and tells whether something has come on a connection.
     """
 
-    def __init__(self, url: str, bounds: Bounds, *, resolver: Resolver, trust: ssl.SSLContext) -> None:
+    def __init__(self, url: str, bounds: Bounds, *, resolver: Resolver, tls: ssl.SSLContext) -> None:
         self._to = _Place.of(url)
         self._bounds = bounds
         self._names = _Lookup(resolver)
-        self._trust = trust
+        self._tls = tls
         self._kept = deque[_Wire]()
         self._is_open = True
 
@@ -134,7 +134,7 @@ class Line:
         to = self._to
         connected = call.dial(to.host, to.port, NO_DELAY)
         if to.scheme == "https":
-            connected = self._trust.wrap_socket(connected, server_hostname=to.name)
+            connected = self._tls.wrap_socket(connected, server_hostname=to.name)
         return _Wire(connected, to)
 
     def _quiet(self) -> _Wire | None:

@@ -42,6 +42,8 @@ Found = tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]
 
 HEAD_BYTES = 64 * 1024
 PIECE_BYTES = 16 * 1024
+# How many of a session's to one host are kept open.
+CONNECTIONS = 64
 MIME_TYPE = b"content-type:"
 
 T = TypeVar("T")
@@ -173,18 +175,9 @@ class Session(requests.Session):
     Args:
         bounds: what each call may take.
         resolver: what looks names up; the session's own by default.
-        trust: the certificates to trust, where requests would read its own anew for each connection.
-        connections: how many a host are kept open.
     """
 
-    def __init__(
-        self,
-        bounds: Bounds,
-        *,
-        resolver: Resolver | None = None,
-        trust: ssl.SSLContext | None = None,
-        connections: int = 64,
-    ) -> None:
+    def __init__(self, bounds: Bounds, *, resolver: Resolver | None = None) -> None:
         super().__init__()
         self._bounds = bounds
         self._resolver = resolver or Resolver()
@@ -193,7 +186,7 @@ class Session(requests.Session):
         self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=()))
         self.headers = CaseInsensitiveDict({"Accept-Encoding": "identity"})
         for scheme in ("http://", "https://"):
-            self.mount(scheme, _Adapter(trust, connections))
+            self.mount(scheme, _Adapter())
 
     def get_redirect_target(self, resp: requests.Response) -> None:
         """None: requests would read all of a redirect's body before it looks at how many it may follow."""
@@ -236,22 +229,13 @@ class Session(requests.Session):
         return response
 
 
-class SharedTrust(ssl.SSLContext):
-    """The certificates that requests trusts (certifi), read once for many connections at a time.
-
-    To read them takes 27 ms, which requests spends on every connection.
-    """
-
-    def __new__(cls) -> SharedTrust:
-        return super().__new__(cls, ssl.PROTOCOL_TLS_CLIENT)
-
-    def __init__(self) -> None:
-        self.load_verify_locations(requests.utils.DEFAULT_CA_BUNDLE_PATH)
-        self.hostname_checks_common_name = False
-        super().set_alpn_protocols(["http/1.1"])
-
-    def set_alpn_protocols(self, alpn_protocols: object) -> None:
-        """Nothing: urllib3 says them anew for every connection, and OpenSSL frees what another thread is copying."""
+def tls_context() -> ssl.SSLContext:
+    """A context that trusts what requests trusts (certifi), for any number of connections: to make it takes 27 ms."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(requests.utils.DEFAULT_CA_BUNDLE_PATH)
+    context.hostname_checks_common_name = False
+    context.set_alpn_protocols(["http/1.1"])
+    return context
 
 
 # One request's time ------------------------------------------------------------------------------
@@ -512,21 +496,6 @@ class _TlsPool(_Pool, HTTPSConnectionPool):
 
 
 class _Adapter(HTTPAdapter):
-    def __init__(self, trust: ssl.SSLContext | None, connections: int) -> None:
-        self._trust = trust
-        super().__init__(pool_maxsize=connections)
+    def __init__(self) -> None:
+        super().__init__(pool_maxsize=CONNECTIONS)
         self.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _TlsPool}
-
-    def build_connection_pool_key_attributes(
-        self, request: requests.PreparedRequest, verify: Any, cert: Any = None
-    ) -> tuple[Any, Any]:
-        host, tls = super().build_connection_pool_key_attributes(request, verify, cert)
-        return host, {**tls, "ssl_context": self._trust} if self._is_trusted(verify) else tls
-
-    def cert_verify(self, conn: Any, url: Any, verify: Any, cert: Any) -> None:
-        super().cert_verify(conn, url, verify, cert)  # type: ignore[no-untyped-call]
-        if self._is_trusted(verify):
-            conn.ca_certs = None
-
-    def _is_trusted(self, verify: object) -> bool:
-        return verify is True and self._trust is not None

@@ -19,8 +19,8 @@ from billing.outbound import (
     DeadlineExceeded,
     NameUnknown,
     Resolver,
-    SharedTrust,
     UrlInvalid,
+    tls_context,
 )
 from tests import receivers
 from tests.receivers import MEGABYTE, Behaviour, Names, Visit, answers, receiving
@@ -34,7 +34,7 @@ AMPLE_SECONDS = 5
 def line(url: str, *, resolver: Resolver | None = None, **changes: Any) -> Line:
     """One whose deadline is too far away to be met by chance."""
     ample = {"connect_seconds": AMPLE_SECONDS, "total_seconds": AMPLE_SECONDS, "max_bytes": 64 * 1024}
-    return Line(url, Bounds(**{**ample, **changes}), resolver=resolver or Resolver(), trust=SharedTrust())
+    return Line(url, Bounds(**{**ample, **changes}), resolver=resolver or Resolver(), tls=tls_context())
 
 
 def post(opened: Line) -> int:

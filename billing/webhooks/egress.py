@@ -26,9 +26,9 @@ from billing.outbound import (
     OutboundError,
     Resolver,
     ResponseTooLarge,
-    SharedTrust,
     TlsFailed,
     UrlInvalid,
+    tls_context,
 )
 from billing.settings import Network
 from billing.webhooks.endpoints import UrlPolicy
@@ -148,7 +148,7 @@ class Egress:
         )
         self._keep_bytes = keep_bytes
         self._resolver = Resolver(lookups)
-        self._trust = SharedTrust()
+        self._tls = tls_context()
 
     def permitted(self, address: Address) -> bool:
         """Whether the address may be called: a public one, or one in `allow_networks`."""
@@ -171,7 +171,7 @@ class Egress:
     def _line_to(self, url: str) -> Line | None:
         # None, as what the block raises would have a refusal for its context.
         try:
-            return Line(self._policy.check(url), self._bounds, resolver=self._resolver, trust=self._trust)
+            return Line(self._policy.check(url), self._bounds, resolver=self._resolver, tls=self._tls)
         except (WebhookUrlRefused, UrlInvalid):
             return None
 

@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from billing.lines import Line
-from billing.outbound import Bounds, OutboundError, Resolver, Session, SharedTrust
+from billing.outbound import Bounds, OutboundError, Resolver, Session, tls_context
 from billing.webhooks import egress as module
 from billing.webhooks.egress import FAILURES, Attempt, Egress, Failure, is_public
 from billing.webhooks.endpoints import UrlPolicy
@@ -359,7 +359,7 @@ def line(url: str) -> Line:
         url,
         Bounds(1, 1, max_bytes=1, cut=True, permitted=is_public),
         resolver=Resolver(),
-        trust=SharedTrust(),
+        tls=tls_context(),
     )
 
 
