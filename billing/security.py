@@ -52,11 +52,14 @@ class Caller:
             raise InsufficientScope
         return self.user
 
+    @property
+    def id(self) -> UUID:
+        """Of the key, or of the user."""
+        return self.signed_in_user().id if self.key is None else self.key.id
+
     def actor(self, address: str | None, request_id: str | None) -> Actor:
         """The caller as the audit log keeps them."""
-        if self.key is not None:
-            return Actor("api_key", self.key.id, address, request_id)
-        return Actor("user", self.user.id if self.user else None, address, request_id)
+        return Actor("user" if self.key is None else "api_key", self.id, address, request_id)
 
 
 class Doorkeeper:

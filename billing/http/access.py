@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -13,12 +13,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from billing.errors import CredentialsMissing, TokenExpired, TokenInvalid, Unauthenticated
 from billing.http.document import Operation
+from billing.http.headers import texts
 from billing.http.limits import Limits
 from billing.security import Caller, Doorkeeper, require_allowed
 
 API_KEY = "apiKeyAuth"
 Verify = Callable[[ConnexionRequest], Awaitable[Any]]
-Headers = Iterable[tuple[bytes, bytes]]
 
 
 class Access:
@@ -43,8 +43,8 @@ class Access:
         await let_in(scope, operation, self._limits)
 
     async def _find(self, scope: Scope, operation: Operation) -> None:
-        by_key = self.by_api_key if API_KEY in operation.schemes else nobody
-        if not (await self.by_bearer(scope) or await by_key(scope)):
+        takes_key = API_KEY in operation.schemes
+        if not (await self.by_bearer(scope) or (takes_key and await self.by_api_key(scope))):
             raise CredentialsMissing
 
     async def by_bearer(self, scope: Scope) -> bool:
@@ -53,31 +53,27 @@ class Access:
         If it is present it alone counts: Connexion would let a good key make up for a bad token
         (spec-first/connexion#1767).
         """
-        credential = bearer_credential(values(scope["headers"], b"authorization"))
+        credential = bearer_credential(texts(scope["headers"], b"authorization"))
         if credential is None:
             return False
         if not credential:
             raise TokenInvalid
-        return found(scope, await self._doorkeeper.by_bearer(credential))
+        remember(scope, await self._doorkeeper.by_bearer(credential))
+        return True
 
     async def by_api_key(self, scope: Scope) -> bool:
         """Find the caller by `X-API-Key`; False where it is absent, or does not count."""
-        given = values(scope["headers"], b"x-api-key")
-        if not given or values(scope["headers"], b"authorization"):
+        given = texts(scope["headers"], b"x-api-key")
+        if not given or texts(scope["headers"], b"authorization"):
             return False
         # Blanks around a field value are no part of it (RFC 9110, section 5.5).
-        return found(scope, await self._doorkeeper.by_key(",".join(given).strip(" \t")))
+        remember(scope, await self._doorkeeper.by_key(",".join(given).strip(" \t")))
+        return True
 
 
-def found(scope: Scope, caller: Caller) -> bool:
+def remember(scope: Scope, caller: Caller) -> None:
     """Leave the caller where everyone looks."""
     scope["state"].update(caller=caller, tenant_id=caller.tenant_id)
-    return True
-
-
-async def nobody(_scope: Scope) -> bool:
-    """For an operation that takes no API key beside a token."""
-    return False
 
 
 async def let_in(scope: Scope, operation: Operation, limits: Limits) -> None:
@@ -86,11 +82,6 @@ async def let_in(scope: Scope, operation: Operation, limits: Limits) -> None:
     await limits.admit_caller(scope)
     require_allowed(caller, roles=operation.roles, keys_allowed=API_KEY in operation.schemes)
     await limits.admit_cost(scope, operation)
-
-
-def values(headers: Headers, name: bytes) -> list[str]:
-    """All values of a header, in their order."""
-    return [value.decode("latin-1") for key, value in headers if key == name]
 
 
 def bearer_credential(authorization: Sequence[str]) -> str | None:
@@ -146,7 +137,10 @@ class Gate:
 
 
 class Turnstile:
-    """ASGI middleware around Connexion's security: counts public operations, and whoever is not let in."""
+    """ASGI middleware around Connexion's security: counts public operations, and whoever is not let in.
+
+    It leaves the operationId where the log looks for it.
+    """
 
     def __init__(self, app: ASGIApp, *, operations: Mapping[str, Operation], limits: Limits) -> None:
         self.app = app
@@ -154,7 +148,7 @@ class Turnstile:
         self.limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        operation = self.operations.get(operation_id_of(scope)) if scope["type"] == "http" else None
+        operation = self._named(scope) if scope["type"] == "http" else None
         if operation is None:
             await self.app(scope, receive, send)
             return
@@ -166,24 +160,16 @@ class Turnstile:
                 await self.limits.note_stranger(scope)
             raise
 
+    def _named(self, scope: Scope) -> Operation | None:
+        scope["state"]["operation_id"] = operation_id_of(scope)
+        return self.operations.get(scope["state"]["operation_id"])
+
 
 def is_about_credentials(error: Unauthenticated | ProblemException) -> bool:
     """Whether they were bad, or missing, for which Connexion has an error of its own; not only too old."""
     if isinstance(error, TokenExpired):
         return False
     return isinstance(error, Unauthenticated) or error.status == HTTPStatus.UNAUTHORIZED
-
-
-class NameOperation:
-    """ASGI middleware after Connexion's routing: leaves the operationId where the log looks for it."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            scope["state"]["operation_id"] = operation_id_of(scope)
-        await self.app(scope, receive, send)
 
 
 def operation_id_of(scope: Scope) -> Any:

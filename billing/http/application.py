@@ -18,11 +18,11 @@ from starlette.routing import Route, Router
 from billing import errors
 from billing.errors import BillingError
 from billing.http import crashes, problems
-from billing.http.access import Access, Gate, NameOperation, Turnstile, security_map
+from billing.http.access import Access, Gate, Turnstile, security_map
 from billing.http.cors import Cors
 from billing.http.deadlines import Deadline
 from billing.http.document import Operation, operations
-from billing.http.edge import Edge, Network
+from billing.http.edge import Edge
 from billing.http.guard import Guard
 from billing.http.lanes import Lanes
 from billing.http.limits import Limits
@@ -31,6 +31,7 @@ from billing.http.pages import beside
 from billing.http.validation import Rules, as_json_schema, validator_map
 from billing.http.wiring import ByOperationId, endpoints
 from billing.security import Doorkeeper
+from billing.settings import Network
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.http")
 
@@ -83,7 +84,6 @@ def build(
     )
     app.add_middleware(Guard, position=MiddlewarePosition.BEFORE_SWAGGER)
     app.add_middleware(beside, position=MiddlewarePosition.BEFORE_ROUTING, routes=routes)
-    app.add_middleware(NameOperation, position=MiddlewarePosition.BEFORE_SECURITY)
     app.add_middleware(
         Turnstile, position=MiddlewarePosition.BEFORE_SECURITY, operations=by_id, limits=limits
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from billing.http.edge import VARY
+from billing.http.headers import Header, first
 from billing.http.replies import Rendered
 
 METHODS = b"GET, POST, DELETE"
@@ -24,8 +25,6 @@ FOR_PREFLIGHT = [
     (b"access-control-max-age", MAX_AGE_SECONDS),
 ]
 FOR_ANSWER = [WITH_CREDENTIALS, (b"access-control-expose-headers", EXPOSED)]
-
-Header = tuple[bytes, bytes]
 
 
 class Cors:
@@ -46,7 +45,7 @@ class Cors:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        origin = value(scope["headers"], b"origin")
+        origin = first(scope["headers"], b"origin")
         asks_first = origin is not None and is_preflight(scope)
         scope["state"]["answer_headers"] += self._allow(origin, FOR_PREFLIGHT if asks_first else FOR_ANSWER)
         if asks_first:
@@ -63,10 +62,5 @@ class Cors:
 def is_preflight(scope: Scope) -> bool:
     """Whether a browser asks what it may send; any other OPTIONS is a request."""
     return (
-        scope["method"] == "OPTIONS" and value(scope["headers"], b"access-control-request-method") is not None
+        scope["method"] == "OPTIONS" and first(scope["headers"], b"access-control-request-method") is not None
     )
-
-
-def value(headers: Iterable[Header], name: bytes) -> bytes | None:
-    """The value of a header, or None."""
-    return next((found for key, found in headers if key == name), None)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
@@ -15,7 +13,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from billing import errors, metrics, tracing
 from billing.errors import BillingError
 from billing.http import crashes, problems
+from billing.http.addresses import client_address
+from billing.http.headers import Header, Headers, texts, values
 from billing.ids import new_name
+from billing.settings import Network
 
 # What is no page of ours loads nothing and stands in no frame, should a browser be made to show it.
 NO_CONTENT = b"default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -33,10 +34,6 @@ MAX_LOGGED_PATH = 200
 # What is none of the document's operations: pages, health, and paths that there are not.
 OUTSIDE = "none"
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-
-Headers = Iterable[tuple[bytes, bytes]]
-Address = IPv4Address | IPv6Address
-Network = IPv4Network | IPv6Network
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.http")
 
@@ -79,7 +76,7 @@ class Edge:
             structlog.contextvars.reset_contextvars(**bound)
 
     async def _traced(self, scope: Scope, exchange: Exchange) -> None:
-        parents = [value.decode("latin-1") for name, value in scope["headers"] if name == b"traceparent"]
+        parents = texts(scope["headers"], b"traceparent")
         with tracing.span("request", "server", parent=parents[0] if len(parents) == 1 else None) as span:
             try:
                 await self._answer(scope, exchange)
@@ -140,7 +137,7 @@ class Exchange:
             message = {**message, "headers": self._signed(message.get("headers", ()))}
         await self._send(message)
 
-    def _signed(self, headers: Headers) -> list[tuple[bytes, bytes]]:
+    def _signed(self, headers: Headers) -> list[Header]:
         ours = {name for name, _ in self._headers if name != VARY}
         others = [header for header in headers if header[0].lower() not in ours]
         present = {name.lower() for name, _ in others}
@@ -157,7 +154,7 @@ async def apologise(send: Send, scope: Scope, error: BillingError) -> None:
 
 def request_id_of(headers: Headers) -> str:
     """The client's X-Request-Id when it is one and safe to repeat and to log, else a new UUIDv7."""
-    offered = [value for name, value in headers if name == b"x-request-id"]
+    offered = values(headers, b"x-request-id")
     if len(offered) == 1 and SAFE_REQUEST_ID.fullmatch(offered[0]):
         return offered[0].decode()
     return new_name()
@@ -206,44 +203,3 @@ def traits(scope: Scope, status: int | None) -> dict[str, Any]:
         "billing__request_id": state["request_id"],
         "billing__tenant_id": str(state["tenant_id"]) if "tenant_id" in state else None,
     }
-
-
-def client_address(scope: Scope, trusted_proxies: Sequence[Network]) -> str | None:
-    """Who is asking: the peer, or what trusted proxies say of it, read from the right; None on a Unix socket.
-
-    Each trusted proxy appended the address it was asked from; what stands left of the first untrusted
-    address is the client's own invention.
-    """
-    if not scope.get("client"):
-        return None
-    peer: str = scope["client"][0]
-    address = parse_address(peer)
-    hops = forwarded_for(scope["headers"]) if trusted_proxies else []
-    while hops and any(address in network for network in trusted_proxies if address):
-        hop = parse_address(hops.pop())
-        if hop is None:
-            break
-        address = hop
-    return str(address or peer)
-
-
-def forwarded_for(headers: Headers) -> list[str]:
-    """The hops of X-Forwarded-For, the nearest last; several headers are one list (RFC 9110, section 5.3)."""
-    lines = [value.decode("latin-1") for name, value in headers if name == b"x-forwarded-for"]
-    return ",".join(lines).split(",") if lines else []
-
-
-@lru_cache(maxsize=1024)
-def parse_address(text: str) -> Address | None:
-    """The address in `192.0.2.1`, `192.0.2.1:80`, `2001:db8::1` or `[2001:db8::1]:80`, else None."""
-    text = text.strip()
-    if text.startswith("["):
-        text = text[1:].partition("]")[0]
-    elif text.count(":") == 1:
-        text = text.partition(":")[0]
-    try:
-        address = ip_address(text)
-    except ValueError:
-        return None
-    # A dual-stack socket shows IPv4 peers as ::ffff:192.0.2.1, which no IPv4 network contains.
-    return getattr(address, "ipv4_mapped", None) or address

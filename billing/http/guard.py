@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterable
 from urllib.parse import unquote_to_bytes
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from billing import errors
+from billing.http.headers import Header, Headers, values
 
 MAX_BODY_BYTES = 64 * 1024
 BODY_TIMEOUT_SECONDS = 15.0
-
-Headers = Iterable[tuple[bytes, bytes]]
 
 # Said anew for the buffered body, or meaningless without one.
 BODY_HEADERS = frozenset({b"content-type", b"content-length", b"content-encoding", b"transfer-encoding"})
@@ -161,7 +159,7 @@ def check_content(headers: Headers, body: bytes) -> None:
         raise errors.MalformedBody from None
 
 
-def headers_for(headers: Headers, body: bytes) -> list[tuple[bytes, bytes]]:
+def headers_for(headers: Headers, body: bytes) -> list[Header]:
     """The headers with the body described as it now is; an empty one is no body, whatever was said of it."""
     others = [header for header in headers if header[0] not in BODY_HEADERS]
     if not body:
@@ -178,8 +176,3 @@ def replay(body: bytes, receive: Receive) -> Receive:
         return messages.pop() if messages else await receive()
 
     return receive_again
-
-
-def values(headers: Headers, name: bytes) -> list[bytes]:
-    """All values of a header, in their order."""
-    return [value for key, value in headers if key == name]

@@ -101,7 +101,7 @@ def request_of(scope: Scope) -> Request | None:
     if caller is None:
         whose = idempotency.scope_of_address(state.get("client_address"))
         return Request(whose, idempotency.name_of(key, None), fingerprint_of(scope))
-    name = idempotency.name_of(key, caller.actor(None, None).id)
+    name = idempotency.name_of(key, caller.id)
     return Request(caller.tenant_id, name, fingerprint_of(scope))
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from functools import lru_cache
 
 from starlette.types import Scope
 
 from billing.errors import InvalidCredentials, RateLimited, WrongPassword
 from billing.failed_logins import FailedLogins
+from billing.http.addresses import network_of
 from billing.http.document import Operation
-from billing.http.edge import parse_address
 from billing.http.replies import Rendered
 from billing.http.wiring import actor_of, caller_of
 from billing.limits import Brake, Meter, Policies, Policy, Usage
@@ -20,7 +19,6 @@ from billing.users import normalise_email
 
 # Whoever asks by a Unix socket is one and the same.
 NO_ADDRESS = "local"
-IPV6_HOST_BITS = 64
 
 Endpoint = Callable[[Scope], Awaitable[Rendered]]
 
@@ -135,15 +133,6 @@ def address_of(scope: Scope) -> str:
     return network_of(scope["state"]["client_address"] or NO_ADDRESS)
 
 
-@lru_cache(maxsize=1024)
-def network_of(address: str) -> str:
-    """The address itself; of IPv6 the /64, which is one customer's, who may take any address in it."""
-    parsed = parse_address(address)
-    if parsed is None or parsed.version == 4:
-        return address
-    return f"{int(parsed) >> IPV6_HOST_BITS:x}::/64"
-
-
 def share_of(caller: Caller, scope: Scope) -> str:
     """Which part of a tenant's limit a request is counted against.
 
@@ -165,7 +154,7 @@ def holder_of(scope: Scope) -> str:
     """
     caller = caller_of(scope)
     if caller is not None:
-        return str(caller.session_id or caller.signed_in_user().id)
+        return str(caller.session_id or caller.id)
     return f"{address_of(scope)} {email_of(scope)}"
 
 

@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope
 
 from billing.errors import Fault, InvalidRequest, MalformedBody
 from billing.http.document import Operation
+from billing.http.headers import Headers, texts
 
 MASK = "The value"
 # The document says how many an answer lists at most.
@@ -58,14 +59,14 @@ class Rules:
         _refuse(faults)
         return given
 
-    def headers(self, raw: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
+    def headers(self, raw: Headers) -> dict[str, str]:
         """The header parameters that came, by the names they have in the document; raises `InvalidRequest`."""
         given: dict[str, str] = {}
         for name, (wanted, schema) in self._headers.items():
-            values = [value.decode("latin-1") for key, value in raw if key == wanted]
-            if len(values) > 1:
+            found = texts(raw, wanted)
+            if len(found) > 1:
                 _refuse([Fault(f"/header/{name}", "It stands in the request twice.")])
-            for value in values:
+            for value in found:
                 _refuse(list(_faults(schema, value, at=f"/header/{name}")))
                 given[name] = value
         return given

@@ -24,9 +24,7 @@ from billing.http.replies import Rendered, Reply
 from billing.security import Caller
 
 HANDLERS = "billing.handlers"
-# What a handler may ask for by name beside the services: all of it belongs to one request.
-OF_THE_REQUEST = frozenset({"body", "caller", "actor", "browser"})
-# Besides, where the document says that the operation takes an Idempotency-Key, and only there.
+# What a handler asks for where the document says that the operation takes an Idempotency-Key, and only there.
 ONCE = "once"
 
 Endpoint = Callable[[Scope], Awaitable[Rendered]]
@@ -65,14 +63,13 @@ def _endpoint(
     from_services = {name: services[name] for name in wanted & services.keys()}
     from_request = wanted - services.keys() - {ONCE}
     from_query = {parameter["name"] for parameter in operation.query}
-    if missing := from_request - OF_THE_REQUEST - from_query:
+    if missing := from_request - OF_THE_REQUEST.keys() - from_query:
         raise WiringError(f"Nobody has what {operation.operation_id} asks for: {', '.join(sorted(missing))}.")
     if takes_key(operation) != (ONCE in wanted):
         raise WiringError(f"{operation.operation_id} must ask for `once` if, and only if, it takes {HEADER}.")
     handled = _idempotency_of(services).answer if ONCE in wanted else _answer
     lane = lane_of(handler, waits=bool(from_services))
-
-    parts = [(name, part_of_the_request(name)) for name in from_request]
+    parts = [(name, OF_THE_REQUEST.get(name) or in_query(name)) for name in from_request]
 
     async def endpoint(scope: Scope) -> Rendered:
         given = {name: part(scope) for name, part in parts}
@@ -102,17 +99,8 @@ def takes_key(operation: Operation) -> bool:
     return any(parameter["name"] == HEADER for parameter in operation.headers)
 
 
-def part_of_the_request(name: str) -> Callable[[Scope], object]:
-    """What finds the body, the caller, the actor, the browser, or a query parameter in a request."""
-    match name:
-        case "body":
-            return lambda scope: scope["state"].get("body")
-        case "caller":
-            return caller_of
-        case "actor":
-            return actor_of
-        case "browser":
-            return lambda scope: browser_of(Headers(scope=scope))
+def in_query(name: str) -> Callable[[Scope], object]:
+    """What finds a query parameter in a request."""
     return lambda scope: scope["state"]["query"].get(name)
 
 
@@ -128,6 +116,15 @@ def actor_of(scope: Scope) -> Actor:
     address, request_id = state.get("client_address"), state.get("request_id")
     caller = caller_of(scope)
     return caller.actor(address, request_id) if caller else Actor("anonymous", None, address, request_id)
+
+
+# What a handler may ask for by name beside the services, and what finds it in a request.
+OF_THE_REQUEST: Mapping[str, Callable[[Scope], object]] = {
+    "body": lambda scope: scope["state"].get("body"),
+    "caller": caller_of,
+    "actor": actor_of,
+    "browser": lambda scope: browser_of(Headers(scope=scope)),
+}
 
 
 def _with_key_expiry(reply: Reply, caller: Caller | None) -> Reply:

@@ -20,7 +20,7 @@ from billing.errors import (
     TokenInvalid,
 )
 from billing.failed_logins import FailedLogins
-from billing.http.access import Access, Gate, NameOperation, bearer_credential, operation_id_of, security_map
+from billing.http.access import Access, Gate, Turnstile, bearer_credential, operation_id_of, security_map
 from billing.http.document import load, operations
 from billing.http.limits import Limits
 from billing.ids import new_id
@@ -225,6 +225,7 @@ def test_the_name_of_the_operation_is_left_for_the_log() -> None:
         "state": {},
         "extensions": {"connexion_routing": {"operation_id": "log_in"}},
     }
-    asyncio.run(NameOperation(app)(scope, None, None))  # type: ignore[arg-type]
+    turnstile = Turnstile(app, operations={}, limits=NO_LIMITS)
+    asyncio.run(turnstile(scope, None, None))  # type: ignore[arg-type]
     assert scope["state"] == {"operation_id": "log_in"}
     assert operation_id_of(scope) == "log_in"

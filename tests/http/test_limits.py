@@ -14,8 +14,8 @@ from starlette.types import ASGIApp
 
 from app import create_app
 from billing.counters import InProcess
+from billing.http.addresses import network_of
 from billing.http.document import Operation, load, operations
-from billing.http.limits import network_of
 from billing.limits import HOUR, MINUTE, Brake, Policies, Policy
 from billing.settings import Settings
 from tests.clock import TurnedClock
