@@ -30,6 +30,7 @@ from billing.http.lanes import (
     PASSWORD_THREADS,
     STRIPE_THREADS,
     WEBHOOK_THREADS,
+    BoundedThreads,
     Lane,
     Lanes,
     end_with_main_thread,
@@ -214,7 +215,7 @@ def readiness(store: Store) -> Callable[[], Awaitable[None]]:
 
     Raises `DatabaseUnavailable`. Anybody may ask, and a flood must not make a server look unready.
     """
-    lane = Lanes({Lane.GENERAL: 1})
+    thread = BoundedThreads("readiness", 1)
     looking: asyncio.Task[None] | None = None
 
     def require_ready() -> None:
@@ -226,7 +227,7 @@ def readiness(store: Store) -> Callable[[], Awaitable[None]]:
     async def look() -> None:
         nonlocal looking
         if looking is None or looking.done():
-            looking = asyncio.create_task(lane.run(Lane.GENERAL, require_ready))
+            looking = asyncio.create_task(thread.run(require_ready))
         await asyncio.shield(looking)
 
     return look

@@ -73,6 +73,34 @@ def test_a_histogram_puts_each_value_where_it_belongs() -> None:
 BOUNDS = ("0.001", "0.0025", "30.0", "+Inf")
 
 
+CROWD = """
+import asyncio, threading
+from billing.errors import Overloaded
+from billing.http.lanes import BoundedThreads, Lane, Lanes
+
+async def crowd(run):
+    begun, end = threading.Event(), threading.Event()
+    def work():
+        begun.set()
+        end.wait()
+    first = asyncio.create_task(run(work))
+    await asyncio.to_thread(begun.wait)
+    assert isinstance((await asyncio.gather(run(work), return_exceptions=True))[0], Overloaded)
+    end.set()
+    await first
+
+lanes = Lanes({Lane.GENERAL: 1}, longest_wait_seconds=0.01)
+asyncio.run(crowd(lambda work: lanes.run(Lane.GENERAL, work)))
+asyncio.run(crowd(BoundedThreads("figures", 1, longest_wait_seconds=0.01).run))
+"""
+
+
+def test_who_found_no_thread_is_counted_under_the_name_of_those_threads() -> None:
+    figures = told(CROWD)
+    assert value(figures, "billing_lane_refused_total", lane="general") == 1
+    assert value(figures, "billing_lane_refused_total", lane="figures") == 1
+
+
 def test_every_figure_is_told_under_its_name_with_its_labels() -> None:
     script = "\n".join(
         f"metrics.REGISTRY[{name!r}].{call}({given}*{tuple('x' for _ in figure.labels)!r})"

@@ -19,7 +19,7 @@ from starlette.routing import Route
 from billing import metrics
 from billing.clock import Clock
 from billing.errors import CredentialsMissing, DatabaseUnavailable, TokenInvalid
-from billing.http.lanes import Lane, Lanes
+from billing.http.lanes import BoundedThreads
 from billing.settings import Settings
 from billing.storage.store import StorageError, Store
 from billing.tasks import Backlog
@@ -78,7 +78,7 @@ def routes(settings: Settings, directory: Path | None, store: Store, clock: Cloc
 
 def route(read: Read, token: str) -> Route:
     """The page for whoever bears the token."""
-    lane = Lanes({Lane.GENERAL: 1})
+    thread = BoundedThreads("figures", 1)
 
     async def endpoint(request: Request) -> Response:
         given = request.headers.get("authorization")
@@ -86,7 +86,7 @@ def route(read: Read, token: str) -> Route:
             raise CredentialsMissing
         if not is_good(given, token):
             raise TokenInvalid
-        body, media_type = await lane.run(Lane.GENERAL, lambda: read(request.headers.get("accept", "")))
+        body, media_type = await thread.run(lambda: read(request.headers.get("accept", "")))
         return Response(body, headers={"content-type": media_type, "cache-control": "no-store"})
 
     return Route(PATH, endpoint)

@@ -70,65 +70,46 @@ class Lanes:
     def __init__(
         self, threads: Mapping[Lane, int], *, longest_wait_seconds: float = LONGEST_WAIT_SECONDS
     ) -> None:
-        self._longest_wait_seconds = longest_wait_seconds
-        self._lanes = {lane: _Places(lane, count) for lane, count in threads.items()}
+        self._lanes = {
+            lane: BoundedThreads(lane.value, count, longest_wait_seconds=longest_wait_seconds)
+            for lane, count in threads.items()
+        }
 
     def sample(self) -> None:
         """Say how many threads each lane has, how many of them work, and how many wait for one."""
-        for lane, places in self._lanes.items():
-            metrics.LANE_THREADS.set(places.count, lane.value)
-            metrics.LANE_BUSY.set(places.busy, lane.value)
-            metrics.LANE_WAITING.set(places.waiting, lane.value)
+        for lane, bounded in self._lanes.items():
+            metrics.LANE_THREADS.set(bounded.count, lane.value)
+            metrics.LANE_BUSY.set(bounded.busy, lane.value)
+            metrics.LANE_WAITING.set(bounded.waiting, lane.value)
 
     async def run(self, lane: Lane, call: Callable[[], T]) -> T:
         """Run a blocking call in the lane; raises `Overloaded` if no thread is free in time."""
-        places = self._lanes[lane]
-        await places.enter(self._longest_wait_seconds)
-        return await places.run(call)
+        return await self._lanes[lane].run(call)
 
     async def emptied(self) -> None:
         """Wait until no call runs, not even one that nobody else waits for."""
-        while any(places.busy for places in self._lanes.values()):
+        while any(bounded.busy for bounded in self._lanes.values()):
             await asyncio.sleep(LOOKED_EVERY_SECONDS)
 
 
-class _Places:
-    """The places of one lane. A call has one from `enter` until it has ended, even if nobody waits for it any more.
+class BoundedThreads:
+    """So many threads. A call has a place among them until it has ended, even if nobody waits for it any more.
 
     Given back sooner, requests that are past their deadline would pile up calls without bound.
     """
 
-    def __init__(self, lane: Lane, count: int) -> None:
-        self.lane = lane
+    def __init__(self, name: str, count: int, *, longest_wait_seconds: float = LONGEST_WAIT_SECONDS) -> None:
+        self.name = name
         self.count = count
         self.busy = 0
         self.waiting = 0
+        self._longest_wait_seconds = longest_wait_seconds
         self._free = asyncio.Semaphore(count)
-        self._threads = Threads(lane.value)
-
-    async def enter(self, longest_wait_seconds: float) -> None:
-        """Take a place; raises `Overloaded` if none becomes free in time."""
-        if self._free.locked():
-            await self._wait(longest_wait_seconds)
-        else:
-            await self._free.acquire()  # At once.
-        self.busy += 1
-
-    async def _wait(self, longest_wait_seconds: float) -> None:
-        started = perf_counter()
-        self.waiting += 1
-        try:
-            async with asyncio.timeout(longest_wait_seconds):
-                await self._free.acquire()
-        except TimeoutError:
-            metrics.LANE_REFUSED.count(self.lane.value)
-            raise Overloaded from None
-        finally:
-            self.waiting -= 1
-        metrics.LANE_WAIT.observe(perf_counter() - started, self.lane.value)
+        self._threads = Threads(name)
 
     async def run(self, call: Callable[[], T]) -> T:
-        """What the call returns or raises, in a thread; raises `Overloaded` where the machine has no more threads."""
+        """What the call returns or raises; raises `Overloaded` if no thread is free in time, or can be had at all."""
+        await self._enter()
         answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         try:
             self._threads.start(partial(self._work, call, answer, copy_context()))
@@ -136,6 +117,26 @@ class _Places:
             self._leave()
             raise Overloaded from None
         return await answer
+
+    async def _enter(self) -> None:
+        if self._free.locked():
+            await self._wait()
+        else:
+            await self._free.acquire()  # At once.
+        self.busy += 1
+
+    async def _wait(self) -> None:
+        started = perf_counter()
+        self.waiting += 1
+        try:
+            async with asyncio.timeout(self._longest_wait_seconds):
+                await self._free.acquire()
+        except TimeoutError:
+            metrics.LANE_REFUSED.count(self.name)
+            raise Overloaded from None
+        finally:
+            self.waiting -= 1
+        metrics.LANE_WAIT.observe(perf_counter() - started, self.name)
 
     def _work(self, call: Callable[[], T], answer: asyncio.Future[T], context: Context) -> Callable[[], None]:
         settle = outcome_of(partial(context.run, call), answer)
