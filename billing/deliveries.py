@@ -25,8 +25,8 @@ from billing.settings import Settings
 from billing.storage.store import Store, TenantTx
 from billing.tasks import Queue, Task
 from billing.webhooks import endpoints
-from billing.webhooks.delivery import Begun, Delivery, Outcome, Settled, Verdict, judge
-from billing.webhooks.egress import Attempt, Egress, Post
+from billing.webhooks.delivery import Attempt, Begun, Delivery, Settled, Verdict, judge
+from billing.webhooks.egress import Egress, Post
 from billing.webhooks.endpoints import DISABLED, Endpoint, UrlPolicy
 from billing.webhooks.events import Event
 from billing.webhooks.signing import signed_headers
@@ -188,8 +188,8 @@ def send(post: Post, secrets: Sequence[str], begun: Begun, now: datetime) -> Att
         sent = {"Content-Type": "application/json", **headers, **tracing.headers()}
         attempt = post(begun.body, sent)
         span.tell(http__response__status_code=attempt.http_status)
-        if error := error_of(attempt):
-            span.fail(error)
+        if attempt.reason is not None:
+            span.fail(attempt.reason)
     return attempt
 
 
@@ -246,8 +246,7 @@ def _judge_and_tell(batch: Batch, made: Sequence[tuple[Begun, Attempt]], now: da
 
 
 def _verdict(begun: Begun, attempt: Attempt, endpoint: Endpoint, now: datetime) -> Verdict:
-    outcome = Outcome(attempt.http_status, attempt.error, attempt.retry_after)
-    verdict = judge(begun.attempt, outcome, now, jitter=JITTER.uniform(-1, 1))
+    verdict = judge(begun.attempt, attempt, now, jitter=JITTER.uniform(-1, 1))
     if verdict.status == "pending" and endpoint.disabled_reason is not None:
         return Verdict("failed")  # The news that it is disabled: tried once, and then there is silence.
     return verdict
@@ -260,7 +259,7 @@ def _settled(begun: Begun, attempt: Attempt, verdict: Verdict, now: datetime) ->
         verdict.status,
         verdict.next_attempt_at,
         attempt.http_status,
-        error_of(attempt),
+        attempt.reason,
         attempt.duration_ms,
         None if verdict.status == "pending" else now,
     )
@@ -284,13 +283,6 @@ def tell(begun: Begun, settled: Settled) -> None:
         error=settled.error,
         duration_ms=settled.duration_ms,
     )
-
-
-def error_of(attempt: Attempt) -> str | None:
-    """The word for why an attempt failed, None if it did not."""
-    if attempt.http_status is None or attempt.is_success:
-        return attempt.error
-    return "bad_status"
 
 
 def _let_go(tx: TenantTx, task: Task, endpoint: Endpoint, sent: Sent, now: datetime) -> None:
@@ -386,7 +378,7 @@ def _tested(begun: Begun, event: Event, attempt: Attempt, now: datetime) -> Deli
         attempts=1,
         next_attempt_at=None,
         http_status=attempt.http_status,
-        error=error_of(attempt),
+        error=attempt.reason,
         duration_ms=attempt.duration_ms,
         created_at=event.created_at,
         settled_at=now,

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from billing.connections import Departure, Seen
-from billing.deliveries import Report, error_of
+from billing.deliveries import Report
 from billing.keys import ApiKey, NewKey
 from billing.security import Caller
 from billing.stripe_connect import MESSAGES, Connected, Requirements
@@ -240,6 +240,6 @@ def test_report(report: Report) -> Shape:
         "response_body": attempt.body.decode(errors="replace").replace("\0", "\N{REPLACEMENT CHARACTER}")[
             :500
         ],
-        "error": error_of(attempt),
+        "error": attempt.reason,
         "event_sent": report.event_type,
     }

@@ -32,9 +32,18 @@ BREATHER = timedelta(seconds=60)
 TOO_LONG = timedelta(days=5)
 TOO_MANY = 10
 
-TIMEOUT = "timeout"
-
 Status = Literal["pending", "delivered", "failed"]
+Failure = Literal["refused_url", "connection_failed", "tls_failed", "timeout", "connection_broken"]
+"""Why there is no answer, as a tenant may be told.
+
+- `refused_url`: the URL is not one we call (see `UrlPolicy`).
+- `connection_failed`: the name is unknown, has an address that we do not call, or none took the connection. One
+  class for the three, or our answers would be a map of the network we stand in.
+- `tls_failed`: no TLS with a certificate that is good for the name.
+- `timeout`: the answer was not whole in time, be it that it never came or that it dripped.
+- `connection_broken`: the connection ended before the answer was whole, or the answer was no HTTP/1.1, or had a head of
+  more than 64 KiB.
+"""
 
 # Ten digits are three hundred years, and no overflow.
 DELAY_SECONDS = re.compile(r"[0-9]{1,10}", re.ASCII)
@@ -95,16 +104,27 @@ class Stats:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What came of an attempt: the receiver's status, or the word for why there is none.
+class Attempt:
+    """What came of one sending: either `http_status` or `error` is None.
 
-    `error` is one of the words that the document lists, such as `timeout`; `retry_after` is that header as it
-    was sent.
+    `body` is its beginning, as it came. `retry_after` is the header as it came, if it has at most 64 characters.
     """
 
     http_status: int | None
-    error: str | None = None
+    error: Failure | None
+    duration_ms: int
+    body: bytes = b""
     retry_after: str | None = None
+
+    @property
+    def is_success(self) -> bool:
+        """Any 2xx, and nothing else, not even a redirect."""
+        return self.http_status is not None and 200 <= self.http_status <= 299
+
+    @property
+    def reason(self) -> Failure | Literal["bad_status"] | None:
+        """Why it failed, None if it did not."""
+        return self.error if self.http_status is None or self.is_success else "bad_status"
 
 
 @dataclass(frozen=True)
@@ -116,8 +136,8 @@ class Verdict:
     gone: bool = False
 
 
-def judge(attempt_number: int, outcome: Outcome, now: datetime, *, jitter: float) -> Verdict:
-    """What follows from the outcome of an attempt, the first being number 1.
+def judge(number: int, attempt: Attempt, now: datetime, *, jitter: float) -> Verdict:
+    """What follows from what came of an attempt, the first being number 1.
 
     Any 2xx is a success, whatever became of the rest of the answer; all else, a redirect too, is a failure.
     The next attempt is due after the longest of three waits: the delay of `RETRY_DELAYS`, changed by jitter;
@@ -125,16 +145,15 @@ def judge(attempt_number: int, outcome: Outcome, now: datetime, *, jitter: float
     seconds. So jitter brings nothing forward that was asked for, and Retry-After never shortens a wait.
     `jitter` is from -1 to 1, and stands for up to 20 % less or more.
     """
-    if outcome.http_status is not None and 200 <= outcome.http_status <= 299:
+    if attempt.is_success:
         return Verdict("delivered")
-    if outcome.http_status == HTTPStatus.GONE:
+    if attempt.http_status == HTTPStatus.GONE:
         return Verdict("failed", gone=True)
-    if attempt_number >= len(RETRY_DELAYS):
+    if number >= len(RETRY_DELAYS):
         return Verdict("failed")
-    delay = RETRY_DELAYS[attempt_number]
-    return Verdict(
-        "pending", now + max(_jittered(delay, jitter), _asked(outcome, delay, now), _rest(outcome))
-    )
+    delay = RETRY_DELAYS[number]
+    wait = max(_jittered(delay, jitter), _asked(attempt, delay, now), _rest(attempt))
+    return Verdict("pending", now + wait)
 
 
 def failing_too_long(*, failing_since: datetime | None, failed_events: int, now: datetime) -> bool:
@@ -151,13 +170,13 @@ def _jittered(delay: timedelta, jitter: float) -> timedelta:
     return delay * (1 + JITTER * jitter)
 
 
-def _asked(outcome: Outcome, delay: timedelta, now: datetime) -> timedelta:
-    wait = _wait_of(outcome.retry_after or "", now)
+def _asked(attempt: Attempt, delay: timedelta, now: datetime) -> timedelta:
+    wait = _wait_of(attempt.retry_after or "", now)
     return timedelta(0) if wait is None else min(max(wait, delay), LONGEST_STRETCH * delay)
 
 
-def _rest(outcome: Outcome) -> timedelta:
-    tired = outcome.http_status == HTTPStatus.TOO_MANY_REQUESTS or outcome.error == TIMEOUT
+def _rest(attempt: Attempt) -> timedelta:
+    tired = attempt.http_status == HTTPStatus.TOO_MANY_REQUESTS or attempt.error == "timeout"
     return BREATHER if tired else timedelta(0)
 
 

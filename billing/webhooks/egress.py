@@ -8,10 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from ipaddress import IPv6Address, ip_network
-from typing import Literal
 
 from billing.errors import WebhookUrlRefused
 from billing.lines import Answer, Line
@@ -31,6 +29,7 @@ from billing.outbound import (
     tls_context,
 )
 from billing.settings import Network
+from billing.webhooks.delivery import Attempt, Failure
 from billing.webhooks.endpoints import UrlPolicy
 
 USER_AGENT = "billing-webhooks/1"
@@ -76,17 +75,6 @@ REFUSED_IPV6 = (
 _REFUSED = tuple(ip_network(text) for text in (*REFUSED_IPV4, *REFUSED_IPV6))
 _GLOBAL_IPV6 = ip_network(GLOBAL_IPV6)
 
-Failure = Literal["refused_url", "connection_failed", "tls_failed", "timeout", "connection_broken"]
-"""Why there is no answer, as a tenant may be told.
-
-- `refused_url`: the URL is not one we call (see `UrlPolicy`).
-- `connection_failed`: the name is unknown, has an address that we do not call, or none took the connection. One
-  class for the three, or our answers would be a map of the network we stand in.
-- `tls_failed`: no TLS with a certificate that is good for the name.
-- `timeout`: the answer was not whole in time, be it that it never came or that it dripped.
-- `connection_broken`: the connection ended before the answer was whole, or the answer was no HTTP/1.1, or had a head of
-  more than 64 KiB.
-"""
 FAILURES: dict[type[OutboundError], Failure] = {
     AddressRefused: "connection_failed",
     NameUnknown: "connection_failed",
@@ -97,25 +85,6 @@ FAILURES: dict[type[OutboundError], Failure] = {
     ResponseTooLarge: "connection_broken",
     UrlInvalid: "refused_url",
 }
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """What came of one sending: either `http_status` or `error` is None.
-
-    `body` is its beginning, as it came. `retry_after` is the header as it came, if it has at most 64 characters.
-    """
-
-    http_status: int | None
-    error: Failure | None
-    duration_ms: int
-    body: bytes = b""
-    retry_after: str | None = None
-
-    @property
-    def is_success(self) -> bool:
-        """Any 2xx, and nothing else, not even a redirect."""
-        return self.http_status is not None and 200 <= self.http_status <= 299
 
 
 Post = Callable[[bytes, Mapping[str, str]], Attempt]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from billing.webhooks.delivery import RETRY_DELAYS, Outcome, Verdict, failing_too_long, judge
+from billing.webhooks.delivery import RETRY_DELAYS, Attempt, Verdict, failing_too_long, judge
 
 # A busy machine is no failure.
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -23,7 +23,7 @@ LAST = 10
 SECOND_ATTEMPT = 2
 
 
-def wait_after(attempt_number: int, outcome: Outcome, *, jitter: float = 0) -> timedelta:
+def wait_after(attempt_number: int, outcome: Attempt, *, jitter: float = 0) -> timedelta:
     """How long until the next attempt, where there is one."""
     verdict = judge(attempt_number, outcome, NOW, jitter=jitter)
     assert verdict.status == "pending"
@@ -31,8 +31,12 @@ def wait_after(attempt_number: int, outcome: Outcome, *, jitter: float = 0) -> t
     return verdict.next_attempt_at - NOW
 
 
-def refused(status: int = 503, *, retry_after: str | None = None) -> Outcome:
-    return Outcome(status, "bad_status", retry_after)
+def ended(http_status: int | None, error: Any = None, retry_after: str | None = None) -> Attempt:
+    return Attempt(http_status, error, 0, retry_after=retry_after)
+
+
+def refused(status: int = 503, *, retry_after: str | None = None) -> Attempt:
+    return ended(status, None, retry_after)
 
 
 # Success and failure -----------------------------------------------------------------------------
@@ -42,8 +46,8 @@ def refused(status: int = 503, *, retry_after: str | None = None) -> Outcome:
 @pytest.mark.parametrize("attempt_number", [1, 5, LAST])
 def test_any_2xx_is_a_delivery(status: int, attempt_number: int) -> None:
     delivered = Verdict("delivered", next_attempt_at=None, gone=False)
-    assert judge(attempt_number, Outcome(status), NOW, jitter=0) == delivered
-    assert judge(attempt_number, Outcome(status, "timeout", "60"), NOW, jitter=0) == delivered
+    assert judge(attempt_number, ended(status), NOW, jitter=0) == delivered
+    assert judge(attempt_number, ended(status, "timeout", "60"), NOW, jitter=0) == delivered
 
 
 FAILURES = [
@@ -71,15 +75,15 @@ FAILURES = [
         )
     ),
     *(
-        pytest.param(Outcome(None, word), id=word)
+        pytest.param(ended(None, word), id=word)
         for word in ("connection_failed", "tls_failed", "timeout", "a_word_of_later")
     ),
-    pytest.param(Outcome(None), id="nothing"),
+    pytest.param(ended(None), id="nothing"),
 ]
 
 
 @pytest.mark.parametrize("outcome", FAILURES)
-def test_all_else_is_tried_again_and_given_up_after_the_last_attempt(outcome: Outcome) -> None:
+def test_all_else_is_tried_again_and_given_up_after_the_last_attempt(outcome: Attempt) -> None:
     for attempt_number in range(1, LAST):
         verdict = judge(attempt_number, outcome, NOW, jitter=0)
         assert (verdict.status, verdict.gone) == ("pending", False)
@@ -204,8 +208,8 @@ def test_a_retry_after_of_another_form_is_ignored(retry_after: str) -> None:
 # A minute's rest ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tired", [refused(429), Outcome(None, "timeout"), Outcome(500, "timeout")])
-def test_60_seconds_at_least_after_429_or_a_timeout(tired: Outcome) -> None:
+@pytest.mark.parametrize("tired", [refused(429), ended(None, "timeout"), ended(500, "timeout")])
+def test_60_seconds_at_least_after_429_or_a_timeout(tired: Attempt) -> None:
     for jitter in (-1.0, 0.0, 1.0):
         assert wait_after(1, tired, jitter=jitter) == MINUTE
         assert wait_after(2, tired, jitter=jitter) == 5 * MINUTE * (1 + 0.2 * jitter)
@@ -221,7 +225,7 @@ def test_the_rest_is_longer_than_what_may_be_asked_for_after_the_first_attempt(
 def test_other_failures_need_no_rest() -> None:
     assert wait_after(1, refused(503)) == 5 * SECOND
     assert wait_after(1, refused(503, retry_after="3600")) == 10 * SECOND
-    assert wait_after(1, Outcome(None, "connection_failed")) == 5 * SECOND
+    assert wait_after(1, ended(None, "connection_failed")) == 5 * SECOND
 
 
 # Whatever a receiver does ------------------------------------------------------------------------
@@ -236,7 +240,7 @@ wishes = (
     | st.text()
 )
 failures = st.builds(
-    Outcome,
+    ended,
     st.none() | st.integers(300, 599).filter(lambda status: status != 410),
     st.none() | st.sampled_from(["timeout", "connection_failed", "tls_failed", "bad_status"]),
     wishes,
@@ -245,7 +249,7 @@ failures = st.builds(
 
 @UNHURRIED
 @given(attempt_number=attempts, outcome=failures, jitter=jitters)
-def test_a_wait_has_its_bounds(attempt_number: int, outcome: Outcome, jitter: float) -> None:
+def test_a_wait_has_its_bounds(attempt_number: int, outcome: Attempt, jitter: float) -> None:
     delay, wait = RETRY_DELAYS[attempt_number], wait_after(attempt_number, outcome, jitter=jitter)
     assert wait > timedelta(0)
     assert delay * 0.8 <= wait <= max(delay * 2, MINUTE)
@@ -255,7 +259,7 @@ def test_a_wait_has_its_bounds(attempt_number: int, outcome: Outcome, jitter: fl
 
 @UNHURRIED
 @given(attempt_number=attempts, outcome=failures, one=jitters, other=jitters)
-def test_more_jitter_is_never_sooner(attempt_number: int, outcome: Outcome, one: float, other: float) -> None:
+def test_more_jitter_is_never_sooner(attempt_number: int, outcome: Attempt, one: float, other: float) -> None:
     less, more = sorted((one, other))
     assert wait_after(attempt_number, outcome, jitter=less) <= wait_after(
         attempt_number, outcome, jitter=more
@@ -276,7 +280,7 @@ def test_who_asks_for_more_never_gets_less(
 
 @UNHURRIED
 @given(outcome=failures, jitter=jitters)
-def test_each_wait_is_at_least_as_long_as_the_one_before(outcome: Outcome, jitter: float) -> None:
+def test_each_wait_is_at_least_as_long_as_the_one_before(outcome: Attempt, jitter: float) -> None:
     waits = [wait_after(attempt_number, outcome, jitter=jitter) for attempt_number in range(1, LAST)]
     assert waits == sorted(waits)
 
@@ -292,7 +296,7 @@ def test_each_wait_is_at_least_as_long_as_the_one_before(outcome: Outcome, jitte
 def test_only_what_is_pending_has_a_next_time(
     attempt_number: int, status: int | None, error: str | None, retry_after: str | None, jitter: float
 ) -> None:
-    verdict = judge(attempt_number, Outcome(status, error, retry_after), NOW, jitter=jitter)
+    verdict = judge(attempt_number, ended(status, error, retry_after), NOW, jitter=jitter)
     assert (verdict.next_attempt_at is not None) == (verdict.status == "pending")
     assert verdict.gone == (status == 410)
     assert not verdict.gone or verdict.status == "failed"

@@ -25,8 +25,8 @@ from billing.housekeeping import KEPT
 from billing.ids import new_id
 from billing.keys import TOLD_BEFORE
 from billing.limits import Policies
-from billing.webhooks.delivery import LONGEST_STRETCH, RETRY_DELAYS
-from billing.webhooks.egress import Egress, Failure
+from billing.webhooks.delivery import LONGEST_STRETCH, RETRY_DELAYS, Failure
+from billing.webhooks.egress import Egress
 from billing.webhooks.events import CATALOGUE, envelope
 from billing.webhooks.signing import new_secret, signed_headers
 from tests import live

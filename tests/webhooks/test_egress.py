@@ -26,7 +26,8 @@ from cryptography.x509.oid import NameOID
 from billing.lines import Line
 from billing.outbound import Bounds, OutboundError, Resolver, Session, tls_context
 from billing.webhooks import egress as module
-from billing.webhooks.egress import FAILURES, Attempt, Egress, Failure, is_public
+from billing.webhooks.delivery import Attempt, Failure
+from billing.webhooks.egress import FAILURES, Egress, is_public
 from billing.webhooks.endpoints import UrlPolicy
 from tests import receivers
 from tests.receivers import MEGABYTE, Behaviour, Names, answers, receiving
