@@ -8,6 +8,7 @@ from typing import Protocol
 from uuid import UUID
 
 from billing.tasks import Queue
+from billing.webhooks.events import EventType
 
 
 class TenantLock(Protocol):
@@ -39,7 +40,9 @@ class Audit(Protocol):
 class Events(Protocol):
     """Each holds the tenant's row of numbers until the end, as `Audit` does its own: audit first, or two deadlock."""
 
-    def record(self, type: str, data: Mapping[str, object], *, livemode: bool = True, now: datetime) -> None:
+    def record(
+        self, type: EventType, data: Mapping[str, object], *, livemode: bool = True, now: datetime
+    ) -> None:
         """Tell the tenant's webhook of something, once the transaction is kept."""
 
 

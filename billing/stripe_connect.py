@@ -29,6 +29,7 @@ from billing.ports import Audit, Directory, Events, Tasks, TenantLock
 from billing.tasks import Task
 from billing.tenants import Tenant
 from billing.users import User
+from billing.webhooks.events import EventType
 
 Flow = Literal["oauth", "account_link"]
 Status = Literal["pending", "incomplete", "under_review", "restricted", "active", "rejected"]
@@ -439,7 +440,7 @@ def next_check(now: datetime) -> datetime:
     return now + CHECKED_EVERY * (1 + secrets.randbelow(1000) / 4000)
 
 
-def _tell(tx: Storage, type: str, connection: Connection, now: datetime) -> None:
+def _tell(tx: Storage, type: EventType, connection: Connection, now: datetime) -> None:
     data = {"account_id": connection.account.id, "status": connection.status}
     tx.events.record(type, data, livemode=connection.livemode, now=now)
 

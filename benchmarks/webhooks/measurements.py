@@ -15,12 +15,13 @@ from billing.clock import utc_now
 from billing.ids import new_id
 from billing.keys import KeyDigests
 from billing.webhooks.endpoints import Endpoint
+from billing.webhooks.events import EventType
 
 EVENTS_A_SECOND = 20
 DEAD = 100
 PENDING_EACH = 10
 MOST_SECONDS = 120
-EVENT = "webhook.test"
+EVENT: EventType = "webhook.test"
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from billing.ids import new_id
 from billing.storage.shelf import Shelf, mine, values_of
 from billing.storage.tables import deliveries, event_heads, events, webhook_endpoints
 from billing.storage.tasks import Tasks
-from billing.webhooks.delivery import DELIVER
-from billing.webhooks.events import Event, envelope
+from billing.webhooks.delivery import wake
+from billing.webhooks.events import Event, EventType, envelope
 from billing.webhooks.replay import Choice, Chosen, Extent
 
 HAS_FAILED = (
@@ -73,14 +73,13 @@ class Events(Shelf):
         super().__init__(connection, tenant_id)
         self._actor = actor
 
-    def record(self, type: str, data: Mapping[str, object], *, livemode: bool = True, now: datetime) -> None:
+    def record(
+        self, type: EventType, data: Mapping[str, object], *, livemode: bool = True, now: datetime
+    ) -> None:
         """Keep an event, and a delivery of it if there is an endpoint; whether that wants it is seen when sending."""
         event = self._keep(type, data, livemode=livemode, is_test=False, now=now)
         if self._add_delivery(event):
-            key = str(self._tenant_id)
-            Tasks(self._connection, self._tenant_id).add(
-                DELIVER, self._tenant_id, subject=key, due_at=now, now=now, queue="webhooks"
-            )
+            wake(Tasks(self._connection, self._tenant_id), self._tenant_id, now)
 
     def keep_test(self, type: str, data: Mapping[str, object], *, now: datetime) -> Event:
         """Keep that there was a test. What it tells, as long as the caller likes, is sent from memory and once."""

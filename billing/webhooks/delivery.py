@@ -9,6 +9,8 @@ from http import HTTPStatus
 from typing import Literal
 from uuid import UUID
 
+from billing.ports import Tasks
+
 # The task of delivering what a tenant's endpoint is to get.
 DELIVER = "webhook.deliver"
 
@@ -154,6 +156,12 @@ def judge(number: int, attempt: Attempt, now: datetime, *, jitter: float) -> Ver
     delay = RETRY_DELAYS[number]
     wait = max(_jittered(delay, jitter), _asked(attempt, delay, now), _rest(attempt))
     return Verdict("pending", now + wait)
+
+
+def wake(tasks: Tasks, tenant_id: UUID, now: datetime, *, anew: bool = False) -> None:
+    """Have the worker look now at what is due to a tenant's endpoint; `anew` if how it did before says nothing."""
+    subject = str(tenant_id)
+    tasks.add(DELIVER, tenant_id, subject=subject, due_at=now, now=now, queue="webhooks", moved=anew)
 
 
 def failing_too_long(*, failing_since: datetime | None, failed_events: int, now: datetime) -> bool:

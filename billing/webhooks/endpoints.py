@@ -16,7 +16,8 @@ from uuid import UUID
 
 from billing.errors import WebhookNotConfigured, WebhookUrlRefused
 from billing.ports import Audit, Events, Tasks
-from billing.webhooks.delivery import DELIVER, failing_too_long
+from billing.webhooks.delivery import failing_too_long, wake
+from billing.webhooks.events import EventType
 from billing.webhooks.signing import new_secret
 
 LONGEST = 2048
@@ -89,7 +90,7 @@ def _is_address(host: str) -> bool:
 
 # Endpoints ---------------------------------------------------------------------------------------
 
-DISABLED = "webhook.disabled"
+DISABLED: EventType = "webhook.disabled"
 # The error of a delivery whose URL was removed.
 CANCELLED = "cancelled"
 DisabledReason = Literal["failing", "gone"]
@@ -176,16 +177,10 @@ def configure(
     if not is_as_it_was:
         tx.webhooks.keep(endpoint, now)
         tx.tenants.touch(now)
-        _wake(tx, now)
+        wake(tx.tasks, tx.tenant_id, now, anew=True)
     if text is not None:
         secrets = tx.webhooks.secrets(now)
     return Configured(before if is_as_it_was else endpoint, text, previous_expiry(secrets))
-
-
-def _wake(tx: Storage, now: datetime) -> None:
-    # However it did before, it begins anew.
-    key = str(tx.tenant_id)
-    tx.tasks.add(DELIVER, tx.tenant_id, subject=key, due_at=now, now=now, queue="webhooks", moved=True)
 
 
 def _renew_secret(tx: Storage, now: datetime, *, grace: timedelta) -> str:
@@ -209,7 +204,7 @@ def remove(tx: Storage, *, now: datetime) -> None:
     tx.deliveries.cancel(CANCELLED, now)
     tx.tenants.touch(now)
     tx.audit.record("webhook.removed", subject=before.host, now=now)
-    _wake(tx, now)
+    wake(tx.tasks, tx.tenant_id, now, anew=True)
 
 
 def require_url(endpoint: Endpoint) -> str:

@@ -10,7 +10,7 @@ from uuid import UUID
 
 from billing.errors import Conflict, NotFound, WebhookNotConfigured
 from billing.ports import Audit, Tasks
-from billing.webhooks.delivery import DELIVER
+from billing.webhooks.delivery import wake
 from billing.webhooks.endpoints import Endpoint
 
 # What is replayed in one transaction: it holds the endpoint, which deliveries that fail wait for.
@@ -70,7 +70,7 @@ def replay(tx: Storage, choice: Choice, *, after: int, last: int, now: datetime)
     chosen = tx.events.chosen(choice, wanted=endpoint.wanted, after=after, last=last, most=CHUNK)
     if chosen:
         tx.deliveries.replay([event.id for event in chosen], now)
-        tx.tasks.add(DELIVER, tx.tenant_id, subject=str(tx.tenant_id), due_at=now, now=now, queue="webhooks")
+        wake(tx.tasks, tx.tenant_id, now)
     return chosen
 
 

@@ -6,19 +6,19 @@ import json
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta, timezone
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 from uuid import UUID
 
 import pytest
 from jsonschema_rs import Draft202012Validator
 
 from billing.http.document import operations
-from billing.webhooks.events import API_VERSION, CATALOGUE, envelope
+from billing.webhooks.events import API_VERSION, EventType, envelope
 from tests.answers import COMPONENTS, DOCUMENT
 
 (CONFIGURE,) = [one for one in operations(DOCUMENT) if one.operation_id == "configure_webhook"]
 CALLBACKS: dict[str, Any] = DOCUMENT["paths"][CONFIGURE.path]["post"]["callbacks"]
-NAMES = [event_type.name for event_type in CATALOGUE]
+NAMES = list(get_args(EventType))
 
 
 def callback(name: str) -> dict[str, Any]:
@@ -54,7 +54,6 @@ EXAMPLE = content("webhook.test")["example"]
 def test_the_catalogue_the_list_of_types_and_the_callbacks_are_the_same() -> None:
     assert DOCUMENT["components"]["schemas"]["EventType"]["enum"] == NAMES
     assert list(CALLBACKS) == NAMES
-    assert [callback(name)["summary"] for name in NAMES] == [one.summary for one in CATALOGUE]
 
 
 # The envelope ------------------------------------------------------------------------------------
