@@ -24,7 +24,7 @@ from billing.gateway import Gateway
 from billing.security import Caller
 from billing.settings import Settings
 from billing.storage.store import Store, TenantTx
-from billing.stripe_connect import Account, Connected, Connection, Flow, Started, State
+from billing.stripe_connect import Account, Connected, Connection, Flow, State
 from billing.tasks import Task
 from billing.tenants import Tenant
 
@@ -37,7 +37,9 @@ class Departure:
 
     url: str = field(repr=False)
     redirect_uri: str
-    started: Started
+    state: State
+    # Shown now; only its digest is kept.
+    state_text: str = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -81,18 +83,18 @@ class Connections:
         """
         self._gateway.require_configured(for_oauth=flow == "oauth")
         chapter.require_return_url(return_url, self._return_origins)
-        user, state = caller.signed_in_user(), chapter.new_state()
+        user, text = caller.signed_in_user(), chapter.new_state()
         if flow == "account_link":
-            url = self._account_link(caller.tenant, actor, state)
+            url = self._account_link(caller.tenant, actor, text)
         else:
             url = self._gateway.authorize_url(
-                state=state, redirect_uri=self._redirect_uri, tenant=caller.tenant, user=user
+                state=text, redirect_uri=self._redirect_uri, tenant=caller.tenant, user=user
             )
         with self._store.tenant(caller.tenant_id, actor, exclusive=True) as tx:
-            started = chapter.start(
-                tx, user, state, flow=flow, return_url=return_url, browser=browser, now=self._clock()
+            state = chapter.start(
+                tx, user, text, flow=flow, return_url=return_url, browser=browser, now=self._clock()
             )
-            yield tx, Departure(url, self._redirect_uri, started)
+            yield tx, Departure(url, self._redirect_uri, state, text)
 
     def _account_link(self, tenant: Tenant, actor: Actor, state: str) -> str:
         account = self._account_of_our_own(tenant, actor)

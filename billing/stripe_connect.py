@@ -172,14 +172,6 @@ class State:
 
 
 @dataclass(frozen=True)
-class Started:
-    """A state just made. Its text is shown now, and only its digest is kept."""
-
-    text: str = field(repr=False)
-    state: State
-
-
-@dataclass(frozen=True)
 class Connected:
     """How a callback ended well."""
 
@@ -235,7 +227,7 @@ def start(
     return_url: str | None,
     browser: str | None,
     now: datetime,
-) -> Started:
+) -> State:
     """Let the text be this user's state; those before it end. The caller holds the tenant's lock.
 
     Raises `StripeAlreadyConnected`, but not for an account of ours whose form is not finished yet.
@@ -249,7 +241,7 @@ def start(
     tx.directory.add(STATE_NAME, digest, state.id)
     tx.stripe.add_state(state)
     tx.audit.record("stripe.connect_started", subject=flow, now=now)
-    return Started(text, state)
+    return state
 
 
 def forget_states(tx: Storage, *, now: datetime) -> bool:

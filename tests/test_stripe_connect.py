@@ -10,6 +10,7 @@ from urllib.parse import parse_qsl, urlsplit
 import pytest
 
 from billing import stripe_connect
+from billing.connections import Departure
 from billing.errors import ReturnUrlRefused, StateUnknown, StripeAccountTaken, StripeAlreadyConnected
 from billing.ids import new_id
 from billing.stripe_connect import (
@@ -192,7 +193,9 @@ def test_what_is_kept_of_a_state_is_no_state() -> None:
 
 
 def test_a_state_just_made_does_not_show_itself() -> None:
-    assert "a state" not in repr(stripe_connect.Started("a state", state(None)))
+    assert "a state" not in repr(
+        Departure("https://connect.example/?state=a+state", "", state(None), "a state")
+    )
 
 
 # Where a browser may return to -------------------------------------------------------------------

@@ -114,10 +114,10 @@ def departure(departure: Departure) -> Shape:
     """Where to send the browser, and the state that it brings back."""
     return {
         "url": departure.url,
-        "state": departure.started.text,
+        "state": departure.state_text,
         "redirect_uri": departure.redirect_uri,
-        "flow": departure.started.state.flow,
-        "expires_at": departure.started.state.expires_at,
+        "flow": departure.state.flow,
+        "expires_at": departure.state.expires_at,
     }
 
 
