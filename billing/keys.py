@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from typing import Literal, Protocol, cast
+from typing import Literal, Protocol, cast, get_args
 from uuid import UUID
 
 from billing.errors import KeyExpired, KeyMalformed, KeyRevoked
@@ -23,7 +23,7 @@ Mode = Literal["live", "test"]
 Selection = Literal["live", "test", "all"]
 Status = Literal["active", "expiring", "revoked", "expired"]
 
-TYPES: tuple[KeyType, ...] = ("live_public", "live_secret", "test_public", "test_secret")
+TYPES: tuple[KeyType, ...] = get_args(KeyType)
 ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 RANDOM_CHARACTERS, CHECKSUM_CHARACTERS = 32, 6
 FORM = re.compile(r"(?P<kind>sk|pk)_(?P<mode>live|test)_[0-9A-Za-z]{38}", re.ASCII)

@@ -233,6 +233,11 @@ def keep(given: Path | None) -> Path:
     return directory
 
 
+def is_on() -> bool:
+    """Whether anything is counted."""
+    return keep.cache_info().currsize > 0
+
+
 def _allocated(base: Any) -> Any:
     """The library's file, which has its blocks before they are written to: a full disk is an `OSError` then.
 
@@ -278,7 +283,7 @@ def write() -> None:
 @contextmanager
 def written(*samples: Callable[[], None]) -> Iterator[None]:
     """Once a second have gauges set, and write what was counted; a last time at the end of the block."""
-    if not keep.cache_info().currsize:
+    if not is_on():
         yield
         return
     ended = threading.Event()

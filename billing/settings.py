@@ -83,17 +83,14 @@ class Settings:
         cls, environ: Mapping[str, str] | None = None, *, dotenv: Path | None = Path(".env")
     ) -> Settings:
         """Read the environment, then `dotenv` for what it lacks; raises `SettingsError`."""
-        given = {**_dotenv(dotenv), **(os.environ if environ is None else environ)}
-        return _Reader({name: value for name, value in given.items() if value}).settings()
+        return _Reader(_given(environ, dotenv)).settings()
 
 
 def migration_database_url(
     environ: Mapping[str, str] | None = None, *, dotenv: Path | None = Path(".env")
 ) -> str | None:
     """All that a migration needs to know, so that its job need hold no other secret."""
-    return {**_dotenv(dotenv), **(os.environ if environ is None else environ)}.get(
-        "MIGRATION_DATABASE_URL"
-    ) or None
+    return _given(environ, dotenv).get("MIGRATION_DATABASE_URL")
 
 
 def default_state_dir(environ: Mapping[str, str]) -> Path:
@@ -109,6 +106,12 @@ def default_state_dir(environ: Mapping[str, str]) -> Path:
 def new_secrets() -> dict[str, str]:
     """A new value for every keyring, by the name of its variable."""
     return {name: new_keyring() for name in KEYRINGS}
+
+
+def _given(environ: Mapping[str, str] | None, dotenv: Path | None) -> dict[str, str]:
+    """What the environment says, or else `dotenv`; what is empty is not said."""
+    given = {**_dotenv(dotenv), **(os.environ if environ is None else environ)}
+    return {name: value for name, value in given.items() if value}
 
 
 def _dotenv(path: Path | None) -> dict[str, str]:
@@ -167,10 +170,10 @@ class _Reader:
             stripe_connect_base=self.stripe_base("STRIPE_CONNECT_BASE", "https://connect.stripe.com"),
             webhook_allow_cidrs=self.development_only("WEBHOOK_ALLOW_CIDRS", self.networks),
             webhook_allow_http=self.development_only("WEBHOOK_ALLOW_HTTP", self.switch),
-            rate_limits=self.choice("RATE_LIMITS", "on", "off") == "on",
+            rate_limits=self.switch("RATE_LIMITS", "on"),
             rate_limit_storage_url=self.rate_limit_storage_url(),
             worker_threads=self.whole("WORKER_THREADS", 8, lowest=1, highest=64),
-            compiled_operations=self.choice("COMPILED_OPERATIONS", "on", "off") == "on",
+            compiled_operations=self.switch("COMPILED_OPERATIONS", "on"),
             request_timeout_seconds=self.whole("REQUEST_TIMEOUT_SECONDS", 30, lowest=1, highest=300),
             metrics_port=self.metrics_port(),
             metrics_token=self.shaped(
@@ -207,8 +210,8 @@ class _Reader:
             raise SettingsError("OTEL_EXPORTER_OTLP_ENDPOINT must be a URL such as http://127.0.0.1:4318.")
         return url and url.rstrip("/")
 
-    def switch(self, name: str) -> bool:
-        text = self.given.get(name, "off").lower()
+    def switch(self, name: str, default: str = "off") -> bool:
+        text = self.given.get(name, default).lower()
         if text not in ("on", "off", "true", "false", "1", "0"):
             raise SettingsError(f"{name} must be on or off.")
         return text in ("on", "true", "1")

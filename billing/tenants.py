@@ -38,7 +38,7 @@ class Tenant:
     webhook_url: str | None
     stripe_account_id: str | None
     stripe_status: str
-    tier: str
+    tier: Tier
     is_active: bool
     created_at: datetime
     updated_at: datetime
@@ -63,7 +63,7 @@ class TenantSummary:
     slug: str
     company_name: str
     email: str
-    tier: str
+    tier: Tier
     is_active: bool
     stripe_status: str
     created_at: datetime

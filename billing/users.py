@@ -25,7 +25,7 @@ class User:
     email: str
     first_name: str
     last_name: str
-    role: str
+    role: Role
     is_active: bool
     token_version: int
     last_login: datetime | None

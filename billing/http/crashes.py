@@ -51,9 +51,14 @@ def begin(dsn: str, environment: str) -> None:
     )
 
 
+def is_on() -> bool:
+    """Whether there is anybody to be told."""
+    return begin.cache_info().currsize > 0
+
+
 def report(error: BaseException, **tags: str) -> None:
     """Tell of an error that nobody expected, if there is anybody to be told, and in which request or task it was."""
-    if not begin.cache_info().currsize:
+    if not is_on():
         return
     import sentry_sdk
 

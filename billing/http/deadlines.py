@@ -24,6 +24,9 @@ class Deadline:
         self.app = app
         self.seconds = seconds
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_watching = False
+        # In the order of their deadlines, for all have the same time: only the first need be looked at.
+        self._expected: dict[Answer, float] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -46,9 +49,7 @@ class Deadline:
     def _expect(self, send: Send) -> Answer:
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
-            self._loop, self._is_watching = loop, False
-            # In the order of their deadlines, for all have the same time: only the first need be looked at.
-            self._expected: dict[Answer, float] = {}
+            self._loop, self._is_watching, self._expected = loop, False, {}
         answer = Answer(send)
         self._expected[answer] = due = loop.time() + self.seconds
         if not self._is_watching:
