@@ -14,7 +14,7 @@ import structlog
 from anyio import to_thread
 from starlette.types import ASGIApp
 
-from billing import metrics, tracing
+from billing import crashes, logs, metrics, tracing
 from billing.cli import main
 from billing.cli.watchers import tell_others
 from billing.clock import Clock, utc_now
@@ -24,7 +24,7 @@ from billing.deliveries import policy_for, tester_for
 from billing.encryption import Vault
 from billing.errors import DatabaseUnavailable
 from billing.failed_logins import FailedLogins
-from billing.http import application, crashes, document, exposition, logs, problems
+from billing.http import application, document, exposition, problems
 from billing.http.idempotency import Idempotency
 from billing.http.lanes import (
     PASSWORD_THREADS,
@@ -33,19 +33,20 @@ from billing.http.lanes import (
     BoundedThreads,
     Lane,
     Lanes,
-    end_with_main_thread,
 )
 from billing.http.limits import Limits
 from billing.http.pages import pages
+from billing.key_uses import KeyUses
 from billing.keys import KeyDigests
 from billing.limits import UNLIMITED, Counters, Meter, Policies
 from billing.passwords import Passwords
-from billing.security import Doorkeeper, KeyUses
+from billing.security import Doorkeeper
 from billing.settings import Settings
 from billing.storage.database import open_database
 from billing.storage.lookups import Lookups
 from billing.storage.schema import SchemaError
 from billing.storage.store import StorageError, Store
+from billing.threads import end_with_main_thread
 from billing.tokens import Tokens
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing")

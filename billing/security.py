@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
-from itertools import islice
 from uuid import UUID
 
-from billing import keys, metrics
+from billing import keys
 from billing.actors import Actor
 from billing.clock import Clock
 from billing.errors import InsufficientScope, KeyUnknown, SessionEnded, TenantDisabled
+from billing.key_uses import KeyUses
 from billing.keys import ApiKey, KeyDigests
 from billing.storage.lookups import Lookups
-from billing.storage.store import Store
 from billing.tenants import Tenant
 from billing.tokens import Tokens
 from billing.users import User
-
-# Five minutes is precise enough; noting every use would be one write per request.
-USE_NOTED_EVERY = timedelta(minutes=5)
-# So many keys, each of another tenant, one transaction holds.
-WRITTEN_AT_ONCE = 100
 
 
 @dataclass(frozen=True)
@@ -109,31 +101,3 @@ def require_allowed(caller: Caller, *, roles: Sequence[str], keys_allowed: bool)
     allowed = keys_allowed if caller.user is None else caller.user.role in roles
     if not allowed:
         raise InsufficientScope(f"This operation takes a user with the role {' or '.join(roles)}.")
-
-
-class KeyUses:
-    """When keys were last used: noted in memory by requests, written down by `flush`, outside of them."""
-
-    def __init__(self) -> None:
-        self._noted: dict[tuple[UUID, UUID], datetime] = {}
-        self._lock = threading.Lock()
-
-    def note(self, key: ApiKey, now: datetime) -> None:
-        """Remember a use, unless one within five minutes is kept already."""
-        if key.last_used_at is None or now - key.last_used_at >= USE_NOTED_EVERY:
-            with self._lock:
-                self._noted.setdefault((key.tenant_id, key.id), now)
-
-    def flush(self, store: Store) -> None:
-        """Write down what was noted. What cannot be written now is forgotten: the next use notes it again."""
-        with self._lock:
-            noted, self._noted = self._noted, {}
-        try:
-            while noted:
-                one_each = {tenant_id: (key_id, at) for (tenant_id, key_id), at in noted.items()}
-                some = dict(islice(one_each.items(), WRITTEN_AT_ONCE))
-                store.note_uses(some)
-                for tenant_id, (key_id, _) in some.items():
-                    del noted[tenant_id, key_id]
-        finally:
-            metrics.KEY_USES_DROPPED.count(amount=len(noted))

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from threading import Semaphore, Thread
+from threading import Semaphore, Thread, main_thread
 from typing import TypeAlias
+
+import structlog
 
 # After which a thread that has nothing to do ends.
 IDLE_SECONDS = 10
 
 # It raises nothing. What it returns is called when its thread is free for the next.
 Work: TypeAlias = Callable[[], Callable[[], object]]
+
+log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing")
 
 
 class Threads:
@@ -54,3 +60,19 @@ class Threads:
                 return self._work.get(timeout=IDLE_SECONDS)
             if self._idle.acquire(blocking=False):
                 return None
+
+
+def end_with_main_thread(patience_seconds: float) -> None:
+    """Have the process end when its main thread has, even if others go on for longer than this.
+
+    Python waits for anyio's, which make connections and do the last things, and one that hangs would keep a server
+    that has drained from ending.
+    """
+
+    def end() -> None:
+        main_thread().join()
+        time.sleep(patience_seconds)
+        log.error("a thread did not end: the process ends without it")
+        os._exit(1)  # the one that waits for no thread
+
+    Thread(target=end, name="end", daemon=True).start()

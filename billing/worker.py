@@ -10,10 +10,9 @@ from contextlib import AbstractContextManager
 
 import structlog
 
-from billing import metrics, tracing
+from billing import crashes, metrics, tracing
 from billing.clock import Clock
 from billing.errors import DatabaseUnavailable
-from billing.http import crashes
 from billing.storage.store import Store
 from billing.tasks import Queue, Task
 

@@ -30,8 +30,8 @@ from dotenv import dotenv_values
 from sqlalchemy import create_engine, text
 
 from billing.cli import main
+from billing.cli.companion import END_SECONDS, Companion
 from billing.cli.console import Moment
-from billing.cli.worker import END_SECONDS, Companion
 from billing.settings import KEYRINGS, Settings
 from billing.storage import database
 from billing.storage.database import Database

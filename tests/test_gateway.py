@@ -21,11 +21,11 @@ import structlog
 from jsonschema_rs import Draft202012Validator
 
 from billing import gateway as module
+from billing import logs
 from billing.connections import Seen
 from billing.errors import CodeRejected, StripeNotConfigured, StripeUnavailable
 from billing.gateway import Fuse, Gateway
 from billing.handlers import shapes
-from billing.http import logs
 from billing.ids import new_id
 from billing.stripe_connect import Account, Connection, Grant, Requirements
 from billing.tenants import Tenant

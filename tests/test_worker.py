@@ -15,10 +15,9 @@ from uuid import UUID
 import pytest
 from sqlalchemy import Engine, create_engine, select, text
 
-from billing import tenants, worker
+from billing import logs, tenants, worker
 from billing.encryption import Vault
 from billing.errors import DatabaseUnavailable
-from billing.http import logs
 from billing.ids import new_id
 from billing.keys import KeyDigests
 from billing.settings import Settings
@@ -28,7 +27,7 @@ from billing.tasks import LEASE, Queue, Task
 from billing.worker import Job, Worker
 from tests.clock import TurnedClock
 from tests.conftest import TestDatabase
-from tests.http.test_logs import restored
+from tests.test_logs import restored
 
 __all__ = ["restored"]
 

@@ -14,7 +14,7 @@ import orjson
 from billing.clock import utc_now
 from billing.encryption import Vault
 from billing.errors import BillingError, DatabaseUnavailable
-from billing.http.logs import redact
+from billing.logs import redact
 from billing.settings import Settings, SettingsError
 from billing.storage.database import Database, open_database
 from billing.storage.embedded import EmbeddedPostgresError

@@ -18,10 +18,10 @@ from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
 from uvicorn.supervisors.watchfilesreload import WatchFilesReload
 
+from billing import logs
+from billing.cli.companion import Companion
 from billing.cli.console import opened_database
 from billing.cli.watchers import figures_kept, figures_of_server
-from billing.cli.worker import Companion
-from billing.http import logs
 from billing.settings import Settings
 from billing.storage.database import Database
 

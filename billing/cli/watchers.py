@@ -9,10 +9,9 @@ from pathlib import Path
 
 import click
 
-from billing import metrics, tracing
+from billing import crashes, metrics, tracing
 from billing.cli.console import done, new_store
 from billing.clock import utc_now
-from billing.http import crashes
 from billing.http.exposition import PATH, Exporter, Read, reader
 from billing.settings import Settings
 from billing.storage.database import Database

@@ -5,24 +5,19 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import subprocess
 import sys
 import threading
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from types import TracebackType
-from typing import Self
 
 import click
-import structlog
 
-from billing import keys, stripe_connect, tenants, tracing
+from billing import crashes, keys, logs, stripe_connect, tenants, tracing
 from billing.cli.console import done, opened_store
 from billing.cli.watchers import figures_of_worker, tell_others
 from billing.clock import utc_now
 from billing.connections import connections_for
 from billing.deliveries import deliveries_for
 from billing.housekeeping import Housekeeping
-from billing.http import crashes, logs
 from billing.settings import Settings
 from billing.storage.store import Store
 from billing.webhooks.delivery import DELIVER
@@ -38,13 +33,7 @@ SLOW_THREADS = 32
 DESCRIPTORS = 4096
 # Threads share them: they are in a transaction for a few milliseconds at a time.
 CONNECTIONS = 16
-# A task may ask Stripe twice, eight seconds each.
-END_SECONDS = 20
 AWAKE_EVERY_SECONDS = 0.2
-FIRST_PAUSE_SECONDS = 1.0
-LONGEST_PAUSE_SECONDS = 30.0
-
-log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.worker")
 
 
 @click.command()
@@ -157,71 +146,3 @@ def stop_at_end_of_input(crew: Crew) -> None:
     while os.read(sys.stdin.fileno(), 1):
         pass
     crew.stop()
-
-
-# `billing` of the same code as ours, where `python -m` would prefer what lies in the working directory.
-AS_WE_ARE = f"import sys; sys.path[:] = {sys.path}; from billing.cli import main; main(prog_name='billing')"
-
-
-class Companion:
-    """A `billing worker` that lives as long as the block, and is started again if it ends before."""
-
-    def __init__(self) -> None:
-        self._stopping = threading.Event()
-        # Held while one is started: it is either known when we leave, or not started any more.
-        self._starting = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._watcher = threading.Thread(target=self._keep_running, daemon=True)
-
-    def __enter__(self) -> Self:
-        self._watcher.start()
-        return self
-
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
-        with self._starting:
-            self._stopping.set()
-            self._tell_to_end()
-        self._watcher.join(END_SECONDS)
-        if self._process is not None:
-            self._process.kill()
-
-    def renew(self) -> None:
-        """Have it finish what is in flight and end, and another start, of the code as it is now."""
-        with self._starting:
-            self._tell_to_end()
-
-    def _tell_to_end(self) -> None:
-        if self._process is not None and self._process.stdin is not None:
-            self._process.stdin.close()
-
-    def _keep_running(self) -> None:
-        pause = FIRST_PAUSE_SECONDS
-        while not self._stopping.is_set():
-            try:
-                said: dict[str, object] = {"exit_code": self._run()}
-                if self._was_told_to_end():
-                    continue
-            except OSError as error:  # As where there is no memory for one more process.
-                said = {"cause": error.strerror}
-            if not self._stopping.is_set():
-                log.error("the worker ended, and is started again", **said)
-                self._stopping.wait(pause)
-                pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
-
-    def _was_told_to_end(self) -> bool:
-        return self._process is not None and self._process.stdin is not None and self._process.stdin.closed
-
-    def _run(self) -> int | None:
-        process = self._start()
-        return None if process is None else process.wait()
-
-    def _start(self) -> subprocess.Popen[bytes] | None:
-        with self._starting:
-            if self._stopping.is_set():
-                return None
-            command = [sys.executable, "-P", "-c", AS_WE_ARE, "worker", "--while-stdin-is-open"]
-            # In a group of its own, for Ctrl-C is ours: it works until requests in flight have finished.
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0)
-            return self._process

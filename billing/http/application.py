@@ -15,9 +15,9 @@ from connexion.options import SwaggerUIOptions
 from starlette.exceptions import HTTPException
 from starlette.routing import Route, Router
 
-from billing import errors
+from billing import crashes, errors
 from billing.errors import BillingError
-from billing.http import crashes, problems
+from billing.http import problems
 from billing.http.access import Access, Gate, Turnstile, security_map
 from billing.http.cors import Cors
 from billing.http.deadlines import Deadline

@@ -10,9 +10,9 @@ from typing import Any
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from billing import errors, metrics, tracing
+from billing import crashes, errors, metrics, tracing
 from billing.errors import BillingError
-from billing.http import crashes, problems
+from billing.http import problems
 from billing.http.addresses import client_address
 from billing.http.headers import Header, Headers, texts, values
 from billing.ids import new_name

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import enum
-import os
-import threading
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from contextvars import Context, copy_context
@@ -170,19 +167,3 @@ def outcome_of(call: Callable[[], T], answer: asyncio.Future[T]) -> Callable[[],
     # It is raised again where the answer is waited for.
     except BaseException as error:
         return partial(answer.set_exception, error)
-
-
-def end_with_main_thread(patience_seconds: float) -> None:
-    """Have the process end when its main thread has, even if others go on for longer than this.
-
-    Python waits for anyio's, which make connections and do the last things, and one that hangs would keep a server
-    that has drained from ending.
-    """
-
-    def end() -> None:
-        threading.main_thread().join()
-        time.sleep(patience_seconds)
-        log.error("a thread did not end: the process ends without it")
-        os._exit(1)
-
-    threading.Thread(target=end, name="end", daemon=True).start()

@@ -20,9 +20,8 @@ from standardwebhooks import Webhook
 from starlette.testclient import TestClient
 
 from app import create_app
-from billing import deliveries
+from billing import deliveries, logs
 from billing.counters import InProcess
-from billing.http import logs
 from billing.ids import new_id
 from billing.settings import Settings
 from billing.storage.store import Store
@@ -31,8 +30,8 @@ from billing.webhooks.egress import Egress
 from billing.webhooks.endpoints import Endpoint, disable
 from tests.clock import TurnedClock
 from tests.conftest import API, Account, CheckedClient, bearer, register
-from tests.http.test_logs import restored
 from tests.receivers import Names, Receiver, Visit, answers, hangs, head, receiving, resets
+from tests.test_logs import restored
 
 __all__ = ["restored"]
 

@@ -205,7 +205,7 @@ def test_stripe_that_hangs_is_answered_for_within_the_deadline(
 
 HANGING = """
 import threading, time
-from billing.http.lanes import end_with_main_thread
+from billing.threads import end_with_main_thread
 threading.Thread(target=time.sleep, args=({seconds},)).start()
 end_with_main_thread(0.3)
 time.sleep(0.6)

@@ -13,7 +13,7 @@ from typing import Any
 
 import structlog
 
-from billing.http.logs import redact
+from billing.logs import redact
 
 # A worker that ends because of an error still tells of it.
 FAREWELL_SECONDS = 2.0

@@ -17,8 +17,8 @@ import sqlalchemy.exc
 import structlog
 import uvicorn
 
-from billing.http import logs
-from billing.http.logs import redact
+from billing import logs
+from billing.logs import redact
 
 Lines = Callable[[], list[Any]]
 

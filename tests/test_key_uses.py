@@ -8,11 +8,11 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import Engine, func, select, text
 
-from billing import security, tenants
+from billing import key_uses, tenants
 from billing.errors import DatabaseUnavailable
 from billing.ids import new_id
+from billing.key_uses import KeyUses
 from billing.keys import ApiKey, KeyDigests
-from billing.security import KeyUses
 from billing.settings import Settings
 from billing.storage.store import Store
 from billing.storage.tables import api_keys
@@ -58,7 +58,7 @@ def test_each_use_is_written_down(store: Store, superuser: Engine, keys: list[Ap
 def test_what_is_written_at_once_has_one_key_of_a_tenant(
     store: Store, superuser: Engine, keys: list[ApiKey], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(security, "WRITTEN_AT_ONCE", TENANTS - 1)
+    monkeypatch.setattr(key_uses, "WRITTEN_AT_ONCE", TENANTS - 1)
     noted(*keys).flush(store)
     one_each = select(func.count(), func.count(api_keys.c.tenant_id.distinct())).group_by(
         text("api_keys.xmin::text")

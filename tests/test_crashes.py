@@ -21,7 +21,7 @@ REQUEST_ID = "the-request-of-acme"
 CRASH = """
 import asyncio, sys
 import httpx
-from billing.http import crashes, logs
+from billing import crashes, logs
 from billing.http.edge import Edge
 
 logs.configure(tty=False)
@@ -52,7 +52,7 @@ TASK = """
 import sys
 from datetime import UTC, datetime
 from uuid import UUID
-from billing.http import crashes
+from billing import crashes
 from billing.tasks import Task
 from billing.worker import report
 

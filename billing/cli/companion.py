@@ -1,0 +1,85 @@
+"""The `billing worker` beside `billing serve`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from types import TracebackType
+from typing import Self
+
+import structlog
+
+# A task may ask Stripe twice, eight seconds each.
+END_SECONDS = 20
+FIRST_PAUSE_SECONDS = 1.0
+LONGEST_PAUSE_SECONDS = 30.0
+
+# `billing` of the same code as ours, where `python -m` would prefer what lies in the working directory.
+AS_WE_ARE = f"import sys; sys.path[:] = {sys.path}; from billing.cli import main; main(prog_name='billing')"
+
+log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.worker")
+
+
+class Companion:
+    """A `billing worker` that lives as long as the block, and is started again if it ends before."""
+
+    def __init__(self) -> None:
+        self._stopping = threading.Event()
+        # Held while one is started: it is either known when we leave, or not started any more.
+        self._starting = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._watcher = threading.Thread(target=self._keep_running, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._watcher.start()
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        with self._starting:
+            self._stopping.set()
+            self._tell_to_end()
+        self._watcher.join(END_SECONDS)
+        if self._process is not None:
+            self._process.kill()
+
+    def renew(self) -> None:
+        """Have it finish what is in flight and end, and another start, of the code as it is now."""
+        with self._starting:
+            self._tell_to_end()
+
+    def _tell_to_end(self) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
+
+    def _keep_running(self) -> None:
+        pause = FIRST_PAUSE_SECONDS
+        while not self._stopping.is_set():
+            try:
+                said: dict[str, object] = {"exit_code": self._run()}
+                if self._was_told_to_end():
+                    continue
+            except OSError as error:  # As where there is no memory for one more process.
+                said = {"cause": error.strerror}
+            if not self._stopping.is_set():
+                log.error("the worker ended, and is started again", **said)
+                self._stopping.wait(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    def _was_told_to_end(self) -> bool:
+        return self._process is not None and self._process.stdin is not None and self._process.stdin.closed
+
+    def _run(self) -> int | None:
+        process = self._start()
+        return None if process is None else process.wait()
+
+    def _start(self) -> subprocess.Popen[bytes] | None:
+        with self._starting:
+            if self._stopping.is_set():
+                return None
+            command = [sys.executable, "-P", "-c", AS_WE_ARE, "worker", "--while-stdin-is-open"]
+            # In a group of its own, for Ctrl-C is ours: it works until requests in flight have finished.
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0)
+            return self._process
