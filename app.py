@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 
 from billing import crashes, logs, metrics, tracing
 from billing.cli import main
-from billing.cli.watchers import tell_others
+from billing.cli.watchers import begin_telemetry
 from billing.clock import Clock, utc_now
 from billing.connections import connections_for
 from billing.counters import InProcess
@@ -68,13 +68,13 @@ def create_app(
     """The application for these settings. The database is opened by its lifespan."""
     problems.configure(settings.public_base_url)
     contract = document.load()
-    store = Store(Vault(settings.encryption_keys), connections=connections_of(settings))
+    store = Store(Vault(settings.encryption_keys), connections=pool_size(settings))
     tokens = Tokens(settings.jwt_keys, settings.public_base_url)
     digests = KeyDigests(settings.key_peppers)
     lookups, uses, failed_logins = Lookups(), KeyUses(), FailedLogins(clock)
     lanes = Lanes(threads_of(settings))
     served = document.served(contract, settings.public_base_url)
-    tell_others(settings, "billing-api")
+    begin_telemetry(settings, "billing-api")
     figures = metrics.keep(settings.prometheus_multiproc_dir) if settings.are_figures_wanted else None
     counters = counters or counters_for(settings)
     meter = Meter(counters, settings.key_peppers.first[1], clock)
@@ -122,7 +122,7 @@ def threads_of(settings: Settings) -> dict[Lane, int]:
     }
 
 
-def connections_of(settings: Settings) -> int:
+def pool_size(settings: Settings) -> int:
     """One for each thread that may want one, and one each for readiness and for what was noted.
 
     Threads that wait for Stripe or for a receiver want none meanwhile, and share a few.

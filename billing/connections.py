@@ -199,7 +199,7 @@ class Connections:
         except (StripeUnavailable, StripeNotConfigured):
             told = False
         with self._store.tenant(task.tenant_id, exclusive=True) as tx:
-            chapter.note_told(tx, task, told=told, now=self._clock())
+            chapter.note_deauthorized(tx, task, told=told, now=self._clock())
 
     def check(self, task: Task) -> None:
         """Look whether an account is what it was, for nobody in particular."""

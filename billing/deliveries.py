@@ -44,7 +44,7 @@ MOST_PROVEN = 10_000
 SLOW_MS = 2000
 PAUSE = timedelta(seconds=4)
 
-JITTER = random.SystemRandom()
+RANDOM = random.SystemRandom()
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.deliveries")
 
@@ -82,7 +82,7 @@ class Sent:
     went_well: bool = False
 
 
-class Deliveries:
+class Dispatcher:
     """Sends events to tenants' endpoints, each endpoint by one worker at a time, which the task's lease sees to."""
 
     def __init__(self, store: Store, egress: Egress, clock: Clock, *, threads: int) -> None:
@@ -117,7 +117,9 @@ class Deliveries:
                 return Batch(tenant_id, endpoint, "", ())
             if endpoint.wanted:
                 tx.deliveries.drop_unwanted(endpoint.wanted, now)
-            begun = tx.deliveries.begin(now, types=_told(endpoint) or endpoint.wanted or None, most=BATCH)
+            begun = tx.deliveries.begin(
+                now, types=_only_types(endpoint) or endpoint.wanted or None, most=BATCH
+            )
             secrets = tx.webhooks.signing_secrets(now) if begun else ()
             return Batch(tenant_id, endpoint, endpoint.url, secrets, begun)
 
@@ -141,7 +143,7 @@ class Deliveries:
             ended = [(flying.pop(future), future.result()) for future in _gathered(flying)]
             waiting.extend(begun for begun, attempt in ended if attempt is None)
             made = [(begun, attempt) for begun, attempt in ended if attempt is not None]
-            last = _judge_and_tell(batch, made, self._clock())
+            last = _judge_all(batch, made, self._clock())
             durations += [one.duration_ms for one in last.settled]
             went_well = len(made) == len(ended) and last.all_delivered and not _is_slow(durations)
             window = min(2 * window, IN_FLIGHT) if went_well else 0
@@ -176,18 +178,17 @@ class Deliveries:
 def send(post: Post, secrets: Sequence[str], begun: Begun, now: datetime) -> Attempt:
     """Make one attempt, signed as of now."""
     headers = signed_headers(secrets, id=str(begun.event_id), at=now, body=begun.body)
-    with tracing.span(
-        "POST webhook",
-        "client",
-        http__request__method="POST",
-        billing__event_type=begun.event_type,
-        billing__event_id=str(begun.event_id),
-        billing__attempt=begun.attempt,
-        billing__request_id=begun.request_id,
-    ) as span:
+    attributes: tracing.Attributes = {
+        "http.request.method": "POST",
+        "billing.event_type": begun.event_type,
+        "billing.event_id": str(begun.event_id),
+        "billing.attempt": begun.attempt,
+        "billing.request_id": begun.request_id,
+    }
+    with tracing.span("POST webhook", "client", attributes) as span:
         sent = {"Content-Type": "application/json", **headers, **tracing.headers()}
         attempt = post(begun.body, sent)
-        span.tell(http__response__status_code=attempt.http_status)
+        span.set_attributes({"http.response.status_code": attempt.http_status})
         if attempt.reason is not None:
             span.fail(attempt.reason)
     return attempt
@@ -224,7 +225,7 @@ def _note(tx: TenantTx, endpoint: Endpoint, ended: Ended, now: datetime) -> Endp
     return endpoints.disable(tx, after, reason, now=now) if reason else after
 
 
-def _told(endpoint: Endpoint) -> Sequence[str] | None:
+def _only_types(endpoint: Endpoint) -> Sequence[str] | None:
     """The one type of event that a disabled endpoint still gets: the news of that. None where it is not disabled."""
     return None if endpoint.disabled_reason is None else [DISABLED]
 
@@ -236,17 +237,17 @@ def _gathered(flying: Iterable[Future[Attempt | None]]) -> set[Future[Attempt | 
     return wait(flying, timeout=GATHERED_SECONDS).done
 
 
-def _judge_and_tell(batch: Batch, made: Sequence[tuple[Begun, Attempt]], now: datetime) -> Ended:
+def _judge_all(batch: Batch, made: Sequence[tuple[Begun, Attempt]], now: datetime) -> Ended:
     """What follows from attempts, which is told at once."""
     verdicts = [_verdict(begun, attempt, batch.endpoint, now) for begun, attempt in made]
     settled = [_settled(*one, verdict, now) for one, verdict in zip(made, verdicts, strict=True)]
     for (begun, _), one in zip(made, settled, strict=True):
-        tell(begun, one)
+        log_attempt(begun, one)
     return Ended(settled, any(verdict.gone for verdict in verdicts))
 
 
 def _verdict(begun: Begun, attempt: Attempt, endpoint: Endpoint, now: datetime) -> Verdict:
-    verdict = judge(begun.attempt, attempt, now, jitter=JITTER.uniform(-1, 1))
+    verdict = judge(begun.attempt, attempt, now, jitter=RANDOM.uniform(-1, 1))
     if verdict.status == "pending" and endpoint.disabled_reason is not None:
         return Verdict("failed")  # The news that it is disabled: tried once, and then there is silence.
     return verdict
@@ -265,7 +266,7 @@ def _settled(begun: Begun, attempt: Attempt, verdict: Verdict, now: datetime) ->
     )
 
 
-def tell(begun: Begun, settled: Settled) -> None:
+def log_attempt(begun: Begun, settled: Settled) -> None:
     """Count an attempt, and log it with the request that the event came of."""
     metrics.ATTEMPTS.count(settled.error or "delivered")
     metrics.ATTEMPT_SECONDS.observe(settled.duration_ms / 1000)
@@ -293,7 +294,7 @@ def _let_go(tx: TenantTx, task: Task, endpoint: Endpoint, sent: Sent, now: datet
         # An event that was being recorded while the URL was removed, or more than one statement gives up.
         due_at = now if tx.deliveries.cancel(endpoints.CANCELLED, now) else None
     else:
-        due_at = tx.deliveries.next_due(types=_told(endpoint))
+        due_at = tx.deliveries.next_due(types=_only_types(endpoint))
     if due_at is None:
         tx.tasks.finish(task)
     else:
@@ -397,10 +398,10 @@ def egress_for(settings: Settings, *, lookups: int = 16) -> Egress:
     return Egress(policy_for(settings), settings.webhook_allow_cidrs, lookups=lookups)
 
 
-def deliveries_for(settings: Settings, store: Store, clock: Clock, *, threads: int) -> Deliveries:
+def dispatcher_for(settings: Settings, store: Store, clock: Clock, *, threads: int) -> Dispatcher:
     """Deliveries as this installation's settings allow them, so many at once."""
     # A lookup that hangs outlasts the attempt that gave up on it; names that do not hang must still find a thread.
-    return Deliveries(store, egress_for(settings, lookups=3 * threads), clock, threads=threads)
+    return Dispatcher(store, egress_for(settings, lookups=3 * threads), clock, threads=threads)
 
 
 def tester_for(settings: Settings, store: Store, clock: Clock) -> Tester:

@@ -60,7 +60,7 @@ class Gateway:
     ) -> None:
         self._secret_key = secret_key
         self._client_id = client_id
-        self._fuse = Fuse()
+        self._breaker = CircuitBreaker()
         self._client = _client(secret_key, client_id, api_base, connect_base) if secret_key else None
 
     @property
@@ -129,13 +129,13 @@ class Gateway:
     def account(self, account_id: str) -> Account | None:
         """The account as Stripe has it now, None if it is not connected to this platform any more."""
         self.require_configured(for_oauth=False)
-        with self._fuse:
+        with self._breaker:
             return self._retrieve(account_id)
 
     def create_account(self, tenant: Tenant, *, idempotency_key: str) -> Account:
         """Make an account for a tenant; the same key gives the same account."""
         self.require_configured(for_oauth=False)
-        with self._fuse, _in_our_words("accounts.create"):
+        with self._breaker, _in_our_words("accounts.create"):
             made = self._stripe.v1.accounts.create(
                 {
                     "type": "standard",
@@ -150,7 +150,7 @@ class Gateway:
     def account_link(self, account_id: str, *, return_url: str) -> str:
         """Where an owner's browser goes to fill in Stripe's form; good for some minutes."""
         self.require_configured(for_oauth=False)
-        with self._fuse, _in_our_words("account_links.create"):
+        with self._breaker, _in_our_words("account_links.create"):
             made = self._stripe.v1.account_links.create(
                 {
                     "type": "account_onboarding",
@@ -240,7 +240,7 @@ def _code_of(error: BaseException) -> str | None:
     return _text(found, LONGEST_WORD)
 
 
-class Fuse:
+class CircuitBreaker:
     """Spares everyone the wait for a Stripe that does not answer: raises `StripeUnavailable` at once instead.
 
     It is open for a quarter of a minute after three silences in a row, and while somebody has waited too long.
@@ -299,47 +299,47 @@ def _grant(token: Mapping[str, Any]) -> Grant:
     return Grant(str(account_id), str(token.get("scope")), livemode)
 
 
-def _account(said: Mapping[str, Any]) -> Account:
+def _account(raw: Mapping[str, Any]) -> Account:
     """The account in Stripe's answer, as far as it has the form that it should; raises `Malformed`."""
-    if not _is_account_id(said.get("id")):
+    if not _is_account_id(raw.get("id")):
         raise Malformed
     return Account(
-        id=said["id"],
-        charges_enabled=_truth(said.get("charges_enabled")),
-        payouts_enabled=_truth(said.get("payouts_enabled")),
-        details_submitted=_truth(said.get("details_submitted")),
-        requirements=_requirements(_mapping(said.get("requirements"))),
-        capabilities=_capabilities(_mapping(said.get("capabilities"))),
-        email=_text(said.get("email"), LONGEST_EMAIL),
-        business_type=_text(said.get("business_type"), LONGEST_WORD),
-        country=_text(said.get("country"), LONGEST_WORD, COUNTRY),
-        default_currency=_text(said.get("default_currency"), LONGEST_WORD, CURRENCY),
+        id=raw["id"],
+        charges_enabled=_truth(raw.get("charges_enabled")),
+        payouts_enabled=_truth(raw.get("payouts_enabled")),
+        details_submitted=_truth(raw.get("details_submitted")),
+        requirements=_requirements(_mapping(raw.get("requirements"))),
+        capabilities=_capabilities(_mapping(raw.get("capabilities"))),
+        email=_text(raw.get("email"), LONGEST_EMAIL),
+        business_type=_text(raw.get("business_type"), LONGEST_WORD),
+        country=_text(raw.get("country"), LONGEST_WORD, COUNTRY),
+        default_currency=_text(raw.get("default_currency"), LONGEST_WORD, CURRENCY),
     )
 
 
-def _requirements(said: Mapping[str, Any]) -> Requirements:
-    deadline = said.get("current_deadline")
+def _requirements(raw: Mapping[str, Any]) -> Requirements:
+    deadline = raw.get("current_deadline")
     return Requirements(
-        currently_due=_names(said.get("currently_due")),
-        eventually_due=_names(said.get("eventually_due")),
-        past_due=_names(said.get("past_due")),
-        pending_verification=_names(said.get("pending_verification")),
-        disabled_reason=_text(said.get("disabled_reason"), LONGEST_NAME),
+        currently_due=_names(raw.get("currently_due")),
+        eventually_due=_names(raw.get("eventually_due")),
+        past_due=_names(raw.get("past_due")),
+        pending_verification=_names(raw.get("pending_verification")),
+        disabled_reason=_text(raw.get("disabled_reason"), LONGEST_NAME),
         current_deadline=deadline if type(deadline) is int and 0 <= deadline <= LATEST_TIME else None,
-        errors=tuple(_error(_mapping(error)) for error in _items(said.get("errors"))),
+        errors=tuple(_error(_mapping(error)) for error in _items(raw.get("errors"))),
     )
 
 
-def _error(said: Mapping[str, Any]) -> RequirementError:
+def _error(raw: Mapping[str, Any]) -> RequirementError:
     return RequirementError(
-        code=_text(said.get("code"), LONGEST_NAME) or "",
-        reason=_text(said.get("reason"), LONGEST_REASON) or "",
-        requirement=_text(said.get("requirement"), LONGEST_NAME) or "",
+        code=_text(raw.get("code"), LONGEST_NAME) or "",
+        reason=_text(raw.get("reason"), LONGEST_REASON) or "",
+        requirement=_text(raw.get("requirement"), LONGEST_NAME) or "",
     )
 
 
-def _capabilities(said: Mapping[str, Any]) -> dict[str, str]:
-    states = {name: _text(state, LONGEST_WORD) for name, state in list(said.items())[:MOST_CAPABILITIES]}
+def _capabilities(raw: Mapping[str, Any]) -> dict[str, str]:
+    states = {name: _text(state, LONGEST_WORD) for name, state in list(raw.items())[:MOST_CAPABILITIES]}
     return {name: state for name, state in states.items() if state and _text(name, LONGEST_WORD)}
 
 

@@ -32,9 +32,9 @@ class Housekeeping:
             tx.webhooks.tidy_secrets(now)
             tx.tasks.postpone(task, now if any(is_more) else now + tenants.TIDIED_EVERY)
 
-    def tell_of_end(self, task: Task) -> None:
+    def announce_expiry(self, task: Task) -> None:
         """Tell of an API key that is about to end."""
         with self._store.tenant(task.tenant_id, exclusive=True) as tx:
             # Only as long as it is ours: another worker would tell it as another event.
             if tx.tasks.finish(task):
-                keys.tell_of_end(tx, UUID(task.subject), now=self._clock())
+                keys.announce_expiry(tx, UUID(task.subject), now=self._clock())

@@ -208,7 +208,7 @@ def _announce_end(tx: Storage, key: ApiKey, now: datetime) -> None:
         tx.tasks.add(EXPIRING, key.id, subject=str(key.id), due_at=due_at, now=now)
 
 
-def tell_of_end(tx: Storage, id: UUID, *, now: datetime) -> None:
+def announce_expiry(tx: Storage, id: UUID, *, now: datetime) -> None:
     """Tell the tenant's webhook that a key in its grace period will end soon, if it has not ended since."""
     for key in tx.api_keys.living(now, TYPES):
         if key.id == id:

@@ -151,7 +151,7 @@ class Meter:
         window = self.window(policy, subject)
         return Usage(window, await self._counters.add(window.key, 1, seconds=policy.seconds))
 
-    async def look(self, policy: Policy, subject: str) -> Usage:
+    async def peek(self, policy: Policy, subject: str) -> Usage:
         """How it stands, without counting."""
         window = self.window(policy, subject)
         return Usage(window, await self._counters.add(window.key, 0, seconds=policy.seconds))

@@ -61,7 +61,7 @@ def configure(*, tty: bool, level: str | int = "INFO") -> None:
     structlog.configure(
         processors=[structlog.contextvars.merge_contextvars, structlog.processors.add_log_level, *finish],
         wrapper_class=lean(structlog.make_filtering_bound_logger(level_number(level))),
-        logger_factory=lambda *_: Lines(sink),
+        logger_factory=lambda *_: LineLogger(sink),
         cache_logger_on_first_use=True,
     )
     _route_standard_logging(sink, finish, level)
@@ -210,7 +210,7 @@ def lean(base: type) -> type:
     return type(base.__name__, (base,), {"_proxy_to_logger": log})
 
 
-class Lines:
+class LineLogger:
     """structlog's last step: a line for each event. Standard error has it at the line's end, and needs no flush."""
 
     def __init__(self, sink: Sink) -> None:

@@ -46,9 +46,9 @@ class Figure:
 
     kind: Kind
 
-    def __init__(self, name: str, told: str, *labels: str) -> None:
+    def __init__(self, name: str, help: str, *labels: str) -> None:
         self.name = f"billing_{name}"
-        self.told = told
+        self.help = help
         self.labels = labels
         self._family: Any = None
         self._members: dict[tuple[str, ...], Any] = {}
@@ -72,13 +72,13 @@ class Counter(Figure):
 
     kind = "counter"
 
-    def __init__(self, name: str, told: str, *labels: str) -> None:
-        super().__init__(name, told, *labels)
+    def __init__(self, name: str, help: str, *labels: str) -> None:
+        super().__init__(name, help, *labels)
         self._lock = threading.Lock()
         self._counted: dict[tuple[str, ...], float] = {}
 
     def begin(self, library: Any) -> None:
-        self._family = library.Counter(self.name, self.told, self.labels, registry=None)
+        self._family = library.Counter(self.name, self.help, self.labels, registry=None)
 
     def count(self, *labels: str, amount: float = 1) -> None:
         if self._family is not None:
@@ -97,13 +97,13 @@ class Histogram(Figure):
 
     kind = "histogram"
 
-    def __init__(self, name: str, told: str, *labels: str) -> None:
-        super().__init__(name, told, *labels)
+    def __init__(self, name: str, help: str, *labels: str) -> None:
+        super().__init__(name, help, *labels)
         self._lock = threading.Lock()
         self._observed: dict[tuple[str, ...], list[float]] = {}
 
     def begin(self, library: Any) -> None:
-        self._family = library.Histogram(self.name, self.told, self.labels, registry=None, buckets=SECONDS)
+        self._family = library.Histogram(self.name, self.help, self.labels, registry=None, buckets=SECONDS)
 
     def observe(self, seconds: float, *labels: str) -> None:
         if self._family is not None:
@@ -130,13 +130,13 @@ class Gauge(Figure):
 
     kind = "gauge"
 
-    def __init__(self, name: str, told: str, *labels: str, merge: Merge = "livesum") -> None:
-        super().__init__(name, told, *labels)
+    def __init__(self, name: str, help: str, *labels: str, merge: Merge = "livesum") -> None:
+        super().__init__(name, help, *labels)
         self._merge = merge
 
     def begin(self, library: Any) -> None:
         self._family = library.Gauge(
-            self.name, self.told, self.labels, registry=None, multiprocess_mode=self._merge
+            self.name, self.help, self.labels, registry=None, multiprocess_mode=self._merge
         )
 
     def set(self, value: float, *labels: str) -> None:
@@ -288,22 +288,22 @@ def written(*samples: Callable[[], None]) -> Iterator[None]:
         return
     ended = threading.Event()
 
-    def look() -> None:
+    def run() -> None:
         is_well = True
         while not ended.wait(WRITTEN_EVERY_SECONDS):
-            is_well = _look(samples, was_well=is_well)
+            is_well = _sample_and_write(samples, was_well=is_well)
 
-    thread = threading.Thread(target=look, name="figures", daemon=True)
+    thread = threading.Thread(target=run, name="figures", daemon=True)
     thread.start()
     try:
         yield
     finally:
         ended.set()
         thread.join()
-        _look((), was_well=True)
+        _sample_and_write((), was_well=True)
 
 
-def _look(samples: Iterable[Callable[[], None]], *, was_well: bool) -> bool:
+def _sample_and_write(samples: Iterable[Callable[[], None]], *, was_well: bool) -> bool:
     """Set gauges and write, and say whether that went well; a disk that is full is told of once, and tried again."""
     try:
         for sample in samples:
@@ -325,7 +325,7 @@ def page(directory: Path, answers: Answers, accept: str) -> tuple[bytes, str]:
     from prometheus_client.exposition import choose_encoder
     from prometheus_client.multiprocess import MultiProcessCollector
 
-    _look((), was_well=True)
+    _sample_and_write((), was_well=True)
     forget_the_dead(directory)
     registry = CollectorRegistry()
     MultiProcessCollector(registry, str(directory))  # type: ignore[no-untyped-call]
@@ -344,7 +344,7 @@ class _Answers:
         from prometheus_client.core import GaugeMetricFamily
 
         for figure, values in self._answers.items():
-            family = GaugeMetricFamily(figure.name, figure.told, labels=figure.labels)
+            family = GaugeMetricFamily(figure.name, figure.help, labels=figure.labels)
             for labels, value in values.items():
                 family.add_metric(labels, value)
             yield family

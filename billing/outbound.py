@@ -2,7 +2,7 @@
 
 A read timeout begins anew with every byte, so a sender who drips holds us for minutes. Here each request has one
 deadline over all of it, and a watchdog shuts down the very socket that the request is on. Those to Stripe are a
-`Session`'s, which is here; those to tenants' URLs are a `Line`'s (`lines.py`), of the same parts.
+`Session`'s, which is here; those to tenants' URLs are a `PostClient`'s, of the same parts.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class TlsFailed(OutboundError, requests.exceptions.SSLError):
     """TLS could not be agreed on, or the certificate is not good for the name."""
 
 
-class DeadlineExceeded(OutboundError, requests.Timeout):
+class CallTimedOut(OutboundError, requests.Timeout):
     """The call took longer than it may."""
 
 
@@ -147,13 +147,13 @@ class Resolver:
 
     def _ask(self, found: Future[Sequence[Found]], host: str, port: int) -> Callable[[], None]:
         try:
-            tell = partial(found.set_result, socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+            announce = partial(found.set_result, socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
         except (OSError, UnicodeError) as error:
-            tell = partial(found.set_exception, error)
+            announce = partial(found.set_exception, error)
 
         def end() -> None:
             self._free.release()
-            tell()
+            announce()
 
         return end
 
@@ -211,7 +211,7 @@ class Session(requests.Session):
         except requests.exceptions.SSLError:
             error = TlsFailed()
         except (requests.Timeout, ReadTimeoutError):
-            error = DeadlineExceeded()
+            error = CallTimedOut()
         except (requests.ConnectionError, HTTPError):
             error = ConnectionBroken()
         else:
@@ -268,12 +268,12 @@ class Call:
         """The outcome, unless the deadline made it what it is."""
         # A body that ends with the connection looks whole when it is cut.
         is_late = self.is_over() if isinstance(outcome, OutboundError) else self.is_cut
-        return DeadlineExceeded() if is_late else outcome
+        return CallTimedOut() if is_late else outcome
 
     def seconds(self) -> float:
         """What is left for the next step of connecting; raises `DeadlineExceeded`."""
         if (left := self.ends_at - time.monotonic()) <= 0:
-            raise DeadlineExceeded
+            raise CallTimedOut
         return min(left, self.bounds.connect_seconds)
 
     def dial(self, host: str, port: int, options: Any) -> socket.socket:
@@ -312,7 +312,7 @@ class Call:
             self._socket = own
             # The watchdog comes once. It may have come.
             if self.is_over():
-                raise DeadlineExceeded
+                raise CallTimedOut
 
     def release(self) -> None:
         """Let the socket be: from here on it may be another request's."""
@@ -423,7 +423,7 @@ class _Metered(RawIOBase):
         super().close()
 
 
-class _Lines(BufferedReader):
+class _HeaderLines(BufferedReader):
     """What http.client reads a head from, which it has parsed as a whole MIME message.
 
     So a head could be a tree of parts hundreds deep, which takes seconds, or have a boundary that is no text, which
@@ -446,7 +446,7 @@ class Response(http.client.HTTPResponse):
 
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
-        self.fp = _Lines(_Metered(self.fp.detach(), _CALL.get()))
+        self.fp = _HeaderLines(_Metered(self.fp.detach(), _CALL.get()))
 
     def begin(self) -> None:
         """Read the head of the answer, past any that only say that it is to come (RFC 9110, section 15.2)."""

@@ -344,7 +344,7 @@ def link(
     tx.stripe.keep(connection)
     tx.tenants.set_stripe(account.id, connection.status, now)
     tx.audit.record("stripe.connected", subject=account.id, now=now, details={"flow": flow})
-    _tell(tx, "stripe.account.connected", connection, now)
+    _record_event(tx, "stripe.account.connected", connection, now)
     due_at = next_check(now) if known else now
     tx.tasks.add(CHECK, connection.id, subject=account.id, due_at=due_at, now=now, queue="checks")
     return Connected(connection, tx.tenants.get())
@@ -382,7 +382,7 @@ def note(
     tx.stripe.keep(seen)
     if seen.status != current.status:
         tx.tenants.set_stripe(account.id, seen.status, now)
-        _tell(tx, "stripe.account.updated", seen, now)
+        _record_event(tx, "stripe.account.updated", seen, now)
     return seen
 
 
@@ -401,7 +401,7 @@ def disconnect(tx: Storage, *, now: datetime) -> None:
         _give_back(tx, current.account.id, now=now)
 
 
-def note_told(tx: Storage, task: Task, *, told: bool, now: datetime) -> None:
+def note_deauthorized(tx: Storage, task: Task, *, told: bool, now: datetime) -> None:
     """Whether Stripe knows now that an account is no longer connected. The caller holds the tenant's lock.
 
     If the tenant connected it again meanwhile, what holds is for Stripe to say.
@@ -423,7 +423,7 @@ def end(tx: Storage, current: Connection, *, reason: str | None, now: datetime) 
     tx.tenants.set_stripe(None, ended.status, now)
     tx.tasks.drop(CHECK, subject=ended.account.id)
     tx.audit.record("stripe.disconnected", subject=ended.account.id, reason=reason, now=now)
-    _tell(tx, "stripe.account.disconnected", ended, now)
+    _record_event(tx, "stripe.account.disconnected", ended, now)
     return ended
 
 
@@ -432,7 +432,7 @@ def next_check(now: datetime) -> datetime:
     return now + CHECKED_EVERY * (1 + secrets.randbelow(1000) / 4000)
 
 
-def _tell(tx: Storage, type: EventType, connection: Connection, now: datetime) -> None:
+def _record_event(tx: Storage, type: EventType, connection: Connection, now: datetime) -> None:
     data = {"account_id": connection.account.id, "status": connection.status}
     tx.events.record(type, data, livemode=connection.livemode, now=now)
 

@@ -48,10 +48,10 @@ class Threads:
         work = self._next()
         if work is None:
             return False
-        tell = work()
+        announce = work()
         # In this order who is told finds a thread idle.
         self._idle.release()
-        tell()
+        announce()
         return True
 
     def _next(self) -> Work | None:

@@ -14,7 +14,8 @@ from importlib.metadata import version
 from typing import Any, Literal
 
 Kind = Literal["internal", "server", "client", "producer", "consumer"]
-Value = str | int | float | bool
+Value = str | int | float | bool | None
+Attributes = Mapping[str, Value]
 
 # What is left at the end is sent within this time or not at all: a collector that is away keeps no server.
 FAREWELL_SECONDS = 2.0
@@ -58,7 +59,9 @@ def is_on() -> bool:
 class NoSpan:
     """What a block gets when nothing is traced."""
 
-    def tell(self, name: str | None = None, **attributes: Value | None) -> None: ...
+    def rename(self, name: str) -> None: ...
+
+    def set_attributes(self, attributes: Attributes) -> None: ...
 
     def fail(self, kind: str) -> None: ...
 
@@ -69,11 +72,13 @@ class Span:
     def __init__(self, span: Any) -> None:
         self._span = span
 
-    def tell(self, name: str | None = None, **attributes: Value | None) -> None:
-        """Rename it, and add what is known only now; `__` in a name stands for a dot."""
-        if name is not None:
-            self._span.update_name(name)
-        self._span.set_attributes(_dotted(attributes))
+    def rename(self, name: str) -> None:
+        """Give it the name that is known only now."""
+        self._span.update_name(name)
+
+    def set_attributes(self, attributes: Attributes) -> None:
+        """Add what is known only now."""
+        self._span.set_attributes(_known(attributes))
 
     def fail(self, kind: str) -> None:
         """Mark it as failed, by a word of ours."""
@@ -87,16 +92,17 @@ _NO_SPAN = nullcontext(NoSpan())
 
 
 def span(
-    name: str, kind: Kind = "internal", *, parent: str | None = None, **attributes: Value | None
+    name: str, kind: Kind = "internal", attributes: Mapping[str, Value] = {}, *, parent: str | None = None
 ) -> AbstractContextManager[Span | NoSpan]:
-    """A span for as long as the block, below the one that is open here, or below the `traceparent` given."""
+    """A span for as long as the block, below the one that is open here, or below the `traceparent` given.
+
+    The names of attributes are OpenTelemetry's, or begin with `billing.`; one that is None is left out.
+    """
     return _NO_SPAN if _TRACER is None else _recorded(name, kind, parent, attributes)
 
 
 @contextmanager
-def _recorded(
-    name: str, kind: Kind, parent: str | None, attributes: Mapping[str, Value | None]
-) -> Iterator[Span]:
+def _recorded(name: str, kind: Kind, parent: str | None, attributes: Attributes) -> Iterator[Span]:
     from opentelemetry.trace import SpanKind
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -105,7 +111,7 @@ def _recorded(
         name,
         context=context,
         kind=SpanKind[kind.upper()],
-        attributes=_dotted(attributes),
+        attributes=_known(attributes),
         # The library would write down the error's message and its trace.
         record_exception=False,
         set_status_on_exception=False,
@@ -118,8 +124,8 @@ def _recorded(
             raise
 
 
-def _dotted(attributes: Mapping[str, Value | None]) -> dict[str, Value]:
-    return {name.replace("__", "."): value for name, value in attributes.items() if value is not None}
+def _known(attributes: Attributes) -> Attributes:
+    return {name: value for name, value in attributes.items() if value is not None}
 
 
 def headers() -> dict[str, str]:

@@ -97,8 +97,12 @@ class Worker:
 
 def span_of(task: Task) -> AbstractContextManager[object]:
     """The span of a task, which stands at the top of a trace of its own."""
-    whose = {"billing__tenant_id": str(task.tenant_id), "billing__task_id": str(task.id)}
-    return tracing.span(f"task {task.kind}", "consumer", billing__attempts=task.attempts, **whose)
+    attributes: tracing.Attributes = {
+        "billing.tenant_id": str(task.tenant_id),
+        "billing.task_id": str(task.id),
+        "billing.attempts": task.attempts,
+    }
+    return tracing.span(f"task {task.kind}", "consumer", attributes)
 
 
 def named(task: Task) -> dict[str, str]:

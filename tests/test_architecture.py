@@ -24,7 +24,7 @@ FLOORS = (
     (2, "billing.idempotency"),
     (1, "billing.passwords billing.encryption billing.ports billing.actors billing.audit"),
     (1, "billing.webhooks.delivery billing.webhooks.events billing.webhooks.signing"),
-    (1, "billing.outbound billing.lines"),
+    (1, "billing.outbound billing.post_client"),
     (0, "billing.errors billing.ids billing.clock billing.settings billing.keyrings billing.tasks"),
     (0, "billing.limits billing.threads billing.logs billing.metrics billing.tracing billing.crashes"),
 )
@@ -46,7 +46,7 @@ LIBRARIES = {
     "cryptography": ("billing.encryption",),
     "stripe": ("billing.gateway",),
     "requests": ("billing.outbound", "billing.cli.check"),
-    "urllib3": ("billing.outbound", "billing.lines"),
+    "urllib3": ("billing.outbound", "billing.post_client"),
     "click": ("billing.cli",),
     "dotenv": ("billing.settings",),
     "limits": ("billing.shared_counters",),

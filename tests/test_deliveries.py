@@ -20,7 +20,7 @@ from standardwebhooks import Webhook, WebhookVerificationError
 
 from billing import deliveries as module
 from billing import tenants
-from billing.deliveries import BATCH, IN_FLIGHT, PAUSE, Deliveries
+from billing.deliveries import BATCH, IN_FLIGHT, PAUSE, Dispatcher
 from billing.errors import DatabaseUnavailable
 from billing.ids import new_id
 from billing.keys import KeyDigests
@@ -110,7 +110,7 @@ class Bench:
     clock: TurnedClock
     tenant_id: UUID
     secret: str
-    deliveries: Deliveries
+    deliveries: Dispatcher
 
     def all(self, query: Select[Any]) -> Sequence[Any]:
         """What is really stored, as rows."""
@@ -196,9 +196,9 @@ def bench(store: Store, settings: Settings) -> Bench:
     return Bench(store, clock, made.tenant.id, made.webhook_secret, sender(store, clock))
 
 
-def sender(store: Store, clock: TurnedClock, total_seconds: float = PATIENCE_SECONDS) -> Deliveries:
+def sender(store: Store, clock: TurnedClock, total_seconds: float = PATIENCE_SECONDS) -> Dispatcher:
     egress = Egress(DEVELOPMENT, LOOPBACK, total_seconds=total_seconds)
-    return Deliveries(store, egress, clock, threads=2 * IN_FLIGHT)
+    return Dispatcher(store, egress, clock, threads=2 * IN_FLIGHT)
 
 
 @contextmanager
@@ -1061,7 +1061,7 @@ def test_removing_while_a_failure_is_settled_does_not_deadlock(
     attempt = module.Attempt(500, None, 5)
     with ThreadPoolExecutor(1) as pool, bench.store.tenant(bench.tenant_id, exclusive=True) as tx:
         tx.webhooks.find(lock=True)
-        ended = module._judge_and_tell(batch, [(replace(begun, attempt=2), attempt)], bench.clock())
+        ended = module._judge_all(batch, [(replace(begun, attempt=2), attempt)], bench.clock())
         settling = pool.submit(bench.deliveries._settle, batch, ended)
         eventually(lambda: settling.done() or waits_for_a_lock(superuser))
         endpoints.remove(tx, now=bench.clock())

@@ -24,7 +24,7 @@ from billing import gateway as module
 from billing import logs
 from billing.connections import Seen
 from billing.errors import CodeRejected, StripeNotConfigured, StripeUnavailable
-from billing.gateway import Fuse, Gateway
+from billing.gateway import CircuitBreaker, Gateway
 from billing.handlers import shapes
 from billing.ids import new_id
 from billing.stripe_connect import Account, Connection, Grant, Requirements
@@ -730,95 +730,95 @@ class Seconds:
         return self.now
 
 
-def fail(fuse: Fuse) -> None:
-    with suppress(StripeUnavailable), fuse:
+def fail(breaker: CircuitBreaker) -> None:
+    with suppress(StripeUnavailable), breaker:
         raise StripeUnavailable from library.APIConnectionError("-")
 
 
-def is_open(fuse: Fuse) -> bool:
-    return fuse._clock() < fuse._open_until
+def is_open(breaker: CircuitBreaker) -> bool:
+    return breaker._clock() < breaker._open_until
 
 
 def test_the_fuse_blows_after_three_failures_in_a_row() -> None:
-    fuse = Fuse(Seconds())
+    breaker = CircuitBreaker(Seconds())
     for _ in range(2):
-        fail(fuse)
-    assert not is_open(fuse)
-    with fuse:
+        fail(breaker)
+    assert not is_open(breaker)
+    with breaker:
         pass
     for _ in range(2):
-        fail(fuse)
-    assert not is_open(fuse)
-    fail(fuse)
-    assert is_open(fuse)
+        fail(breaker)
+    assert not is_open(breaker)
+    fail(breaker)
+    assert is_open(breaker)
 
 
 def test_a_blown_fuse_is_tried_again_after_a_quarter_of_a_minute() -> None:
     clock = Seconds()
-    fuse = Fuse(clock)
+    breaker = CircuitBreaker(clock)
     for _ in range(3):
-        fail(fuse)
+        fail(breaker)
     clock.now += 14.9
-    assert is_open(fuse)
+    assert is_open(breaker)
     clock.now += 0.1
-    assert not is_open(fuse)
-    fail(fuse)  # One more is enough: Stripe is still not there.
-    assert is_open(fuse)
+    assert not is_open(breaker)
+    fail(breaker)  # One more is enough: Stripe is still not there.
+    assert is_open(breaker)
     clock.now += 15
-    with fuse:
+    with breaker:
         pass
     for _ in range(2):
-        fail(fuse)
-    assert not is_open(fuse)
+        fail(breaker)
+    assert not is_open(breaker)
 
 
 def test_a_refusal_says_nothing_of_other_accounts() -> None:
-    fuse = Fuse(Seconds())
+    breaker = CircuitBreaker(Seconds())
     for _ in range(5):
-        with suppress(StripeUnavailable), fuse:
+        with suppress(StripeUnavailable), breaker:
             raise StripeUnavailable from library.InvalidRequestError("-", None, http_status=404)
-    assert not is_open(fuse)
+    assert not is_open(breaker)
 
 
 def test_while_somebody_waits_too_long_nobody_else_does() -> None:
     clock = Seconds()
-    fuse, waiting, over = Fuse(clock), threading.Event(), threading.Event()
+    breaker, waiting, over = CircuitBreaker(clock), threading.Event(), threading.Event()
 
     def wait() -> None:
-        with fuse:
+        with breaker:
             waiting.set()
             over.wait(10)
 
     with ThreadPoolExecutor(1) as pool:
         pool.submit(wait)
         assert waiting.wait(10)
-        clock.now += Fuse.PATIENCE_SECONDS
-        with fuse:
+        clock.now += CircuitBreaker.PATIENCE_SECONDS
+        with breaker:
             pass
         clock.now += 0.1
-        with pytest.raises(StripeUnavailable), fuse:
+        with pytest.raises(StripeUnavailable), breaker:
             pass
         over.set()
-    with fuse:
+    with breaker:
         pass
 
 
 def test_a_failure_passes_through_the_fuse() -> None:
-    with pytest.raises(ZeroDivisionError), Fuse(Seconds()):
+    with pytest.raises(ZeroDivisionError), CircuitBreaker(Seconds()):
         _ = 1 / 0
 
 
 def test_the_fuse_counts_right_under_threads() -> None:
-    fuse = Fuse(Seconds())
+    breaker = CircuitBreaker(Seconds())
     together = threading.Barrier(32)
 
     def once(number: int) -> None:
         together.wait(10)
-        fail(fuse)
+        fail(breaker)
 
     with ThreadPoolExecutor(32) as pool:
         list(pool.map(once, range(32)))
-    assert is_open(fuse)
+    assert is_open(breaker)
 
 
 def test_while_the_fuse_is_blown_stripe_is_not_asked(gateway: Gateway, stripe: Sandbox) -> None:

@@ -240,7 +240,7 @@ def regenerate(
 def tell(store: Store, clock: TurnedClock) -> int:
     tasks = due(store, clock, EXPIRING)
     for task in tasks:
-        Housekeeping(store, clock).tell_of_end(task)
+        Housekeeping(store, clock).announce_expiry(task)
     return len(tasks)
 
 
@@ -257,7 +257,7 @@ def test_whoever_lost_the_task_tells_nothing_a_second_time(
     clock.now += LEASE
     assert tell(store, clock) == 2
     for task in late:
-        Housekeeping(store, clock).tell_of_end(task)
+        Housekeeping(store, clock).announce_expiry(task)
     assert told(superuser) == 2
 
 

@@ -86,8 +86,8 @@ def test_what_is_taken_back_was_not_counted(meter: Meter) -> None:
 
 def test_to_look_counts_nothing(meter: Meter) -> None:
     count(meter)
-    assert [asyncio.run(meter.look(POLICY, "acme")).remaining for _ in range(3)] == [2] * 3
-    assert asyncio.run(meter.look(POLICY, "globex")).remaining == 3
+    assert [asyncio.run(meter.peek(POLICY, "acme")).remaining for _ in range(3)] == [2] * 3
+    assert asyncio.run(meter.peek(POLICY, "globex")).remaining == 3
 
 
 def test_what_is_forgotten_begins_anew(meter: Meter) -> None:

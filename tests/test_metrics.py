@@ -120,7 +120,7 @@ def test_names_are_as_prometheus_has_them() -> None:
         assert re.fullmatch(r"billing_[a-z]+(_[a-z]+)*", name)
         assert name.endswith("_total") == (figure.kind == "counter")
         assert figure.kind != "histogram" or name.endswith("_seconds")
-        assert figure.told.endswith(".")
+        assert figure.help.endswith(".")
 
 
 def test_what_a_process_that_ended_said_of_the_present_is_forgotten_and_what_it_counted_is_not() -> None:
@@ -166,9 +166,9 @@ def test_a_disk_that_is_really_full_ends_no_process(tmp_path: Path) -> None:
         "except OSError: pass\n"
         "def count():\n"
         "    for n in range(1000): metrics.REQUESTS.count(f'operation_{n}', 'GET', '200')\n"
-        "count(); assert not metrics._look((), was_well=True)\n"
+        "count(); assert not metrics._sample_and_write((), was_well=True)\n"
         "filler.truncate(0)\n"
-        "count(); assert metrics._look((), was_well=False)\n"
+        "count(); assert metrics._sample_and_write((), was_well=False)\n"
     )
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", tmp_path]).returncode:
         pytest.skip("nothing can be mounted here")

@@ -26,9 +26,9 @@ from billing import outbound
 from billing.outbound import (
     AddressRefused,
     Bounds,
+    CallTimedOut,
     ConnectFailed,
     ConnectionBroken,
-    DeadlineExceeded,
     NameUnknown,
     OutboundError,
     Resolver,
@@ -167,7 +167,7 @@ BAD: list[tuple[Behaviour, type[OutboundError]]] = [
 
 @pytest.mark.parametrize("behave", SLOW)
 def test_a_slow_receiver_is_cut_off_in_time(hasty: Session, behave: Behaviour) -> None:
-    with receiving(behave) as receiver, bounded(), pytest.raises(DeadlineExceeded):
+    with receiving(behave) as receiver, bounded(), pytest.raises(CallTimedOut):
         hasty.get(receiver.url)
 
 
@@ -208,7 +208,7 @@ def test_a_redirect_is_an_answer(session: Session) -> None:
 
 def test_who_does_not_read_what_is_sent_is_an_error_soon(hasty: Session) -> None:
     data = b"x" * 50 * MEGABYTE
-    with receiving(receivers.hangs) as receiver, bounded(), pytest.raises(DeadlineExceeded):
+    with receiving(receivers.hangs) as receiver, bounded(), pytest.raises(CallTimedOut):
         hasty.post(receiver.url, data=data)
 
 
@@ -284,7 +284,7 @@ def test_an_unknown_name(session: Session, names: Callable[..., Names], name: st
 def test_a_lookup_that_hangs_is_an_error_soon(hanging_resolver: threading.Event) -> None:
     with new_session() as session, bounded(0.2), pytest.raises(NameUnknown):
         session.get("http://hangs.example/")
-    with new_session(connect_seconds=60) as session, bounded(), pytest.raises(DeadlineExceeded):
+    with new_session(connect_seconds=60) as session, bounded(), pytest.raises(CallTimedOut):
         session.get("http://hangs.example/")
 
 
@@ -358,7 +358,7 @@ def test_a_connection_that_is_used_again_is_cut_off_too(hasty: Session) -> None:
     with receiving(by_path) as receiver:
         base = f"http://127.0.0.1:{receiver.port}"
         hasty.get(base)
-        with bounded(), pytest.raises(DeadlineExceeded):
+        with bounded(), pytest.raises(CallTimedOut):
             hasty.get(f"{base}/drip")
         assert receiver.connections == 1
         assert hasty.get(base).status_code == 200
@@ -372,7 +372,7 @@ def test_a_connection_made_too_late_is_not_used(hasty: Session, monkeypatch: pyt
         connect(sock, address)
 
     monkeypatch.setattr(socket.socket, "connect", connect_late)
-    with receiving(answers()) as receiver, pytest.raises(DeadlineExceeded):
+    with receiving(answers()) as receiver, pytest.raises(CallTimedOut):
         hasty.get(receiver.url)
     assert not receiver.received
 
@@ -405,7 +405,7 @@ def test_a_deadline_hurts_no_other_thread() -> None:
         hanging = [threads.submit(session.get, f"{base}/hang") for _ in range(3)]
         while not all(one.done() for one in hanging):
             assert session.get(base).status_code == 200
-        assert {type(one.exception()) for one in hanging} == {DeadlineExceeded}
+        assert {type(one.exception()) for one in hanging} == {CallTimedOut}
         assert session.get(base).status_code == 200
 
 
@@ -422,7 +422,7 @@ def test_two_hundred_at_once() -> None:
 def status_of(session: Session, url: str) -> int | None:
     try:
         return session.get(url).status_code
-    except DeadlineExceeded:
+    except CallTimedOut:
         return None
 
 
@@ -450,7 +450,7 @@ def descriptors() -> int:
 
 def test_a_child_process_has_a_watchdog_of_its_own(hasty: Session) -> None:
     with receiving(receivers.drips_body) as receiver:
-        with pytest.raises(DeadlineExceeded):
+        with pytest.raises(CallTimedOut):
             hasty.get(receiver.url)
         child = os.fork()
         if child == 0:
@@ -461,7 +461,7 @@ def test_a_child_process_has_a_watchdog_of_its_own(hasty: Session) -> None:
 def ends_by_deadline(url: str) -> bool:
     try:
         new_session().get(url)
-    except DeadlineExceeded:
+    except CallTimedOut:
         return True
     except OutboundError:
         return False

@@ -186,7 +186,8 @@ def test_a_server_ends_well_while_the_collector_is_away(
 
 def test_where_nobody_collects_a_span_is_nothing() -> None:
     assert not tracing.is_on()
-    with tracing.span("nothing", of__this="is told") as span:
-        span.tell(nor="this")
+    with tracing.span("nothing", attributes={"of.this": "is told"}) as span:
+        span.rename("something")
+        span.set_attributes({"nor": "this"})
         span.fail("nor this")
     assert tracing.headers() == {}

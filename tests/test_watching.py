@@ -34,7 +34,7 @@ def exists(name: str) -> bool:
 def test_the_table_lists_every_figure_as_it_is() -> None:
     listed = re.findall(r"^\| `(billing_\w+)` \| (\w+) \| (.*?) \| (.*?) \|$", DOCS, re.MULTILINE)
     told = [
-        (name, figure.kind, ", ".join(f"`{label}`" for label in figure.labels) or "–", figure.told)
+        (name, figure.kind, ", ".join(f"`{label}`" for label in figure.labels) or "–", figure.help)
         for name, figure in REGISTRY.items()
     ]
     assert listed == told

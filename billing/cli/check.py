@@ -42,7 +42,7 @@ class Impossible(Exception):
 
 
 @dataclass(frozen=True)
-class Line:
+class Result:
     """What came of one operation; no status and no time where it was not called."""
 
     verdict: Verdict
@@ -72,7 +72,7 @@ class Operation:
 
     method: str
     path: str
-    said: Json
+    spec: Json
 
 
 # The command ---------------------------------------------------------------------------------------
@@ -115,27 +115,27 @@ def origin_of(base_url: str) -> str:
     return base_url.rstrip("/")
 
 
-def counted(lines: Sequence[Line]) -> str:
+def counted(lines: Sequence[Result]) -> str:
     passed, failed, skipped = (
         sum(line.verdict == verdict for line in lines) for verdict in ("PASS", "FAIL", "SKIP")
     )
     return f"{passed} passed, {failed} failed, {skipped} skipped"
 
 
-def walk(visit: Visit) -> list[Line]:
+def walk(visit: Visit) -> list[Result]:
     """One line for each operation, in an order in which each has what it needs."""
     return [_line(visit, step) for step in STEPS]
 
 
-def _line(visit: Visit, step: Callable[[Visit], str | None]) -> Line:
+def _line(visit: Visit, step: Callable[[Visit], str | None]) -> Result:
     operation, visit.last = step.__name__, None
     try:
         visit.refused_without_credentials(operation)
         verdict, note = _verdict(visit, step)
     except (Wrong, requests.RequestException, *STRANGE) as error:
-        verdict, note = "FAIL", _said(error)
+        verdict, note = "FAIL", _reason(error)
     last = visit.last
-    return Line(verdict, operation, last and last.status, last and last.ms, note)
+    return Result(verdict, operation, last and last.status, last and last.ms, note)
 
 
 def _verdict(visit: Visit, step: Callable[[Visit], str | None]) -> tuple[Verdict, str]:
@@ -145,7 +145,7 @@ def _verdict(visit: Visit, step: Callable[[Visit], str | None]) -> tuple[Verdict
         return "SKIP", str(error)
 
 
-def _said(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     # The others' own words may hold what was sent: an address with a state in it, a member's value.
     match error:
         case Wrong():
@@ -170,10 +170,10 @@ class Deployment:
         self._components = as_json_schema(document.get("components", {}))
         self._document_read = document
         self._operations = {
-            said.get("operationId"): Operation(method.upper(), path, said)
+            spec.get("operationId"): Operation(method.upper(), path, spec)
             for path, item in document["paths"].items()
-            for method, said in item.items()
-            if isinstance(said, dict)
+            for method, spec in item.items()
+            if isinstance(spec, dict)
         }
 
     def _document(self) -> Json:
@@ -209,16 +209,16 @@ class Deployment:
         return response, Answer(response.status_code, ms, self._read(operation, response))
 
     def _read(self, operation: Operation, response: requests.Response) -> Json:
-        said = operation.said.get("responses", {}).get(str(response.status_code))
-        if said is None:
+        spec = operation.spec.get("responses", {}).get(str(response.status_code))
+        if spec is None:
             raise Wrong(f"{response.status_code} is not in the document")
-        said = self._resolved(said)
-        _require_headers(response.headers, {n: self._resolved(h) for n, h in said.get("headers", {}).items()})
+        spec = self._resolved(spec)
+        _require_headers(response.headers, {n: self._resolved(h) for n, h in spec.get("headers", {}).items()})
         media_type = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
         expected = PROBLEM if response.status_code >= 400 else "application/json"
-        if media_type != expected or expected not in said.get("content", {}):
+        if media_type != expected or expected not in spec.get("content", {}):
             raise Wrong(f"{response.status_code} is {media_type or 'of no type'}, not {expected}")
-        return self._valid(said["content"][expected].get("schema", {}), response.content)
+        return self._valid(spec["content"][expected].get("schema", {}), response.content)
 
     def _valid(self, schema: Json, body: bytes) -> Json:
         try:
@@ -244,8 +244,8 @@ class Deployment:
         raise Wrong("the document's references lead nowhere")
 
 
-def _require_headers(headers: CaseInsensitiveDict[str], said: Mapping[str, Json]) -> None:
-    missing = [name for name, header in said.items() if header.get("required") and name not in headers]
+def _require_headers(headers: CaseInsensitiveDict[str], spec: Mapping[str, Json]) -> None:
+    missing = [name for name, header in spec.items() if header.get("required") and name not in headers]
     if missing:
         raise Wrong(f"the answer lacks {missing[0]}")
 
@@ -303,7 +303,7 @@ class Visit:
 
     def refused_without_credentials(self, operation_id: str) -> None:
         """What is secured must not answer to anybody."""
-        if self.deployment.operation(operation_id).said.get("security"):
+        if self.deployment.operation(operation_id).spec.get("security"):
             self.refuse(operation_id, "credentials-missing")
 
     @staticmethod
@@ -319,10 +319,10 @@ class Visit:
 
 def register_tenant(visit: Visit) -> None:
     body = {"company_name": "Billing check", "email": visit.email, "password": visit.password}
-    said = visit.expect(201, "register_tenant", json=body)
-    visit.take(said["tokens"])
-    visit.learn("secret key", said["tenant"]["api_key_secret"])
-    visit.learn("publishable key", said["tenant"]["api_key_public"])
+    answer = visit.expect(201, "register_tenant", json=body)
+    visit.take(answer["tokens"])
+    visit.learn("secret key", answer["tenant"]["api_key_secret"])
+    visit.learn("publishable key", answer["tenant"]["api_key_public"])
 
 
 def log_in(visit: Visit) -> None:
@@ -344,35 +344,35 @@ def get_current_user(visit: Visit) -> None:
 def change_password(visit: Visit) -> None:
     before, new = visit.user, secrets.token_urlsafe(24)
     body = {"old_password": visit.password, "new_password": new}
-    said = visit.expect(200, "change_password", headers=before, json=body)
+    answer = visit.expect(200, "change_password", headers=before, json=body)
     visit.password = new
-    visit.take(said["tokens"])
+    visit.take(answer["tokens"])
     visit.refuse("get_current_user", "session-ended", headers=before)
 
 
 def verify_api_key(visit: Visit) -> None:
-    said = visit.expect(200, "verify_api_key", headers=visit.key())
-    if (said["valid"], said.get("key", {}).get("type")) != (True, "live_secret"):
+    answer = visit.expect(200, "verify_api_key", headers=visit.key())
+    if (answer["valid"], answer.get("key", {}).get("type")) != (True, "live_secret"):
         raise Wrong("it does not know the key for what it is")
 
 
 def get_tenant_details(visit: Visit) -> None:
-    said = visit.expect(200, "get_tenant_details", headers=visit.key("publishable key"))
-    if "email" in said["tenant"]:
+    answer = visit.expect(200, "get_tenant_details", headers=visit.key("publishable key"))
+    if "email" in answer["tenant"]:
         raise Wrong("a publishable key sees private members")
 
 
 def list_api_keys(visit: Visit) -> None:
-    said = visit.expect(200, "list_api_keys", headers=visit.user)
-    if any(key["key"] == visit.recall("secret key") for key in said["keys"]):
+    answer = visit.expect(200, "list_api_keys", headers=visit.user)
+    if any(key["key"] == visit.recall("secret key") for key in answer["keys"]):
         raise Wrong("it shows a secret key")
 
 
 def regenerate_api_keys(visit: Visit) -> None:
     old = visit.key()
     body = {"key_type": "live", "confirm": True}
-    said = visit.expect(200, "regenerate_api_keys", headers=visit.user, json=body)
-    visit.learn("secret key", said["keys"]["live_secret"]["key"])
+    answer = visit.expect(200, "regenerate_api_keys", headers=visit.user, json=body)
+    visit.learn("secret key", answer["keys"]["live_secret"]["key"])
     visit.refuse("verify_api_key", "key-expired", headers=old)
 
 
@@ -393,8 +393,8 @@ def complete_stripe_connect(visit: Visit) -> str:
 
 
 def get_stripe_status(visit: Visit) -> None:
-    said = visit.expect(200, "get_stripe_status", headers=visit.user)
-    if (said["connected"], said["status"]) != (False, "not_connected"):
+    answer = visit.expect(200, "get_stripe_status", headers=visit.user)
+    if (answer["connected"], answer["status"]) != (False, "not_connected"):
         raise Wrong("a tenant that is new is connected")
 
 
@@ -408,18 +408,18 @@ def configure_webhook(visit: Visit) -> None:
 
 
 def get_webhook_config(visit: Visit) -> None:
-    said = visit.expect(200, "get_webhook_config", headers=visit.user)
-    if said["webhook_url"] != (visit.webhook_url or WEBHOOK_URL):
+    answer = visit.expect(200, "get_webhook_config", headers=visit.user)
+    if answer["webhook_url"] != (visit.webhook_url or WEBHOOK_URL):
         raise Wrong("it shows another URL than was configured")
 
 
 def send_test_webhook(visit: Visit) -> str:
-    said = visit.expect(200, "send_test_webhook", headers=visit.user)
+    answer = visit.expect(200, "send_test_webhook", headers=visit.user)
     if visit.webhook_url is None:
         return "no receiver was named (--webhook-url)"
-    if not said["success"]:
-        raise Wrong(f"the receiver was not reached ({said['error'] or 'no error named'})")
-    return f"the receiver answered {said['status_code']}"
+    if not answer["success"]:
+        raise Wrong(f"the receiver was not reached ({answer['error'] or 'no error named'})")
+    return f"the receiver answered {answer['status_code']}"
 
 
 def remove_webhook(visit: Visit) -> None:

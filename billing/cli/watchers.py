@@ -20,7 +20,7 @@ from billing.storage.store import Store
 LOOPBACK = "127.0.0.1"
 
 
-def tell_others(settings: Settings, service: str) -> None:
+def begin_telemetry(settings: Settings, service: str) -> None:
     """Trace, and report errors, if the settings say where to."""
     if settings.otel_exporter_otlp_endpoint is not None:
         tracing.begin(settings.otel_exporter_otlp_endpoint, service)

@@ -13,10 +13,10 @@ import click
 
 from billing import crashes, keys, logs, stripe_connect, tenants, tracing
 from billing.cli.console import done, opened_store
-from billing.cli.watchers import figures_of_worker, tell_others
+from billing.cli.watchers import begin_telemetry, figures_of_worker
 from billing.clock import utc_now
 from billing.connections import connections_for
-from billing.deliveries import deliveries_for
+from billing.deliveries import dispatcher_for
 from billing.housekeeping import Housekeeping
 from billing.settings import Settings
 from billing.storage.store import Store
@@ -55,7 +55,7 @@ def worker(*, follow: bool) -> None:
         opened_store(connections=CONNECTIONS) as (settings, store),
         figures_of_worker(settings, store, is_companion=follow),
     ):
-        tell_others(settings, "billing-worker")
+        begin_telemetry(settings, "billing-worker")
         crew = Crew(settings, store)
         for number in (signal.SIGINT, signal.SIGTERM):
             # A service manager may send it to each process: a companion goes on until the server has finished.
@@ -83,12 +83,12 @@ class Crew:
 
     def __init__(self, settings: Settings, store: Store) -> None:
         self._is_asked = False
-        self._prompt = deliveries_for(settings, store, utc_now, threads=SENDING_THREADS)
-        self._slow = deliveries_for(settings, store, utc_now, threads=SLOW_THREADS)
+        self._prompt = dispatcher_for(settings, store, utc_now, threads=SENDING_THREADS)
+        self._slow = dispatcher_for(settings, store, utc_now, threads=SLOW_THREADS)
         connections, house = connections_for(settings, store, utc_now), Housekeeping(store, utc_now)
         general: dict[str, Job] = {
             stripe_connect.DEAUTHORIZE: connections.deauthorize,
-            keys.EXPIRING: house.tell_of_end,
+            keys.EXPIRING: house.announce_expiry,
             tenants.HOUSEKEEPING: house.tidy,
         }
         self._workers = [
@@ -124,8 +124,8 @@ class Crew:
             # A signal that another thread got is handled here, and only while we are awake.
             while not self._is_asked and not wait(running, AWAKE_EVERY_SECONDS, FIRST_COMPLETED).done:
                 pass
-            for deliveries in (self._prompt, self._slow):
-                deliveries.stop()
+            for dispatcher in (self._prompt, self._slow):
+                dispatcher.stop()
             for worker in self._workers:
                 worker.stop()
         for one in running:

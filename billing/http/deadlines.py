@@ -26,7 +26,7 @@ class Deadline:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_watching = False
         # In the order of their deadlines, for all have the same time: only the first need be looked at.
-        self._expected: dict[Answer, float] = {}
+        self._expected: dict[PendingAnswer, float] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -46,30 +46,30 @@ class Deadline:
         log.warning(errors.DeadlineExceeded.code())
         await apologise(send, scope, errors.DeadlineExceeded())
 
-    def _expect(self, send: Send) -> Answer:
+    def _expect(self, send: Send) -> PendingAnswer:
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
             self._loop, self._is_watching, self._expected = loop, False, {}
-        answer = Answer(send)
+        answer = PendingAnswer(send)
         self._expected[answer] = due = loop.time() + self.seconds
         if not self._is_watching:
             self._is_watching = True
-            loop.call_at(due, self._look, loop)
+            loop.call_at(due, self._cancel_overdue, loop)
         return answer
 
-    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _cancel_overdue(self, loop: asyncio.AbstractEventLoop) -> None:
         """Cancel what is late, and look again at the next deadline: one timer costs less than one for each."""
         self._is_watching = False
         for answer, due in list(self._expected.items()):
             if due > loop.time():
                 self._is_watching = True
-                loop.call_at(due, self._look, loop)
+                loop.call_at(due, self._cancel_overdue, loop)
                 return
             self._expected.pop(answer)
             answer.cancel()
 
 
-class Answer:
+class PendingAnswer:
     """An answer on its way, and the task that makes it."""
 
     def __init__(self, send: Send) -> None:

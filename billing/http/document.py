@@ -150,29 +150,29 @@ def _find(document: dict[str, Any], reference: str) -> dict[str, Any]:
 
 def _operations(document: dict[str, Any]) -> Iterator[Operation]:
     for path, item in document.get("paths", {}).items():
-        for method, said in item.items():
+        for method, spec in item.items():
             if method in METHODS:
-                yield _operation(document, method, path, said)
+                yield _operation(document, method, path, spec)
 
 
-def _operation(document: dict[str, Any], method: str, path: str, said: dict[str, Any]) -> Operation:
-    if "operationId" not in said:
+def _operation(document: dict[str, Any], method: str, path: str, spec: dict[str, Any]) -> Operation:
+    if "operationId" not in spec:
         raise DocumentError(f"{method.upper()} {path} has no operationId")
-    body = resolve(document, said.get("requestBody", {}))
-    parameters = [resolve(document, parameter) for parameter in said.get("parameters", ())]
-    security = said.get("security", document.get("security", []))
+    body = resolve(document, spec.get("requestBody", {}))
+    parameters = [resolve(document, parameter) for parameter in spec.get("parameters", ())]
+    security = spec.get("security", document.get("security", []))
     return Operation(
-        operation_id=said["operationId"],
+        operation_id=spec["operationId"],
         method=method.upper(),
         path=path,
-        tags=tuple(said.get("tags", ())),
-        roles=tuple(said.get("x-roles", ())),
+        tags=tuple(spec.get("tags", ())),
+        roles=tuple(spec.get("x-roles", ())),
         schemes=tuple(dict.fromkeys(name for alternative in security for name in alternative)),
         query=tuple(parameter for parameter in parameters if parameter["in"] == "query"),
-        open_query=said.get("x-open-query", False),
+        open_query=spec.get("x-open-query", False),
         request=body.get("content", {}).get("application/json", {}).get("schema"),
         body_required=body.get("required", False),
-        no_head=said.get("x-no-head", False),
+        no_head=spec.get("x-no-head", False),
         headers=tuple(parameter for parameter in parameters if parameter["in"] == "header"),
     )
 

@@ -81,7 +81,8 @@ class Edge:
             try:
                 await self._answer(scope, exchange)
             finally:
-                span.tell(**traits(scope, exchange.status))
+                span.rename(span_name(scope))
+                span.set_attributes(span_attributes(scope, exchange.status))
                 if (exchange.status or 0) >= 500:
                     span.fail(str(exchange.status))
 
@@ -163,17 +164,17 @@ def request_id_of(headers: Headers) -> str:
 def summary(scope: Scope, status: int | None, seconds: float) -> dict[str, Any]:
     """What the log says of a request: never its query, body or credentials."""
     state = scope["state"]
-    said = {"method": scope["method"], "status": status or CLIENT_CLOSED_REQUEST}
-    said["duration_ms"] = round(seconds * 1000, 2)
+    fields = {"method": scope["method"], "status": status or CLIENT_CLOSED_REQUEST}
+    fields["duration_ms"] = round(seconds * 1000, 2)
     if operation_id := state.get("operation_id"):
-        said["operation_id"] = operation_id
+        fields["operation_id"] = operation_id
     else:
-        said["path"] = ascii(scope["path"][:MAX_LOGGED_PATH])[1:-1]
+        fields["path"] = ascii(scope["path"][:MAX_LOGGED_PATH])[1:-1]
     if problem := state.get("problem"):
-        said["problem"] = problem
+        fields["problem"] = problem
     if tenant_id := state.get("tenant_id"):
-        said["tenant_id"] = str(tenant_id)
-    return said
+        fields["tenant_id"] = str(tenant_id)
+    return fields
 
 
 def measure(scope: Scope, status: int | None, seconds: float) -> None:
@@ -187,19 +188,27 @@ def measure(scope: Scope, status: int | None, seconds: float) -> None:
         metrics.PROBLEMS.count(operation, problem)
 
 
-def traits(scope: Scope, status: int | None) -> dict[str, Any]:
-    """What a trace says of a request, by OpenTelemetry's names: no path but that of an operation, and no query."""
+def span_name(scope: Scope) -> str:
+    """What a trace calls a request."""
+    return f"{span_method(scope)} {scope['state'].get('operation_id') or OUTSIDE}"
+
+
+def span_attributes(scope: Scope, status: int | None) -> tracing.Attributes:
+    """What a trace says of a request: no path but that of an operation, and no query."""
     state = scope["state"]
-    method = scope["method"] if scope["method"] in METHODS else "_OTHER"
     operation_id = state.get("operation_id")
     return {
-        "name": f"{method} {operation_id or OUTSIDE}",
-        "http__request__method": method,
-        "http__response__status_code": status or CLIENT_CLOSED_REQUEST,
-        "http__route": scope["path"] if operation_id else None,
-        "url__scheme": scope.get("scheme"),
-        "billing__operation_id": operation_id,
-        "billing__problem": state.get("problem"),
-        "billing__request_id": state["request_id"],
-        "billing__tenant_id": str(state["tenant_id"]) if "tenant_id" in state else None,
+        "http.request.method": span_method(scope),
+        "http.response.status_code": status or CLIENT_CLOSED_REQUEST,
+        "http.route": scope["path"] if operation_id else None,
+        "url.scheme": scope.get("scheme"),
+        "billing.operation_id": operation_id,
+        "billing.problem": state.get("problem"),
+        "billing.request_id": state["request_id"],
+        "billing.tenant_id": str(state["tenant_id"]) if "tenant_id" in state else None,
     }
+
+
+def span_method(scope: Scope) -> str:
+    """The method in OpenTelemetry's words."""
+    return scope["method"] if scope["method"] in METHODS else "_OTHER"

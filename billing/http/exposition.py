@@ -118,7 +118,7 @@ class Exporter(ThreadingHTTPServer):
         self._lock = threading.Lock()
         # The open connections, the oldest first, and whether their request was heard.
         self._open: dict[Any, bool] = {}
-        super().__init__((host, port), Answer)
+        super().__init__((host, port), MetricsHandler)
 
     def __enter__(self) -> Self:
         threading.Thread(target=self.serve_forever, name="metrics", daemon=True).start()
@@ -158,7 +158,7 @@ class Exporter(ThreadingHTTPServer):
             return True
 
 
-class Answer(BaseHTTPRequestHandler):
+class MetricsHandler(BaseHTTPRequestHandler):
     """Answers GET /metrics, and nothing else."""
 
     server: Exporter

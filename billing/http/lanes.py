@@ -138,11 +138,11 @@ class BoundedThreads:
     def _work(self, call: Callable[[], T], answer: asyncio.Future[T], context: Context) -> Callable[[], None]:
         settle = outcome_of(partial(context.run, call), answer)
 
-        def tell() -> None:
+        def announce() -> None:
             with suppress(RuntimeError):  # The server may have ended before.
                 answer.get_loop().call_soon_threadsafe(self._end, answer, settle, context=context)
 
-        return tell
+        return announce
 
     def _end(self, answer: asyncio.Future[T], settle: Callable[[], None]) -> None:
         self._leave()

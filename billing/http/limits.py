@@ -92,7 +92,7 @@ class Limits:
 
     async def _is_on(self, brake: Brake, scope: Scope) -> bool:
         # Its count is told to nobody: it is what others do.
-        return not (await self._meter.look(brake.over, email_of(scope))).remaining
+        return not (await self._meter.peek(brake.over, email_of(scope))).remaining
 
     def _note_refusal(self, scope: Scope, usage: Usage) -> None:
         # Whose account it is, and whether anybody's, is found out later: here it would take time.
@@ -106,7 +106,7 @@ class Limits:
 
     async def _count(self, scope: Scope, policy: Policy, subject: str) -> Usage:
         usage = await self._meter.count(policy, subject)
-        tell(scope, usage)
+        add_ratelimit_headers(scope, usage)
         return usage
 
 
@@ -119,7 +119,7 @@ def refusal(usage: Usage) -> RateLimited:
     )
 
 
-def tell(scope: Scope, usage: Usage) -> None:
+def add_ratelimit_headers(scope: Scope, usage: Usage) -> None:
     """Have the answer say what is left, beside what it says of other limits (draft-ietf-httpapi-ratelimit-headers)."""
     policy, left = usage.window.policy, usage.window.seconds_left
     scope["state"]["answer_headers"] += [

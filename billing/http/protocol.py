@@ -22,7 +22,7 @@ MAX_HEADERS = 100
 # Each that waits for the answers before it is kept. A client whose request gets none may repeat it (RFC 9112, 9.3.2).
 MAX_PIPELINED = 32
 PATIENCE_SECONDS = 15.0
-LOOK_SECONDS = 5.0
+CHECKED_EVERY_SECONDS = 5.0
 
 UPGRADING = frozenset({b"upgrade", b"http2-settings"})
 VERSIONS = frozenset({"1.0", "1.1"})
@@ -47,7 +47,7 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(Joined(transport, self.loop))  # type: ignore[arg-type]
         self._await_head()
-        self.watch = self.loop.call_later(LOOK_SECONDS, self._look)
+        self.watch = self.loop.call_later(CHECKED_EVERY_SECONDS, self._check_patience)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.watch.cancel()
@@ -142,10 +142,10 @@ class Protocol(HttpToolsProtocol):
         self._await_head()
         return b"\r\n".join([request_line, *lines, b"", b""])
 
-    def _look(self) -> None:
+    def _check_patience(self) -> None:
         """Close a connection that keeps us waiting; uvicorn's own timer minds only idle ones."""
         if not self._is_overdue():
-            self.watch = self.loop.call_later(LOOK_SECONDS, self._look)
+            self.watch = self.loop.call_later(CHECKED_EVERY_SECONDS, self._check_patience)
         elif self.in_head and self.pending_bytes:
             self._refuse(errors.RequestTimeout())
         else:

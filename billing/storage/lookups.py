@@ -224,7 +224,7 @@ class Lookups:
         try:
             if not tracing.is_on():
                 return await line.ask(question, parameters)
-            with tracing.span("database question", "client", db__system__name="postgresql"):
+            with tracing.span("database question", "client", {"db.system.name": "postgresql"}):
                 return await line.ask(question, parameters)
         except psycopg2.Error as error:
             if error.pgcode not in NOT_PREPARED:

@@ -266,7 +266,7 @@ class Store:
 
 
 def _span(name: str) -> AbstractContextManager[object]:
-    return tracing.span(f"database {name}", "client", db__system__name="postgresql")
+    return tracing.span(f"database {name}", "client", {"db.system.name": "postgresql"})
 
 
 @contextmanager

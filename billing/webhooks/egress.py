@@ -12,14 +12,13 @@ from functools import partial
 from ipaddress import IPv6Address, ip_network
 
 from billing.errors import WebhookUrlRefused
-from billing.lines import Answer, Line
 from billing.outbound import (
     Address,
     AddressRefused,
     Bounds,
+    CallTimedOut,
     ConnectFailed,
     ConnectionBroken,
-    DeadlineExceeded,
     NameUnknown,
     OutboundError,
     Resolver,
@@ -28,6 +27,7 @@ from billing.outbound import (
     UrlInvalid,
     tls_context,
 )
+from billing.post_client import Answer, PostClient
 from billing.settings import Network
 from billing.webhooks.delivery import Attempt, Failure
 from billing.webhooks.endpoints import UrlPolicy
@@ -80,7 +80,7 @@ FAILURES: dict[type[OutboundError], Failure] = {
     NameUnknown: "connection_failed",
     ConnectFailed: "connection_failed",
     TlsFailed: "tls_failed",
-    DeadlineExceeded: "timeout",
+    CallTimedOut: "timeout",
     ConnectionBroken: "connection_broken",
     ResponseTooLarge: "connection_broken",
     UrlInvalid: "refused_url",
@@ -88,7 +88,7 @@ FAILURES: dict[type[OutboundError], Failure] = {
 
 
 Post = Callable[[bytes, Mapping[str, str]], Attempt]
-"""Posts a body with these headers; as `Line.post`, it may arrive twice."""
+"""Posts a body with these headers; as `PostClient.post`, it may arrive twice."""
 
 
 class Egress:
@@ -130,24 +130,24 @@ class Egress:
         Whatever the receiver does is in the `Attempt`, and raises nothing. Nothing of one tenant's receiver is left for
         another's: what is kept between two attempts ends with the block.
         """
-        line = self._line_to(url)
-        if line is None:
+        client = self._line_to(url)
+        if client is None:
             yield lambda _body, _headers: Attempt(None, "refused_url", 0)
             return
-        with line:
-            yield partial(self._attempt, line)
+        with client:
+            yield partial(self._attempt, client)
 
-    def _line_to(self, url: str) -> Line | None:
+    def _line_to(self, url: str) -> PostClient | None:
         # None, as what the block raises would have a refusal for its context.
         try:
-            return Line(self._policy.check(url), self._bounds, resolver=self._resolver, tls=self._tls)
+            return PostClient(self._policy.check(url), self._bounds, resolver=self._resolver, tls=self._tls)
         except (WebhookUrlRefused, UrlInvalid):
             return None
 
-    def _attempt(self, line: Line, body: bytes, headers: Mapping[str, str]) -> Attempt:
+    def _attempt(self, client: PostClient, body: bytes, headers: Mapping[str, str]) -> Attempt:
         began = time.monotonic()
         try:
-            answer = line.post(body, {**headers, "User-Agent": USER_AGENT})
+            answer = client.post(body, {**headers, "User-Agent": USER_AGENT})
         except OutboundError as error:
             return Attempt(None, FAILURES[type(error)], _milliseconds_since(began))
         if answer.status > GREATEST_STATUS:

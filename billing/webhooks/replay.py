@@ -55,10 +55,10 @@ def measure(tx: Storage, choice: Choice) -> Extent:
 
 def note(tx: Storage, choice: Choice, found: int, *, now: datetime) -> None:
     """Keep in the audit log what is about to be replayed."""
-    tx.audit.record("webhook.replayed", now=now, details={**_said(choice), "events": found})
+    tx.audit.record("webhook.replayed", now=now, details={**_details(choice), "events": found})
 
 
-def _said(choice: Choice) -> dict[str, object]:
+def _details(choice: Choice) -> dict[str, object]:
     if choice.event_ids:
         return {"event_ids": sorted(map(str, {*choice.event_ids}))}
     return {"failed": True} if choice.since is None else {"since": choice.since.isoformat()}

@@ -326,7 +326,7 @@ def test_a_body_in_the_smallest_chunks_is_not_a_large_head(connection: Connectio
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> Iterator[Address]:
     monkeypatch.setattr(protocol, "PATIENCE_SECONDS", 0.3)
-    monkeypatch.setattr(protocol, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(protocol, "CHECKED_EVERY_SECONDS", 0.05)
     with serving(echo) as address:
         yield address
 

@@ -23,8 +23,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from billing.lines import Line
 from billing.outbound import Bounds, OutboundError, Resolver, Session, tls_context
+from billing.post_client import PostClient
 from billing.webhooks import egress as module
 from billing.webhooks.delivery import Attempt, Failure
 from billing.webhooks.egress import FAILURES, Egress, is_public
@@ -355,8 +355,8 @@ def test_the_address_rule_of_a_line_alone_would_hold(
     assert not connects
 
 
-def line(url: str) -> Line:
-    return Line(
+def line(url: str) -> PostClient:
+    return PostClient(
         url,
         Bounds(1, 1, max_bytes=1, cut=True, permitted=is_public),
         resolver=Resolver(),

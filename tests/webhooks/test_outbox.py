@@ -186,9 +186,9 @@ def look_again(tx: TenantTx, b: Bench) -> None:
     stripe_connect.note(tx, b.connection, better, asked_at=NOW + timedelta(1), now=NOW + timedelta(1))
 
 
-def tell_of_end(tx: TenantTx, _: Bench) -> None:
+def announce_expiry(tx: TenantTx, _: Bench) -> None:
     [key, *_rest] = [key for key in tx.api_keys.living(NOW, keys.TYPES) if key.expires_at is not None]
-    keys.tell_of_end(tx, key.id, now=NOW)
+    keys.announce_expiry(tx, key.id, now=NOW)
 
 
 def change_password(tx: TenantTx, b: Bench) -> None:
@@ -204,7 +204,7 @@ ACTS: dict[str, tuple[Act, bool]] = {
         True,
     ),
     "api_key.revoked": (lambda tx, _: keys.revoke(tx, "test", reason=None, now=NOW), False),
-    "api_key.expiring": (tell_of_end, False),
+    "api_key.expiring": (announce_expiry, False),
     "stripe.account.connected": (reconnect, False),
     "stripe.account.updated": (look_again, False),
     "stripe.account.disconnected": (lambda tx, _: stripe_connect.disconnect(tx, now=NOW), False),
@@ -285,7 +285,7 @@ def test_a_key_that_ends_is_told_of_with_its_mode(bench: Bench, superuser: Engin
     house = Housekeeping(bench.store, clock)
     due = [one for one in bench.store.take_due("general", clock.now, most=100) if one.kind == keys.EXPIRING]
     for task in due:
-        house.tell_of_end(task)
+        house.announce_expiry(task)
     expiring = [event for event in told(superuser, bench.tenant_id) if event["type"] == "api_key.expiring"]
     assert {(event["data"]["type"], event["livemode"]) for event in expiring} == {
         ("test_public", False),

@@ -22,8 +22,8 @@ from billing.outbound import (
     PIECE_BYTES,
     Bounds,
     Call,
+    CallTimedOut,
     ConnectionBroken,
-    DeadlineExceeded,
     Found,
     NameUnknown,
     OutboundError,
@@ -50,7 +50,7 @@ class Answer:
     body: bytes
 
 
-class Line:
+class PostClient:
     """POSTs to one URL, from any number of threads, for a while: what is kept between them is gone with the block.
 
     The name is looked up once; what was found is held against `permitted` at each connection. What the receiver keeps
@@ -98,7 +98,7 @@ class Line:
         except ssl.SSLError:
             return TlsFailed()
         except TimeoutError:
-            return DeadlineExceeded()
+            return CallTimedOut()
         except (OSError, http.client.HTTPException):
             return ConnectionBroken()
 
