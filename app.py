@@ -18,7 +18,6 @@ from billing import crashes, logs, metrics, tracing
 from billing.cli import main
 from billing.cli.watchers import begin_telemetry
 from billing.clock import Clock, utc_now
-from billing.connections import connections_for
 from billing.counters import InProcess
 from billing.deliveries import policy_for, tester_for
 from billing.encryption import Vault
@@ -40,12 +39,13 @@ from billing.key_uses import KeyUses
 from billing.keys import KeyDigests
 from billing.limits import UNLIMITED, Counters, Meter, Policies
 from billing.passwords import Passwords
-from billing.security import Doorkeeper
+from billing.security import Authenticator
 from billing.settings import Settings
 from billing.storage.database import open_database
 from billing.storage.lookups import Lookups
 from billing.storage.schema import SchemaError
 from billing.storage.store import StorageError, Store
+from billing.stripe_connections import stripe_connections_for
 from billing.threads import end_with_main_thread
 from billing.tokens import Tokens
 
@@ -86,14 +86,14 @@ def create_app(
             "tokens": tokens,
             "digests": digests,
             "idempotency": Idempotency(store, clock),
-            "connections": connections_for(settings, store, clock),
+            "connections": stripe_connections_for(settings, store, clock),
             "passwords": Passwords(settings.password_peppers, settings.password_cost),
             "url_policy": policy_for(settings),
             "tester": tester_for(settings, store, clock),
             "base_url": settings.public_base_url,
             "failed_logins": failed_logins,
         },
-        doorkeeper=Doorkeeper(lookups, tokens, digests, uses, clock),
+        authenticator=Authenticator(lookups, tokens, digests, uses, clock),
         routes=[
             *pages(served=served, ready=readiness(store)),
             *exposition.routes(settings, figures, store, clock),

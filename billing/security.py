@@ -54,7 +54,7 @@ class Caller:
         return Actor("user" if self.key is None else "api_key", self.id, address, request_id)
 
 
-class Doorkeeper:
+class Authenticator:
     """Finds the caller behind a credential: one question to the database, none for a malformed one."""
 
     def __init__(

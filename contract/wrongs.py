@@ -341,7 +341,7 @@ IN_WHO_MAY = (
     Wrong(
         "a good key makes up for a bad token",
         "billing/http/access.py",
-        'if not given or values(scope["headers"], b"authorization"):',
+        'if not given or texts(scope["headers"], b"authorization"):',
         "if not given:",
         ("tests/http/test_access.py",),
     ),
@@ -491,8 +491,8 @@ IN_STORAGE = (
     Wrong(
         "an event is kept though its transaction is not",
         "billing/storage/events.py",
-        '        self.insert(events, {**values_of(event, events), "request_id": self._actor.request_id})\n',
-        '        self.insert(events, {**values_of(event, events), "request_id": self._actor.request_id})\n'
+        '        self.insert(events, {**values_of(kept, events), "request_id": self._actor.request_id})\n',
+        '        self.insert(events, {**values_of(kept, events), "request_id": self._actor.request_id})\n'
         "        self._connection.connection.commit()\n"
         "        self._connection.exec_driver_sql(\n"
         "            \"BEGIN; SELECT set_config('app.tenant_id', %s, true)\", (str(self._tenant_id),)\n"
@@ -540,7 +540,7 @@ IN_STORAGE = (
     Wrong(
         "users share their keys",
         "billing/http/idempotency.py",
-        "idempotency.name_of(key, caller.actor(None, None).id)",
+        "idempotency.name_of(key, caller.id)",
         "idempotency.name_of(key, None)",
         (f"{IDEMPOTENCY}::test_another_user_of_the_tenant_gets_an_answer_of_their_own",),
     ),
@@ -577,7 +577,7 @@ IN_STRIPE_AND_WEBHOOKS = (
     ),
     Wrong(
         "the return URL is not looked at",
-        "billing/connections.py",
+        "billing/stripe_connections.py",
         "        chapter.require_return_url(return_url, self._return_origins)\n",
         "",
         (f"{STRIPE}::test_connect_422_for_a_page_of_somebody_else",),
@@ -598,7 +598,7 @@ IN_STRIPE_AND_WEBHOOKS = (
     ),
     Wrong(
         "Stripe being away is an error of status",
-        "billing/connections.py",
+        "billing/stripe_connections.py",
         "        except (StripeUnavailable, StripeNotConfigured):\n"
         "            return Seen(known, is_live=False)\n",
         "        except StripeNotConfigured:\n            return Seen(known, is_live=False)\n",
@@ -620,7 +620,7 @@ IN_STRIPE_AND_WEBHOOKS = (
     ),
     Wrong(
         "a redirect is success",
-        "billing/webhooks/egress.py",
+        "billing/webhooks/delivery.py",
         "200 <= self.http_status <= 299",
         "200 <= self.http_status <= 399",
         ("tests/test_deliveries.py::test_all_but_2xx_is_a_failure_and_a_redirect_is_not_followed",),

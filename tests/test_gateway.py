@@ -22,12 +22,12 @@ from jsonschema_rs import Draft202012Validator
 
 from billing import gateway as module
 from billing import logs
-from billing.connections import Seen
 from billing.errors import CodeRejected, StripeNotConfigured, StripeUnavailable
 from billing.gateway import CircuitBreaker, Gateway
 from billing.handlers import shapes
 from billing.ids import new_id
 from billing.stripe_connect import Account, Connection, Grant, Requirements
+from billing.stripe_connections import Seen
 from billing.tenants import Tenant
 from billing.users import User
 from sandbox.faults import ONLY, Fault, Operation

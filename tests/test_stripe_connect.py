@@ -10,7 +10,6 @@ from urllib.parse import parse_qsl, urlsplit
 import pytest
 
 from billing import stripe_connect
-from billing.connections import Departure
 from billing.errors import ReturnUrlRefused, StateUnknown, StripeAccountTaken, StripeAlreadyConnected
 from billing.ids import new_id
 from billing.stripe_connect import (
@@ -26,6 +25,7 @@ from billing.stripe_connect import (
     require_startable,
     returning,
 )
+from billing.stripe_connections import Departure
 from billing.tenants import Tenant
 
 NOW = datetime(2026, 1, 15, 9, 30, tzinfo=UTC)

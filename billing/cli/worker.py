@@ -15,11 +15,11 @@ from billing import crashes, keys, logs, stripe_connect, tenants, tracing
 from billing.cli.console import done, opened_store
 from billing.cli.watchers import begin_telemetry, figures_of_worker
 from billing.clock import utc_now
-from billing.connections import connections_for
 from billing.deliveries import dispatcher_for
 from billing.housekeeping import Housekeeping
 from billing.settings import Settings
 from billing.storage.store import Store
+from billing.stripe_connections import stripe_connections_for
 from billing.webhooks.delivery import DELIVER
 from billing.worker import Job, Worker
 
@@ -85,7 +85,7 @@ class Crew:
         self._is_asked = False
         self._prompt = dispatcher_for(settings, store, utc_now, threads=SENDING_THREADS)
         self._slow = dispatcher_for(settings, store, utc_now, threads=SLOW_THREADS)
-        connections, house = connections_for(settings, store, utc_now), Housekeeping(store, utc_now)
+        connections, house = stripe_connections_for(settings, store, utc_now), Housekeeping(store, utc_now)
         general: dict[str, Job] = {
             stripe_connect.DEAUTHORIZE: connections.deauthorize,
             keys.EXPIRING: house.announce_expiry,

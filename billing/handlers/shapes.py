@@ -7,11 +7,11 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
-from billing.connections import Departure, Seen
 from billing.deliveries import Report
 from billing.keys import ApiKey, NewKey
 from billing.security import Caller
 from billing.stripe_connect import MESSAGES, Connected, Requirements
+from billing.stripe_connections import Departure, Seen
 from billing.tenants import Registered, Tenant, public_members
 from billing.tokens import TokenPair
 from billing.users import User

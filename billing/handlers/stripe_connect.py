@@ -5,7 +5,6 @@ from __future__ import annotations
 from billing import stripe_connect
 from billing.actors import Actor
 from billing.clock import Clock
-from billing.connections import Connections
 from billing.errors import BillingError, settled
 from billing.handlers import shapes
 from billing.http import browsers, replies
@@ -17,6 +16,7 @@ from billing.http.replies import Reply, ok
 from billing.security import Caller
 from billing.storage.store import Store
 from billing.stripe_connect import Connected
+from billing.stripe_connections import StripeConnections
 
 
 @runs_in(Lane.STRIPE)
@@ -26,11 +26,12 @@ def start_stripe_connect(
     caller: Caller,
     actor: Actor,
     browser: Browser,
-    connections: Connections,
+    connections: StripeConnections,
+    base_url: str,
     once: Once,
 ) -> Reply:
     asked = body or {}
-    binding = browser.bind_at(connections.base_url)
+    binding = browser.bind_at(base_url)
     starting = connections.starting(
         caller,
         actor,
@@ -53,7 +54,7 @@ def complete_stripe_connect(
     error: str | None,
     actor: Actor,
     browser: Browser,
-    connections: Connections,
+    connections: StripeConnections,
 ) -> Reply:
     ending = connections.complete(state=state, code=code, error=error, browser=browser.binding, actor=actor)
     if ending.return_url is not None:
@@ -78,7 +79,7 @@ def _page(outcome: Connected | BillingError) -> Reply:
 
 
 @runs_in(Lane.STRIPE)
-def get_stripe_status(*, caller: Caller, connections: Connections) -> Reply:
+def get_stripe_status(*, caller: Caller, connections: StripeConnections) -> Reply:
     return ok(shapes.stripe_status(connections.status(caller.tenant_id)))
 
 

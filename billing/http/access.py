@@ -1,4 +1,4 @@
-"""Access: two schemes that find the caller, and a gate that looks at roles; also as Connexion asks for them."""
+"""Access: two schemes that find the caller, and who of them may do what; also as Connexion asks for them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from billing.errors import CredentialsMissing, TokenExpired, TokenInvalid, Unaut
 from billing.http.document import Operation
 from billing.http.headers import texts
 from billing.http.limits import Limits
-from billing.security import Caller, Doorkeeper, require_allowed
+from billing.security import Authenticator, Caller, require_allowed
 
 API_KEY = "apiKeyAuth"
 Verify = Callable[[ConnexionRequest], Awaitable[Any]]
@@ -24,8 +24,8 @@ Verify = Callable[[ConnexionRequest], Awaitable[Any]]
 class Access:
     """Who sends a request, and whether they may."""
 
-    def __init__(self, doorkeeper: Doorkeeper, limits: Limits) -> None:
-        self._doorkeeper = doorkeeper
+    def __init__(self, authenticator: Authenticator, limits: Limits) -> None:
+        self._authenticator = authenticator
         self._limits = limits
 
     async def admit(self, scope: Scope, operation: Operation) -> None:
@@ -58,7 +58,7 @@ class Access:
             return False
         if not credential:
             raise TokenInvalid
-        remember(scope, await self._doorkeeper.by_bearer(credential))
+        remember(scope, await self._authenticator.by_bearer(credential))
         return True
 
     async def by_api_key(self, scope: Scope) -> bool:
@@ -67,7 +67,7 @@ class Access:
         if not given or texts(scope["headers"], b"authorization"):
             return False
         # Blanks around a field value are no part of it (RFC 9110, section 5.5).
-        remember(scope, await self._doorkeeper.by_key(",".join(given).strip(" \t")))
+        remember(scope, await self._authenticator.by_key(",".join(given).strip(" \t")))
         return True
 
 
@@ -119,7 +119,7 @@ def _handler(base: type, find: Callable[[Scope], Awaitable[bool]]) -> type:
     return type(base.__name__, (base,), {"get_fn": get_fn})
 
 
-class Gate:
+class AuthorizationMiddleware:
     """ASGI middleware between Connexion's security and its validation: may this caller do this, and not too often?
 
     Here, and not in a security function: an error raised there is swallowed when another scheme passes.
@@ -136,7 +136,7 @@ class Gate:
         await self.app(scope, receive, send)
 
 
-class Turnstile:
+class LimitMiddleware:
     """ASGI middleware around Connexion's security: counts public operations, and whoever is not let in.
 
     It leaves the operationId where the log looks for it.

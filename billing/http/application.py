@@ -18,7 +18,7 @@ from starlette.routing import Route, Router
 from billing import crashes, errors
 from billing.errors import BillingError
 from billing.http import problems
-from billing.http.access import Access, Gate, Turnstile, security_map
+from billing.http.access import Access, AuthorizationMiddleware, LimitMiddleware, security_map
 from billing.http.cors import Cors
 from billing.http.deadlines import Deadline
 from billing.http.document import Operation, operations
@@ -30,7 +30,7 @@ from billing.http.operations import Operations, compile_all
 from billing.http.pages import beside
 from billing.http.validation import Rules, as_json_schema, validator_map
 from billing.http.wiring import ByOperationId, endpoints
-from billing.security import Doorkeeper
+from billing.security import Authenticator
 from billing.settings import Network
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.http")
@@ -54,7 +54,7 @@ def build(
     document: dict[str, Any],
     *,
     services: Mapping[str, object],
-    doorkeeper: Doorkeeper,
+    authenticator: Authenticator,
     routes: list[Route],
     lifespan: Callable[..., Any],
     lanes: Lanes,
@@ -72,7 +72,7 @@ def build(
     rules = {o.operation_id: Rules(components, o) for o in listed}
     handling = endpoints(listed, services, lanes)
     answering = {o.operation_id: limits.throttled(o, handling[o.operation_id]) for o in listed}
-    access = Access(doorkeeper, limits)
+    access = Access(authenticator, limits)
     app = connexion.AsyncApp(
         "billing",
         lifespan=lifespan,
@@ -84,12 +84,13 @@ def build(
     )
     app.add_middleware(Guard, position=MiddlewarePosition.BEFORE_SWAGGER)
     app.add_middleware(beside, position=MiddlewarePosition.BEFORE_ROUTING, routes=routes)
-    app.add_middleware(
-        Turnstile, position=MiddlewarePosition.BEFORE_SECURITY, operations=by_id, limits=limits
-    )
-    app.add_middleware(Gate, position=MiddlewarePosition.BEFORE_VALIDATION, operations=by_id, limits=limits)
-    for kind in (BillingError, ProblemException, HTTPException, Exception):
-        app.add_error_handler(kind, answer_with(allowed_methods(listed)))
+    for kind, position in (
+        (LimitMiddleware, MiddlewarePosition.BEFORE_SECURITY),
+        (AuthorizationMiddleware, MiddlewarePosition.BEFORE_VALIDATION),
+    ):
+        app.add_middleware(kind, position=position, operations=by_id, limits=limits)
+    for error in (BillingError, ProblemException, HTTPException, Exception):
+        app.add_error_handler(error, answer_with(allowed_methods(listed)))
     app.add_api(document)
     start(app)
     runs = (

@@ -15,9 +15,9 @@ import pytest
 import requests
 
 from billing import settings
-from billing.connections import CALLBACK
 from billing.http.document import resolve
 from billing.stripe_connect import MESSAGES
+from billing.stripe_connections import CALLBACK
 from tests import live
 from tests.answers import DOCUMENT
 from tests.conftest import API

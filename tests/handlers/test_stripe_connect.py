@@ -22,12 +22,12 @@ from starlette.testclient import TestClient
 
 from app import create_app
 from billing import gateway
-from billing.connections import Connections, connections_for
 from billing.counters import InProcess
 from billing.http.lanes import STRIPE_THREADS
 from billing.settings import Settings
 from billing.storage.store import Store
 from billing.stripe_connect import CHECK, DEAUTHORIZE, forget_states, hashed
+from billing.stripe_connections import StripeConnections, stripe_connections_for
 from billing.tasks import Task
 from billing.worker import Worker
 from sandbox.faults import Fault
@@ -85,13 +85,13 @@ def client(
 
 
 @pytest.fixture
-def connections(stripe_settings: Settings, store: Store, clock: TurnedClock) -> Connections:
+def connections(stripe_settings: Settings, store: Store, clock: TurnedClock) -> StripeConnections:
     """Those of the worker."""
-    return connections_for(stripe_settings, store, clock)
+    return stripe_connections_for(stripe_settings, store, clock)
 
 
 @pytest.fixture
-def worker(store: Store, connections: Connections, clock: TurnedClock) -> Worker:
+def worker(store: Store, connections: StripeConnections, clock: TurnedClock) -> Worker:
     jobs = {CHECK: connections.check, DEAUTHORIZE: connections.deauthorize}
     return Worker(store, jobs, clock, threads=1)
 
@@ -964,7 +964,7 @@ def test_the_worker_is_not_done_because_our_own_client_id_is_wrong(
     disconnect(acme)
     for client_id in ("ca_another", None):
         wrong = replace(stripe_settings, stripe_connect_client_id=client_id)
-        lost = connections_for(wrong, store, clock)
+        lost = stripe_connections_for(wrong, store, clock)
         assert work(Worker(store, {DEAUTHORIZE: lost.deauthorize}, clock, threads=1)) == [DEAUTHORIZE]
         assert tasks(superuser) == [(DEAUTHORIZE, account_id)]
         clock.turn(hours=1)
@@ -1050,7 +1050,7 @@ def test_a_look_that_comes_too_late_changes_nothing(
 
 
 def test_what_stripe_said_before_the_last_answer_changes_nothing(
-    acme: Account, stripe: Sandbox, connections: Connections, store: Store, clock: TurnedClock
+    acme: Account, stripe: Sandbox, connections: StripeConnections, store: Store, clock: TurnedClock
 ) -> None:
     account_id = connect(acme, stripe)
     clock.turn(seconds=10)
@@ -1284,7 +1284,7 @@ def test_a_worker_without_stripe_keeps_what_is_to_be_done(
 ) -> None:
     account_id = connect(acme, stripe)
     clock.turn(hours=2)
-    idle = connections_for(settings, store, clock)
+    idle = stripe_connections_for(settings, store, clock)
     jobs: dict[str, Callable[[Task], None]] = {CHECK: idle.check, DEAUTHORIZE: idle.deauthorize}
     assert work(Worker(store, jobs, clock, threads=1)) == [CHECK]
     assert tasks(superuser) == [(CHECK, account_id)]

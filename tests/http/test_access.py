@@ -20,7 +20,14 @@ from billing.errors import (
     TokenInvalid,
 )
 from billing.failed_logins import FailedLogins
-from billing.http.access import Access, Gate, Turnstile, bearer_credential, operation_id_of, security_map
+from billing.http.access import (
+    Access,
+    AuthorizationMiddleware,
+    LimitMiddleware,
+    bearer_credential,
+    operation_id_of,
+    security_map,
+)
 from billing.http.document import load, operations
 from billing.http.limits import Limits
 from billing.ids import new_id
@@ -35,7 +42,7 @@ KEY = ApiKey(ACME.id, new_id(), "live_secret", None, "abcd", NOW)
 BY_USER, BY_KEY = Caller(ACME, user=ADA), Caller(ACME, key=KEY)
 
 
-class Doorkeeper:
+class Authenticator:
     """Knows one token and one key."""
 
     def __init__(self) -> None:
@@ -54,13 +61,13 @@ class Doorkeeper:
         return caller
 
 
-def access(doorkeeper: Doorkeeper) -> Access:
-    return Access(doorkeeper, NO_LIMITS)  # type: ignore[arg-type]
+def access(authenticator: Authenticator) -> Access:
+    return Access(authenticator, NO_LIMITS)  # type: ignore[arg-type]
 
 
-def outcome(scheme: str, headers: list[tuple[str, str]], doorkeeper: Doorkeeper | None = None) -> Any:
+def outcome(scheme: str, headers: list[tuple[str, str]], authenticator: Authenticator | None = None) -> Any:
     """`nothing`, the class of what is raised, or the caller that is left in the state."""
-    verify = security_map(access(doorkeeper or Doorkeeper()))[scheme]().get_fn({}, [])
+    verify = security_map(access(authenticator or Authenticator()))[scheme]().get_fn({}, [])
     raw = [(name.encode(), value.encode()) for name, value in headers]
     scope: Scope = {"type": "http", "headers": raw, "state": {}, "query_string": b"X-API-Key=a-key"}
 
@@ -108,15 +115,15 @@ def test_authorization_counts_alone_where_it_is_present(
 
 
 def test_without_a_credential_nobody_is_asked() -> None:
-    doorkeeper = Doorkeeper()
+    authenticator = Authenticator()
     for scheme in ("bearer", "apiKey"):
         for headers in ([], [(AUTHORIZATION, "Basic a-token")]):
-            outcome(scheme, headers, doorkeeper)
-    assert doorkeeper.asked == []
+            outcome(scheme, headers, authenticator)
+    assert authenticator.asked == []
 
 
 def test_connexion_knows_both_handlers_for_its_own() -> None:
-    made = security_map(access(Doorkeeper()))
+    made = security_map(access(Authenticator()))
     assert issubclass(made["bearer"], BearerSecurityHandler)
     assert issubclass(made["apiKey"], ApiKeySecurityHandler)
 
@@ -160,7 +167,7 @@ def through(caller: Caller | None, operation_id: str | None) -> str:
         "extensions": {"connexion_routing": {"operation_id": operation_id}},
     }
     try:
-        asyncio.run(Gate(app, operations=OPERATIONS, limits=NO_LIMITS)(scope, None, None))  # type: ignore[arg-type]
+        asyncio.run(AuthorizationMiddleware(app, operations=OPERATIONS, limits=NO_LIMITS)(scope, None, None))  # type: ignore[arg-type]
     except BillingError as error:
         assert not reached
         return type(error).__name__
@@ -225,7 +232,7 @@ def test_the_name_of_the_operation_is_left_for_the_log() -> None:
         "state": {},
         "extensions": {"connexion_routing": {"operation_id": "log_in"}},
     }
-    turnstile = Turnstile(app, operations={}, limits=NO_LIMITS)
-    asyncio.run(turnstile(scope, None, None))  # type: ignore[arg-type]
+    middleware = LimitMiddleware(app, operations={}, limits=NO_LIMITS)
+    asyncio.run(middleware(scope, None, None))  # type: ignore[arg-type]
     assert scope["state"] == {"operation_id": "log_in"}
     assert operation_id_of(scope) == "log_in"

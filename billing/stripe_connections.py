@@ -1,4 +1,4 @@
-"""Connections: what needs both the database and Stripe, with no transaction open while Stripe is asked."""
+"""Stripe connections: what needs both the database and Stripe, with no transaction open while Stripe is asked."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Seen:
     is_live: bool
 
 
-class Connections:
+class StripeConnections:
     """Connects and watches the Stripe accounts of tenants."""
 
     def __init__(
@@ -67,7 +67,6 @@ class Connections:
         self._store = store
         self._gateway = gateway
         self._clock = clock
-        self.base_url = base_url
         self._redirect_uri = base_url + CALLBACK
         self._return_origins = frozenset([*return_origins, base_url])
 
@@ -218,7 +217,7 @@ class Connections:
             )
 
 
-def connections_for(settings: Settings, store: Store, clock: Clock) -> Connections:
+def stripe_connections_for(settings: Settings, store: Store, clock: Clock) -> StripeConnections:
     """The connections of this installation, by its own keys at Stripe."""
     gateway = Gateway(
         secret_key=settings.stripe_secret_key,
@@ -226,7 +225,7 @@ def connections_for(settings: Settings, store: Store, clock: Clock) -> Connectio
         api_base=settings.stripe_api_base,
         connect_base=settings.stripe_connect_base,
     )
-    return Connections(
+    return StripeConnections(
         store,
         gateway,
         clock,
