@@ -8,7 +8,7 @@ const [baseUrl = "", webhookUrl = ""] = process.argv.slice(2);
 
 // Register and log in.
 const anyone = createClient<paths>({ baseUrl });
-const ada = { email: "ada@typescript.example", password: "SecurePass123!" };
+const ada = { email: "ada@typescript-sdk.example", password: "SecurePass123!" };
 const registration = await anyone.POST("/api/v1/auth/tenants/register/", {
   body: { company_name: "Acme Inc.", ...ada },
 });

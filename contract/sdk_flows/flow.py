@@ -38,10 +38,12 @@ base_url, webhook_url = sys.argv[1:]
 anyone = Client(base_url)
 registration = register_tenant.sync(
     client=anyone,
-    body=RegisterRequest(company_name="Acme Inc.", email="ada@python.example", password="SecurePass123!"),
+    body=RegisterRequest(company_name="Acme Inc.", email="ada@python-sdk.example", password="SecurePass123!"),
 )
 assert isinstance(registration, Registration), registration
-login = log_in.sync(client=anyone, body=LogInRequest(email="ada@python.example", password="SecurePass123!"))
+login = log_in.sync(
+    client=anyone, body=LogInRequest(email="ada@python-sdk.example", password="SecurePass123!")
+)
 assert isinstance(login, Login), login
 
 # A user's access token is a bearer token.

@@ -64,7 +64,14 @@ def rows(heading: str) -> list[list[str]]:
 
 
 def test_the_events_are_those_of_the_catalogue() -> None:
-    assert rows("Events") == [[f"`{name}`", callback(name)["summary"]] for name in get_args(EventType)]
+    assert rows("Events") == [
+        [f"`{name}`", callback(name)["summary"], f"`{schema_of(name)}`"] for name in get_args(EventType)
+    ]
+
+
+def schema_of(event_type: str) -> str:
+    reference: str = callback(event_type)["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+    return reference.rpartition("/")[2]
 
 
 def test_the_members_are_those_of_the_envelope() -> None:
