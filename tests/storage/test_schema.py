@@ -208,3 +208,16 @@ def test_the_roles_of_the_bootstrap_are_not_above_row_security(cluster: embedded
         ("billing_lookup", False, False, False),
         ("billing_owner", False, False, True),
     ]
+
+
+def test_what_the_application_says_does_not_stand_in_postgresqls_log(cluster: embedded.Cluster) -> None:
+    engine = create_engine(cluster.url("postgres"))
+    with engine.connect() as connection:
+        query = text("SELECT rolconfig FROM pg_roles WHERE rolname = 'billing_app'")
+        found = connection.scalars(query).one()
+    engine.dispose()
+    assert {*found} >= {
+        "log_min_error_statement=panic",
+        "log_min_duration_statement=-1",
+        "log_statement=none",
+    }

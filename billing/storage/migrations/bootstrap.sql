@@ -8,6 +8,7 @@
 --
 --   \password billing_owner
 --   \password billing_app
+--   GRANT billing_owner TO CURRENT_USER WITH SET TRUE;  -- only where you are no superuser
 --   CREATE DATABASE billing OWNER billing_owner TEMPLATE template0 ENCODING 'UTF8';
 --   \connect billing
 --   GRANT CREATE ON SCHEMA public TO billing_owner;
@@ -28,6 +29,16 @@ BEGIN
     END IF;
 EXCEPTION WHEN duplicate_object OR unique_violation THEN
     NULL;  -- somebody else runs this at the same moment
+END $$;
+
+-- A statement that fails is logged with its values unless told otherwise, and some are hashes of passwords.
+DO $$
+BEGIN
+    ALTER ROLE billing_app SET log_min_error_statement = 'panic';
+    ALTER ROLE billing_app SET log_min_duration_statement = -1;
+    ALTER ROLE billing_app SET log_statement = 'none';
+EXCEPTION WHEN insufficient_privilege THEN
+    RAISE WARNING 'PostgreSQL may log the statements of billing_app: only a superuser can see to that.';
 END $$;
 
 -- So that migrations may hand the look-ups over.
