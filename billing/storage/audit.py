@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, Connection, func, select, text
@@ -36,19 +36,21 @@ class AuditLog(Shelf):
         """Add a row, whose hash is made of it and of the last row's."""
         # This holds the head until the end: one writer a tenant at a time, or the chain would fork.
         head = self._connection.exec_driver_sql("SELECT sequence, hash FROM app.lock_audit_head()").one()
-        content = {
-            "tenant_id": self._tenant_id,
-            "sequence": head.sequence + 1,
-            "at": now.astimezone(UTC),
-            "action": action,
-            "actor_kind": self._actor.kind,
-            "actor_id": self._actor.id,
-            "subject": subject,
-            "reason": reason,
-            "details": dict(details or {}),
-            "address": self._actor.address,
-            "request_id": self._actor.request_id,
-        }
+        row = Row(
+            tenant_id=self._tenant_id,
+            sequence=head.sequence + 1,
+            at=now,
+            action=action,
+            actor_kind=self._actor.kind,
+            actor_id=self._actor.id,
+            subject=subject,
+            reason=reason,
+            details=dict(details or {}),
+            address=self._actor.address,
+            request_id=self._actor.request_id,
+            hash=b"",
+        )
+        content = row.content()
         self.insert(audit_log, content | {"hash": chained(bytes(head.hash), content)})
         self.put_off(ADVANCE)
 
