@@ -54,8 +54,7 @@ class Shelf:
 
     def insert(self, table: Table, values: Values) -> None:
         """Add a row, as this tenant's whatever it says; put off too."""
-        owner = "tenant_id" if "tenant_id" in table.c else "id"
-        self.put_off(_insert(table), **{**values, owner: self._tenant_id})
+        self.put_off(_insert(table), **{**values, _owner(table).name: self._tenant_id})
 
 
 @cache
