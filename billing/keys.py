@@ -16,7 +16,7 @@ from uuid import UUID
 from billing.errors import KeyExpired, KeyMalformed, KeyRevoked
 from billing.ids import new_id
 from billing.keyrings import Keyring
-from billing.ports import Audit, Directory, Events, Tasks, TenantLock
+from billing.ports import Audit, Directory, Events, Tasks
 
 KeyType = Literal["live_public", "live_secret", "test_public", "test_secret"]
 Mode = Literal["live", "test"]
@@ -260,8 +260,6 @@ class Storage(Protocol):
 
     @property
     def tenant_id(self) -> UUID: ...
-    @property
-    def tenants(self) -> TenantLock: ...
     @property
     def api_keys(self) -> KeyShelf: ...
     @property

@@ -62,7 +62,7 @@ CONNECT_ARGS = {
 
 
 OPEN = f"BEGIN; {BECOME}"
-# As `Tenants.lock` does, in the same message.
+# The tenant's lock: of two who take it, the second waits for the end of the first.
 OPEN_LOCKED = f"{OPEN}; SELECT FROM tenants WHERE id = app.current_tenant() FOR NO KEY UPDATE"
 # For many tenants: one whose row somebody holds must not keep the others' waiting. In ms.
 OPEN_SHORTLY = "BEGIN; SET LOCAL lock_timeout = 100"

@@ -16,7 +16,6 @@ from billing.tenants import Tenant
 COLUMNS = columns_of(Tenant, tenants, webhook_url=webhook_endpoints.c.url)
 WITH_ENDPOINT = tenants.outerjoin(webhook_endpoints, webhook_endpoints.c.tenant_id == tenants.c.id)
 GET = select(*COLUMNS).select_from(WITH_ENDPOINT).where(mine(tenants))
-LOCK = select(tenants.c.id).where(mine(tenants)).with_for_update(key_share=True)
 UPDATE = update(tenants).where(mine(tenants))
 
 
@@ -37,10 +36,6 @@ class Tenants(Shelf):
 
     def add(self, tenant: Tenant) -> None:
         self.insert(tenants, values_of(tenant, tenants))
-
-    def lock(self) -> None:
-        """Let no one else change this tenant's things until the transaction ends."""
-        self.run(LOCK)
 
     def set_tier(self, tier: str, now: datetime) -> None:
         self._update(tier=tier, updated_at=now)

@@ -338,7 +338,6 @@ def test_every_question_of_every_shelf_is_attempted() -> None:
     about_oneself = {
         "tenants.get",
         "tenants.add",
-        "tenants.lock",
         "api_keys.add",
         "directory.add",
         "sessions.add",
