@@ -42,8 +42,8 @@ def list_tenants(as_json: bool) -> None:
     Example:
       billing tenants list --json
     """
-    with opened_as_owner() as store, store.operator() as operator:
-        rows = [shape(tenant) for tenant in operator.tenants()]
+    with opened_as_owner() as store:
+        rows = [shape(tenant) for tenant in store.all_tenants()]
     show(rows, COLUMNS, as_json=as_json)
 
 

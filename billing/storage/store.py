@@ -23,7 +23,6 @@ from billing.storage.directory import Directory
 from billing.storage.driver import dial_each_host, driver_of
 from billing.storage.events import Events
 from billing.storage.idempotency import IdempotencyKeys, forget_answers
-from billing.storage.operator import Operator
 from billing.storage.platform import Platform
 from billing.storage.pool import Pool
 from billing.storage.replica import IDENTITY, NotThere, Replica
@@ -32,11 +31,12 @@ from billing.storage.sessions import Sessions
 from billing.storage.shelf import BECOME
 from billing.storage.stripe_connect import StripeConnect
 from billing.storage.tasks import Tasks, take_due
-from billing.storage.tenants import Tenants
+from billing.storage.tenants import Tenants, all_tenants
 from billing.storage.users import Users
 from billing.storage.watchdog import STATEMENT_SECONDS, Watchdog
 from billing.storage.webhooks import Webhooks
 from billing.tasks import Backlog, Queue, Task
+from billing.tenants import TenantSummary
 
 T = TypeVar("T")
 
@@ -224,17 +224,16 @@ class Store:
         with _in_our_words(), self._connect() as connection:
             return read_backlog(connection, now)
 
+    def all_tenants(self) -> list[TenantSummary]:
+        """Every tenant, the oldest first, for the operator; the store was opened with the owner's address."""
+        with _in_our_words(), self._connect() as connection:
+            return all_tenants(connection)
+
     def sample(self, component: str) -> None:
         """Say how many connections there may be, and how many are in use at this moment."""
         pool = self._opened.pool if self._opened is not None else None
         metrics.POOL_SIZE.set(self._connections, component)
         metrics.POOL_IN_USE.set(pool.checkedout() if isinstance(pool, Pool) else 0, component)
-
-    @contextmanager
-    def operator(self) -> Iterator[Operator]:
-        """What the operator asks about all tenants; the store was opened with the owner's address."""
-        with _in_our_words(), self._connect() as connection:
-            yield Operator(connection)
 
     def require_ready(self) -> None:
         """Raises `DatabaseUnavailable`, or `schema.SchemaError` when the tables are not this version's."""

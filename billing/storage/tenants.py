@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import Connection, select, update
 
 from billing.errors import NotFound
 from billing.storage.shelf import Shelf, columns_of, mine, values_of
 from billing.storage.tables import tenants, webhook_endpoints
-from billing.tenants import Tenant
+from billing.tenants import Tenant, TenantSummary
 
 COLUMNS = columns_of(Tenant, tenants, webhook_url=webhook_endpoints.c.url)
 WITH_ENDPOINT = tenants.outerjoin(webhook_endpoints, webhook_endpoints.c.tenant_id == tenants.c.id)
 GET = select(*COLUMNS).select_from(WITH_ENDPOINT).where(mine(tenants))
 UPDATE = update(tenants).where(mine(tenants))
+FIND_ALL = select(*columns_of(TenantSummary, tenants)).order_by(tenants.c.id)
 
 
 def tenant_of(row: Sequence[Any]) -> Tenant:
@@ -52,3 +53,8 @@ class Tenants(Shelf):
 
     def _update(self, **values: object) -> None:
         self.put_off(UPDATE, **values)
+
+
+def all_tenants(connection: Connection) -> list[TenantSummary]:
+    """Every tenant, the oldest first. Row security lets only the owner of the tables see more than one."""
+    return [TenantSummary(*row) for row in connection.execute(FIND_ALL)]
