@@ -179,7 +179,7 @@ class Lookups:
         row = await self._ask(FIND_KEY, {"names": ",".join(digests), "positioned": self._positioned})
         if row is None:
             return None
-        return tenants.tenant_of(row[:TENANT_ENDS]), api_keys.key_of(row[TENANT_ENDS:-1]), row[-1]
+        return Tenant(*row[:TENANT_ENDS]), ApiKey(*row[TENANT_ENDS:-1]), row[-1]
 
     async def find_user(self, claims: Claims, now: datetime) -> tuple[Tenant, User, str | None] | None:
         """The user whom an access token names, while user, version and session hold, and the position."""
@@ -194,7 +194,7 @@ class Lookups:
         row = await self._ask(FIND_USER, parameters)
         if row is None:
             return None
-        return tenants.tenant_of(row[:TENANT_ENDS]), users.user_of(row[TENANT_ENDS:-1]), row[-1]
+        return Tenant(*row[:TENANT_ENDS]), User(*row[TENANT_ENDS:-1]), row[-1]
 
     def close(self) -> None:
         """Let go of every connection; who waits is told that there is none."""

@@ -8,10 +8,11 @@ from uuid import UUID
 from sqlalchemy import bindparam, delete, or_, select, update
 
 from billing.sessions import Session
-from billing.storage.shelf import Shelf, mine, values_of
+from billing.storage.shelf import Shelf, columns_of, mine, values_of
 from billing.storage.tables import sessions
 
-FIND = select(sessions).where(mine(sessions), sessions.c.id == bindparam("session_id"))
+COLUMNS = columns_of(Session, sessions)
+FIND = select(*COLUMNS).where(mine(sessions), sessions.c.id == bindparam("session_id"))
 ROTATE = (
     update(sessions)
     .where(
@@ -22,7 +23,7 @@ ROTATE = (
         sessions.c.expires_at > bindparam("now"),
     )
     .values(current_jti=bindparam("successor"), previous_jti=bindparam("used"), rotated_at=bindparam("now"))
-    .returning(sessions)
+    .returning(*COLUMNS)
 )
 END = update(sessions).where(
     mine(sessions), sessions.c.id == bindparam("session_id"), sessions.c.ended_at.is_(None)

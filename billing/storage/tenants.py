@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
 
 from sqlalchemy import Connection, select, update
 
@@ -20,11 +18,6 @@ UPDATE = update(tenants).where(mine(tenants))
 FIND_ALL = select(*columns_of(TenantSummary, tenants)).order_by(tenants.c.id)
 
 
-def tenant_of(row: Sequence[Any]) -> Tenant:
-    """The value in a row of `COLUMNS`."""
-    return Tenant(*row)
-
-
 class Tenants(Shelf):
     """The one tenant whose transaction this is."""
 
@@ -33,7 +26,7 @@ class Tenants(Shelf):
         row = self.run(GET).one_or_none()
         if row is None:
             raise NotFound
-        return tenant_of(row)
+        return Tenant(*row)
 
     def add(self, tenant: Tenant) -> None:
         self.insert(tenants, values_of(tenant, tenants))

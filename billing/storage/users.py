@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
 from uuid import UUID
 
 from sqlalchemy import and_, bindparam, select, update
@@ -28,11 +26,6 @@ NOTE_LOGIN = UPDATE.where(AS_READ).returning(*COLUMNS)
 CHANGE_PASSWORD = UPDATE_AND_END_TOKENS.where(AS_READ).returning(*COLUMNS)
 
 
-def user_of(row: Sequence[Any]) -> User:
-    """The value in a row of `COLUMNS`."""
-    return User(*row)
-
-
 class Users(Shelf):
     """The users of one tenant."""
 
@@ -41,15 +34,15 @@ class Users(Shelf):
 
     def find(self, id: UUID) -> User | None:
         row = self.run(FIND, user_id=id).one_or_none()
-        return user_of(row) if row else None
+        return User(*row) if row else None
 
     def find_by_email(self, email: str) -> User | None:
         """The user with this email, which is in its normal form."""
         row = self.run(FIND_BY_EMAIL, email=email).one_or_none()
-        return user_of(row) if row else None
+        return User(*row) if row else None
 
     def all(self) -> list[User]:
-        return [user_of(row) for row in self.run(FIND_ALL)]
+        return [User(*row) for row in self.run(FIND_ALL)]
 
     def password_hash(self, id: UUID) -> str:
         """Raises `NotFound`."""
@@ -62,7 +55,7 @@ class Users(Shelf):
         """The user with this login, or None if they were disabled or ended since they were read."""
         values = {"last_login": now} | ({"password_hash": renewed_hash} if renewed_hash else {})
         row = self.run(NOTE_LOGIN, user_id=user.id, version_read=user.token_version, **values).one_or_none()
-        return user_of(row) if row else None
+        return User(*row) if row else None
 
     def change_password(self, user: User, password_hash: str, now: datetime) -> User | None:
         """The user with a new password, or None if they were disabled or ended since they were read."""
@@ -73,7 +66,7 @@ class Users(Shelf):
             password_hash=password_hash,
             updated_at=now,
         ).one_or_none()
-        return user_of(row) if row else None
+        return User(*row) if row else None
 
     def set_role(self, id: UUID, role: str, now: datetime) -> None:
         self.run(UPDATE, user_id=id, role=role, updated_at=now)

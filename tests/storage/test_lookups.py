@@ -19,7 +19,7 @@ from sqlalchemy import Engine, make_url, select, text
 from billing import sessions, tenants
 from billing.errors import DatabaseUnavailable
 from billing.ids import new_id
-from billing.keys import KeyDigests
+from billing.keys import ApiKey, KeyDigests
 from billing.settings import Settings
 from billing.storage import api_keys, lookups, users
 from billing.storage.lookups import FIND_KEY, FIND_USER, Lookups
@@ -27,9 +27,10 @@ from billing.storage.shelf import MINE
 from billing.storage.store import Store
 from billing.storage.tables import api_keys as table_of_keys
 from billing.storage.tables import users as table_of_users
-from billing.storage.tenants import GET, tenant_of
-from billing.tenants import Registered
+from billing.storage.tenants import GET
+from billing.tenants import Registered, Tenant
 from billing.tokens import Claims, Tokens
+from billing.users import User
 from tests.conftest import TestDatabase
 
 T = TypeVar("T")
@@ -179,8 +180,8 @@ def test_values_of_every_kind_are_those_that_the_store_reads(
         tenant = connection.execute(GET, {MINE: two[0].tenant.id}).one()
         kept = connection.execute(select(*api_keys.COLUMNS).where(table_of_keys.c.id == key.key.id)).one()
         user = connection.execute(select(*users.COLUMNS).where(table_of_users.c.id == claims.user_id)).one()
-    assert by_key == (tenant_of(tenant), api_keys.key_of(kept), None)
-    assert by_token == (tenant_of(tenant), users.user_of(user), None)
+    assert by_key == (Tenant(*tenant), ApiKey(*kept), None)
+    assert by_token == (Tenant(*tenant), User(*user), None)
     assert by_key[0].company_name == ODD["tenants"]["company_name"]
     assert by_key[1].expires_at == ODD["api_keys"]["expires_at"]
 
