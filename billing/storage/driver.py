@@ -82,12 +82,6 @@ class Cursor(extensions.cursor):
         with self.connection.line:
             super().execute(b"; ".join(statements))
 
-    def executemany(self, query: Any, vars_list: Any) -> None:
-        if self.connection.postponed:
-            self.execute("SELECT")
-        with self.connection.line:
-            super().executemany(query, vars_list)
-
 
 def driver_of(connection: sqlalchemy.Connection) -> Connection:
     """Our connection under one of SQLAlchemy's."""
