@@ -42,9 +42,10 @@ from billing.passwords import Passwords
 from billing.security import Doorkeeper, KeyUses
 from billing.settings import Settings
 from billing.storage.database import open_database
+from billing.storage.driver import StorageError
 from billing.storage.lookups import Lookups
 from billing.storage.schema import SchemaError
-from billing.storage.store import StorageError, Store
+from billing.storage.store import Store
 from billing.tokens import Tokens
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing")

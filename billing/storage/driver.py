@@ -1,16 +1,44 @@
-"""psycopg2's connections as we use them: to one host after the other, with BEGIN said, and messages that are shared."""
+"""psycopg2's connections as we use them: their settings, their hosts, their messages, and their errors in our words."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TypeVar, cast
 
 import sqlalchemy
-from psycopg2 import Error, OperationalError, ProgrammingError, extensions
-from sqlalchemy import Engine, event
+from psycopg2 import Error, InterfaceError, OperationalError, ProgrammingError, extensions
+from sqlalchemy import Engine, event, exc
+
+from billing.errors import DatabaseUnavailable
 
 T = TypeVar("T")
+
+# Either kind of timeout alone hangs in a real partition: see docs/decisions.md.
+CONNECT_ARGS = {
+    "connect_timeout": 3,
+    "tcp_user_timeout": 5000,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 2,
+    "application_name": "billing",
+    "options": " ".join(
+        f"-c {setting}"
+        for setting in (
+            "timezone=UTC",
+            "statement_timeout=5000",
+            "lock_timeout=2000",
+            "idle_in_transaction_session_timeout=10000",
+        )
+    ),
+}
+
+# The SQLSTATE of a write to a primary that has become a replica.
+READ_ONLY = "25006"
+
+
+class StorageError(Exception):
+    """PostgreSQL refused a statement of ours."""
 
 
 class Line(Protocol):
@@ -86,6 +114,29 @@ class Cursor(extensions.cursor):
 def driver_of(connection: sqlalchemy.Connection) -> Connection:
     """Our connection under one of SQLAlchemy's."""
     return cast("Connection", connection.connection.driver_connection)
+
+
+# In our words --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def in_our_words() -> Iterator[None]:
+    """What SQLAlchemy raises within, as storage raises it."""
+    try:
+        yield
+    except exc.TimeoutError as error:  # Of the pool.
+        raise DatabaseUnavailable from error
+    except exc.DBAPIError as error:
+        if error.connection_invalidated:
+            raise DatabaseUnavailable from error
+        raise translated(error.orig) from error
+
+
+def translated(error: BaseException | None) -> DatabaseUnavailable | StorageError:
+    """An error of psycopg2's, as storage raises it."""
+    if isinstance(error, OperationalError | InterfaceError) or getattr(error, "pgcode", None) == READ_ONLY:
+        return DatabaseUnavailable()
+    return StorageError(type(error).__name__)
 
 
 # One of several hosts ------------------------------------------------------------------------------

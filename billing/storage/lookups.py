@@ -28,13 +28,12 @@ from sqlalchemy.dialects.postgresql.psycopg2 import PGDialect_psycopg2
 from sqlalchemy.engine import make_url
 
 from billing import tracing
-from billing.errors import BillingError, DatabaseUnavailable
+from billing.errors import DatabaseUnavailable
 from billing.keys import ApiKey
 from billing.storage import api_keys, tenants, users
-from billing.storage.driver import first_host
+from billing.storage.driver import CONNECT_ARGS, first_host, translated
 from billing.storage.platform import FROM_TENANT, TENANT_ENDS
 from billing.storage.shelf import listed
-from billing.storage.store import CONNECT_ARGS, StorageError
 from billing.tenants import Tenant
 from billing.tokens import Claims
 from billing.users import User
@@ -228,7 +227,7 @@ class Lookups:
                 return await line.ask(question, parameters)
         except psycopg2.Error as error:
             if error.pgcode not in NOT_PREPARED:
-                raise in_our_words(error) from error
+                raise translated(error) from error
         line.is_prepared = False
         return await self._ask_once(question, parameters)
 
@@ -293,13 +292,6 @@ class Lookups:
         while self._waiting and now - self._waiting[0][1] > WAITING_SECONDS:
             refuse(self._waiting.popleft()[0])
         self._watch = self._loop.call_later(LOOKED_EVERY_SECONDS, self._look)
-
-
-def in_our_words(error: psycopg2.Error) -> BillingError | StorageError:
-    """The error as the store would raise it."""
-    if isinstance(error, psycopg2.OperationalError | psycopg2.InterfaceError):
-        return DatabaseUnavailable()
-    return StorageError(type(error).__name__)
 
 
 def refuse(waiting: asyncio.Future[Any], cause: Exception | None = None) -> None:

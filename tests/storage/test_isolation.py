@@ -20,8 +20,9 @@ from billing.ids import new_id
 from billing.keys import KeyDigests
 from billing.settings import Settings
 from billing.storage import driver
+from billing.storage.driver import StorageError
 from billing.storage.shelf import MINE, Shelf
-from billing.storage.store import StorageError, Store, TenantTx
+from billing.storage.store import Store, TenantTx
 from billing.storage.tables import metadata
 from billing.stripe_connect import ACCOUNT_NAME, CHECK, Account, Connected, Connection, Grant, State
 from billing.tasks import Task
