@@ -41,8 +41,8 @@ class StorageError(Exception):
     """PostgreSQL refused a statement of ours."""
 
 
-class Line(Protocol):
-    """What minds a connection: a block is one message and its answer."""
+class Deadline(Protocol):
+    """Until when an answer on a connection may be waited for: a block is one message and its answer."""
 
     def __enter__(self) -> None: ...
 
@@ -54,11 +54,11 @@ class Line(Protocol):
 class Connection(extensions.connection):
     """Who wants a transaction says BEGIN, and what else may go in the same message: psycopg2's is one of its own."""
 
-    def __init__(self, dsn: str, line_of: Callable[[int], Line], **options: Any) -> None:
+    def __init__(self, dsn: str, deadline_of: Callable[[int], Deadline], **options: Any) -> None:
         super().__init__(dsn, **options)
         self.autocommit = True
         self.postponed: list[bytes] = []
-        self.line = line_of(self.fileno())
+        self.deadline = deadline_of(self.fileno())
 
     @property
     def is_in_transaction(self) -> bool:
@@ -91,7 +91,7 @@ class Connection(extensions.connection):
                 cursor.execute(how)
 
     def close(self) -> None:
-        self.line.close()
+        self.deadline.close()
         super().close()
 
 
@@ -102,12 +102,12 @@ class Cursor(extensions.cursor):
 
     def execute(self, query: Any, vars: Any = None) -> None:  # psycopg2's name for it
         if not self.connection.postponed:
-            with self.connection.line:
+            with self.connection.deadline:
                 super().execute(query, vars)
             return
         statements = [*self.connection.postponed, self.mogrify(query, vars)]
         self.connection.postponed.clear()
-        with self.connection.line:
+        with self.connection.deadline:
             super().execute(b"; ".join(statements))
 
 
