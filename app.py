@@ -42,9 +42,10 @@ from billing.passwords import Passwords
 from billing.security import Authenticator
 from billing.settings import Settings
 from billing.storage.database import open_database
+from billing.storage.driver import StorageError
 from billing.storage.lookups import Lookups
 from billing.storage.schema import SchemaError
-from billing.storage.store import StorageError, Store
+from billing.storage.store import Store
 from billing.stripe_connections import stripe_connections_for
 from billing.threads import end_with_main_thread
 from billing.tokens import Tokens

@@ -13,7 +13,8 @@ import structlog
 from billing.actors import Actor
 from billing.clock import Clock
 from billing.errors import DatabaseUnavailable
-from billing.storage.store import StorageError, Store
+from billing.storage.driver import StorageError
+from billing.storage.store import Store
 from billing.users import User
 
 Action = Literal["user.login_failed", "user.password_change_failed"]

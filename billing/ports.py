@@ -11,11 +11,6 @@ from billing.tasks import Queue
 from billing.webhooks.events import EventType
 
 
-class TenantLock(Protocol):
-    def lock(self) -> None:
-        """Let no one else change this tenant's things until the transaction ends."""
-
-
 class Directory(Protocol):
     def claim(self, kind: str, name: str, id: UUID) -> bool:
         """Take a name for this tenant's thing; False when it is taken, by whomever."""

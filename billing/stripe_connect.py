@@ -25,7 +25,7 @@ from billing.errors import (
     TenantDisabled,
 )
 from billing.ids import new_id
-from billing.ports import Audit, Directory, Events, Tasks, TenantLock
+from billing.ports import Audit, Directory, Events, Tasks
 from billing.tasks import Task
 from billing.tenants import Tenant
 from billing.users import User
@@ -450,7 +450,7 @@ class StripeShelf(Protocol):
     def consume_state(self, id: UUID, now: datetime) -> None: ...
 
 
-class TenantShelf(TenantLock, Protocol):
+class TenantShelf(Protocol):
     def get(self) -> Tenant: ...
     def set_stripe(self, account_id: str | None, status: str, now: datetime) -> None: ...
 

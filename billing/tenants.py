@@ -131,8 +131,7 @@ def register(
 
 
 def set_tier(tx: Storage, tier: Tier, *, now: datetime) -> None:
-    """Put the tenant into a tier; that it is there already is no error."""
-    tx.tenants.lock()
+    """Put the tenant into a tier; that it is there already is no error. The caller holds the tenant's lock."""
     tenant = tx.tenants.get()
     if tenant.tier != tier:
         tx.tenants.set_tier(tier, now)
@@ -142,8 +141,10 @@ def set_tier(tx: Storage, tier: Tier, *, now: datetime) -> None:
 
 
 def set_active(tx: Storage, *, is_active: bool, now: datetime) -> None:
-    """Switch the tenant off, or on again. Sessions and keys are kept; while it is off they open nothing."""
-    tx.tenants.lock()
+    """Switch the tenant off, or on again. Sessions and keys are kept; while it is off they open nothing.
+
+    The caller holds the tenant's lock.
+    """
     tenant = tx.tenants.get()
     if tenant.is_active != is_active:
         tx.tenants.set_active(is_active, now)
@@ -175,7 +176,6 @@ def _new_tenant(tenant_id: UUID, details: Mapping[str, str], *, slug: str, now: 
 class TenantShelf(Protocol):
     def add(self, tenant: Tenant) -> None: ...
     def get(self) -> Tenant: ...
-    def lock(self) -> None: ...
     def set_tier(self, tier: str, now: datetime) -> None: ...
     def set_active(self, is_active: bool, now: datetime) -> None: ...
 

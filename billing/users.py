@@ -11,7 +11,7 @@ from uuid import UUID
 
 from billing.errors import Conflict, EmailTaken, NotFound
 from billing.ids import new_id
-from billing.ports import Audit, Directory, TenantLock
+from billing.ports import Audit, Directory
 
 Role = Literal["owner", "admin", "developer"]
 
@@ -77,8 +77,10 @@ def get(tx: Storage, email: str) -> User:
 
 
 def set_role(tx: Storage, email: str, role: Role, *, now: datetime) -> None:
-    """Give a user another role, which counts from their next request; raises `NotFound`, `Conflict`."""
-    tx.tenants.lock()
+    """Give a user another role, which counts from their next request; raises `NotFound`, `Conflict`.
+
+    The caller holds the tenant's lock.
+    """
     user = get(tx, email)
     if user.role == role:
         return
@@ -88,8 +90,10 @@ def set_role(tx: Storage, email: str, role: Role, *, now: datetime) -> None:
 
 
 def disable(tx: Storage, email: str, *, now: datetime) -> None:
-    """Lock a user out, and end every session of theirs; raises `NotFound`, `Conflict` for the last owner."""
-    tx.tenants.lock()
+    """Lock a user out, and end every session of theirs; raises `NotFound`, `Conflict` for the last owner.
+
+    The caller holds the tenant's lock.
+    """
     user = get(tx, email)
     if not user.is_active:
         return
@@ -141,8 +145,6 @@ class SessionShelf(Protocol):
 class Storage(Protocol):
     """What this chapter asks of storage, inside one transaction of one tenant."""
 
-    @property
-    def tenants(self) -> TenantLock: ...
     @property
     def users(self) -> UserShelf: ...
     @property

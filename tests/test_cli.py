@@ -778,6 +778,34 @@ def test_an_unknown_tenant_is_one_sentence(run: Run, arguments: str) -> None:
     assert sentence(run(*arguments.split(), code=1).stderr).startswith("There is no tenant with this slug")
 
 
+@contextmanager
+def locked(embedded: Database, tenant: Tenant) -> Iterator[None]:
+    """Somebody holds the tenant's lock."""
+    engine = create_engine(embedded.server.cluster.url(database.NAME))
+    with engine.begin() as connection:
+        query = text("SELECT FROM tenants WHERE slug = :slug FOR NO KEY UPDATE")
+        connection.execute(query, {"slug": tenant.slug})
+        yield
+    engine.dispose()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "tenants set-tier {slug} free",
+        "tenants enable {slug}",
+        "users set-role --tenant {slug} {owner} owner",
+        "users disable --tenant {slug} {owner}",
+    ],
+)
+def test_what_rests_on_how_a_tenant_is_waits_for_its_lock(
+    run: Run, tenant: Tenant, embedded: Database, arguments: str
+) -> None:
+    with locked(embedded, tenant):
+        ended = run(*arguments.format(slug=tenant.slug, owner=tenant.owner).split(), code=1)
+    assert sentence(ended.stderr).startswith("The database ")
+
+
 # Users ---------------------------------------------------------------------------------------------
 
 

@@ -168,8 +168,8 @@ def verify(slug: str | None, every: bool, expect: Head | None) -> None:
 
 
 def every_tenant() -> list[tuple[str, UUID]]:
-    with opened_as_owner() as store, store.operator() as operator:
-        return [(tenant.slug, tenant.id) for tenant in operator.tenants()]
+    with opened_as_owner() as store:
+        return [(tenant.slug, tenant.id) for tenant in store.all_tenants()]
 
 
 def verified(store: Store, name: str, tenant_id: UUID, noted: Head | None) -> Head:

@@ -72,8 +72,8 @@ def status(as_json: bool) -> None:
     Example:
       billing secrets status
     """
-    with opened_as_owner() as owner, owner.operator() as operator:
-        tenants = operator.tenants()
+    with opened_as_owner() as owner:
+        tenants = owner.all_tenants()
     needed: Counter[tuple[str, str]] = Counter()
     with opened_store() as (settings, store):
         for tenant in tenants:

@@ -42,8 +42,8 @@ def list_tenants(as_json: bool) -> None:
     Example:
       billing tenants list --json
     """
-    with opened_as_owner() as store, store.operator() as operator:
-        rows = [shape(tenant) for tenant in operator.tenants()]
+    with opened_as_owner() as store:
+        rows = [shape(tenant) for tenant in store.all_tenants()]
     show(rows, COLUMNS, as_json=as_json)
 
 
@@ -71,7 +71,7 @@ def set_tier(slug: str, tier: Tier) -> None:
     Example:
       billing tenants set-tier acme pro
     """
-    with transaction_of(slug) as tx:
+    with transaction_of(slug, exclusive=True) as tx:
         chapter.set_tier(tx, tier, now=utc_now())
     done(f"{slug} is in the tier {tier}.")
 
@@ -85,7 +85,7 @@ def disable(slug: str) -> None:
     Example:
       billing tenants disable acme
     """
-    with transaction_of(slug) as tx:
+    with transaction_of(slug, exclusive=True) as tx:
         chapter.set_active(tx, is_active=False, now=utc_now())
     done(f"{slug} is disabled.")
 
@@ -99,16 +99,18 @@ def enable(slug: str) -> None:
     Example:
       billing tenants enable acme
     """
-    with transaction_of(slug) as tx:
+    with transaction_of(slug, exclusive=True) as tx:
         chapter.set_active(tx, is_active=True, now=utc_now())
     done(f"{slug} is enabled.")
 
 
 @contextmanager
-def transaction_of(slug: str) -> Iterator[TenantTx]:
-    """A transaction of this tenant, in the operator's name."""
-    with opened_store() as (_, store), store.tenant(tenant_called(slug, store).id, OPERATOR) as tx:
-        yield tx
+def transaction_of(slug: str, *, exclusive: bool = False) -> Iterator[TenantTx]:
+    """A transaction of this tenant, in the operator's name; an exclusive one holds the tenant's lock."""
+    with opened_store() as (_, store):
+        tenant_id = tenant_called(slug, store).id
+        with store.tenant(tenant_id, OPERATOR, exclusive=exclusive) as tx:
+            yield tx
 
 
 def tenant_called(slug: str, store: Store) -> Tenant:

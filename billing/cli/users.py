@@ -181,7 +181,7 @@ def set_role(slug: str, email: str, role: Role) -> None:
     Example:
       billing users set-role --tenant acme bob@acme.example admin
     """
-    with transaction_of(slug) as tx:
+    with transaction_of(slug, exclusive=True) as tx:
         chapter.set_role(tx, email, role, now=utc_now())
     done(f"{email} is in the role {role}.")
 
@@ -196,7 +196,7 @@ def disable(slug: str, email: str) -> None:
     Example:
       billing users disable --tenant acme bob@acme.example
     """
-    with transaction_of(slug) as tx:
+    with transaction_of(slug, exclusive=True) as tx:
         chapter.disable(tx, email, now=utc_now())
     done(f"{email} is disabled, and every session has ended.")
 

@@ -21,7 +21,8 @@ from billing.clock import Clock
 from billing.errors import CredentialsMissing, DatabaseUnavailable, TokenInvalid
 from billing.http.lanes import BoundedThreads
 from billing.settings import Settings
-from billing.storage.store import StorageError, Store
+from billing.storage.driver import StorageError
+from billing.storage.store import Store
 from billing.tasks import Backlog
 
 PATH = "/metrics"

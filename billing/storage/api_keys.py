@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
 from uuid import UUID
 
 from sqlalchemy import and_, bindparam, func, or_, select, union_all, update
@@ -45,11 +44,6 @@ REVOKE = (
 )
 
 
-def key_of(row: Sequence[Any]) -> ApiKey:
-    """The value in a row of `COLUMNS`."""
-    return ApiKey(*row)
-
-
 class ApiKeys(Shelf):
     """The keys of one tenant."""
 
@@ -58,11 +52,11 @@ class ApiKeys(Shelf):
 
     def living(self, now: datetime, types: Sequence[KeyType]) -> list[ApiKey]:
         """The keys of these types that work now."""
-        return [key_of(row) for row in self.run(FIND_LIVING, types=list(types), now=now)]
+        return [ApiKey(*row) for row in self.run(FIND_LIVING, types=list(types), now=now)]
 
     def worth_showing(self, now: datetime) -> list[ApiKey]:
         """The keys that work now, and the last one made of each type, living or not."""
-        return [key_of(row) for row in self.run(FIND_WORTH_SHOWING, now=now)]
+        return [ApiKey(*row) for row in self.run(FIND_WORTH_SHOWING, now=now)]
 
     def expire(self, key: ApiKey) -> None:
         """Keep the end that the key was given."""
@@ -70,7 +64,7 @@ class ApiKeys(Shelf):
 
     def revoke(self, types: Sequence[KeyType], now: datetime) -> list[ApiKey]:
         """End the living keys of these types; returns them."""
-        return [key_of(row) for row in self.run(REVOKE, types=list(types), now=now)]
+        return [ApiKey(*row) for row in self.run(REVOKE, types=list(types), now=now)]
 
     def note_use(self, id: UUID, at: datetime) -> None:
         """Keep when a key was last used, by whichever process."""

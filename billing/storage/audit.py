@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, Connection, func, select, text
 
 from billing.actors import Actor
 from billing.audit import Choice, Head, Row, chained
-from billing.storage.shelf import Shelf, columns_of
+from billing.storage.shelf import Shelf, columns_of, mine
 from billing.storage.tables import audit_heads, audit_log
 
 COLUMNS = columns_of(Row, audit_log)
+FIND_HEAD = select(audit_heads.c.sequence, audit_heads.c.hash).where(mine(audit_heads))
+LOCK_HEAD = text("SELECT sequence, hash FROM app.lock_audit_head()")
 ADVANCE = text("SELECT app.advance_audit_head()")
 
 
@@ -35,53 +37,53 @@ class AuditLog(Shelf):
     ) -> None:
         """Add a row, whose hash is made of it and of the last row's."""
         # This holds the head until the end: one writer a tenant at a time, or the chain would fork.
-        head = self._connection.exec_driver_sql("SELECT sequence, hash FROM app.lock_audit_head()").one()
-        content = {
-            "tenant_id": self._tenant_id,
-            "sequence": head.sequence + 1,
-            "at": now.astimezone(UTC),
-            "action": action,
-            "actor_kind": self._actor.kind,
-            "actor_id": self._actor.id,
-            "subject": subject,
-            "reason": reason,
-            "details": dict(details or {}),
-            "address": self._actor.address,
-            "request_id": self._actor.request_id,
-        }
+        head = self.run(LOCK_HEAD).one()
+        row = Row(
+            tenant_id=self._tenant_id,
+            sequence=head.sequence + 1,
+            at=now,
+            action=action,
+            actor_kind=self._actor.kind,
+            actor_id=self._actor.id,
+            subject=subject,
+            reason=reason,
+            details=dict(details or {}),
+            address=self._actor.address,
+            request_id=self._actor.request_id,
+            hash=b"",
+        )
+        content = row.content()
         self.insert(audit_log, content | {"hash": chained(bytes(head.hash), content)})
         self.put_off(ADVANCE)
 
     def head(self) -> Head | None:
         """The last row that was written, as the head remembers it."""
-        row = self._connection.execute(
-            select(audit_heads.c.sequence, audit_heads.c.hash).where(self.mine(audit_heads))
-        ).one_or_none()
+        row = self.run(FIND_HEAD).one_or_none()
         return Head(*row) if row else None
 
     def after(self, sequence: int | None, *, most: int, upto: int | None = None) -> list[Row]:
         """The first rows after this one, or after none, and no further than another: the oldest first."""
-        query = select(*COLUMNS).where(self.mine(audit_log)).order_by(audit_log.c.sequence).limit(most)
+        query = select(*COLUMNS).where(mine(audit_log)).order_by(audit_log.c.sequence).limit(most)
         if sequence is not None:
             query = query.where(audit_log.c.sequence > sequence)
         if upto is not None:
             query = query.where(audit_log.c.sequence <= upto)
-        return [Row(*row) for row in self._connection.execute(query)]
+        return [Row(*row) for row in self.run(query)]
 
     def beyond_head(self) -> int | None:
         """The number of the first row after the head, at one moment: there should be none."""
-        head = select(audit_heads.c.sequence).where(self.mine(audit_heads)).scalar_subquery()
+        head = select(audit_heads.c.sequence).where(mine(audit_heads)).scalar_subquery()
         query = select(func.min(audit_log.c.sequence)).where(
-            self.mine(audit_log), audit_log.c.sequence > func.coalesce(head, 0)
+            mine(audit_log), audit_log.c.sequence > func.coalesce(head, 0)
         )
-        found: int | None = self._connection.scalar(query)
+        found: int | None = self.run(query).scalar()
         return found
 
     def recent(self, choice: Choice, *, most: int) -> list[Row]:
         """The last rows of the choice, the newest first."""
-        query = select(*COLUMNS).where(self.mine(audit_log), *_chosen(choice))
+        query = select(*COLUMNS).where(mine(audit_log), *_chosen(choice))
         ordered = query.order_by(audit_log.c.sequence.desc()).limit(most)
-        return [Row(*row) for row in self._connection.execute(ordered)]
+        return [Row(*row) for row in self.run(ordered)]
 
 
 def _chosen(choice: Choice) -> Iterator[ColumnElement[bool]]:

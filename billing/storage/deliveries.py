@@ -19,7 +19,6 @@ from sqlalchemy import (
     func,
     or_,
     select,
-    true,
     update,
 )
 
@@ -36,6 +35,14 @@ HAS_DELIVERY = (
     .where(deliveries.c.tenant_id == events.c.tenant_id, deliveries.c.event_id == events.c.id)
     .exists()
 )
+RECENT = select(*COLUMNS).where(mine(deliveries)).order_by(deliveries.c.id.desc()).limit(bindparam("most"))
+RECENT_IN_STATUS = RECENT.where(deliveries.c.status == bindparam("status"))
+LATELY = deliveries.c.settled_at > bindparam("since")
+STATS = select(
+    func.count().filter(LATELY, deliveries.c.status == "delivered"),
+    func.count().filter(LATELY, deliveries.c.status == "failed"),
+    func.count().filter(IS_PENDING),
+).where(mine(deliveries), or_(IS_PENDING, and_(~IS_PENDING, LATELY)))
 BLANK = {"http_status": None, "error": None, "duration_ms": None, "settled_at": None}
 
 # What every turn of a worker asks, built once.
@@ -135,12 +142,9 @@ class Deliveries(Shelf):
 
     def cancel(self, error: str, now: datetime) -> bool:
         """Give up what is pending, or a good part of it; whether there was any."""
-        given_up = self._connection.execute(
-            update(deliveries)
-            .where(self._some(and_(self.mine(deliveries), IS_PENDING)))
-            .values(status="failed", error=error, next_attempt_at=None, settled_at=now)
-        )
-        return given_up.rowcount > 0
+        given_up = update(deliveries).where(_some(PENDING))
+        values = {"status": "failed", "error": error, "next_attempt_at": None, "settled_at": now}
+        return self.run(given_up, **values).rowcount > 0
 
     def replay(self, event_ids: Sequence[UUID], now: datetime) -> None:
         """Have events delivered now: anew where that had ended, sooner where it waits, for the first time elsewhere.
@@ -148,9 +152,9 @@ class Deliveries(Shelf):
         The caller holds the endpoint's lock, so that two replays add nothing twice.
         """
         # Never waiting for a worker's rows, this cannot stop one. What is passed over is being sent as it is.
-        free = self._connection.execute(
+        free = self.run(
             select(deliveries.c.id, deliveries.c.status)
-            .where(self.mine(deliveries), deliveries.c.event_id.in_(event_ids))
+            .where(mine(deliveries), deliveries.c.event_id.in_(event_ids))
             .with_for_update(skip_locked=True)
         ).all()
         anew = BLANK | {"status": "pending", "attempts": 0}
@@ -159,39 +163,24 @@ class Deliveries(Shelf):
         self._add_missing(event_ids, now)
 
     def _make_due(self, ids: Sequence[UUID], now: datetime, **values: object) -> None:
-        ours = update(deliveries).where(self.mine(deliveries), deliveries.c.id.in_(ids))
-        self._connection.execute(ours.values(next_attempt_at=now, **values))
+        ours = update(deliveries).where(mine(deliveries), deliveries.c.id.in_(ids))
+        self.run(ours, next_attempt_at=now, **values)
 
     def _add_missing(self, event_ids: Sequence[UUID], now: datetime) -> None:
         missing = select(events.c.id, events.c.type).where(
-            self.mine(events), events.c.id.in_(event_ids), ~HAS_DELIVERY
+            mine(events), events.c.id.in_(event_ids), ~HAS_DELIVERY
         )
-        for event_id, event_type in self._connection.execute(missing).all():
+        for event_id, event_type in self.run(missing).all():
             self.add(Delivery(new_id(), event_id, event_type, "pending", 0, now, None, None, None, now))
 
     def recent(self, most: int, *, status: Status | None = None) -> list[Delivery]:
         """The last ones, newest first, or the last in one status."""
-        in_status = true() if status is None else deliveries.c.status == status
-        rows = self._connection.execute(
-            select(*COLUMNS)
-            .where(self.mine(deliveries), in_status)
-            .order_by(deliveries.c.id.desc())
-            .limit(most)
-        )
-        return [Delivery(*row) for row in rows]
+        query = RECENT if status is None else RECENT_IN_STATUS
+        return [Delivery(*row) for row in self.run(query, most=most, status=status)]
 
     def stats(self, now: datetime) -> Stats:
         """How many there are, and how many ended within a day."""
-        lately = deliveries.c.settled_at > now - DAY
-        count = func.count()
-        row = self._connection.execute(
-            select(
-                count.filter(lately, deliveries.c.status == "delivered"),
-                count.filter(lately, deliveries.c.status == "failed"),
-                count.filter(IS_PENDING),
-            ).where(self.mine(deliveries), or_(IS_PENDING, and_(~IS_PENDING, lately)))
-        ).one()
-        return Stats(*row)
+        return Stats(*self.run(STATS, since=now - DAY).one())
 
     def prune(self, before: datetime) -> bool:
         """Forget what ended before, or has been due since before, as only where the endpoint is disabled.
@@ -202,15 +191,13 @@ class Deliveries(Shelf):
             and_(~IS_PENDING, deliveries.c.settled_at < before),
             and_(IS_PENDING, deliveries.c.next_attempt_at < before),
         )
-        old_ones = self._some(and_(self.mine(deliveries), is_old))
-        forgotten = self._connection.execute(delete(deliveries).where(old_ones))
-        old = select(events.c.id).where(self.mine(events), events.c.created_at < before, ~HAS_DELIVERY)
-        bare = self._connection.execute(
-            delete(events).where(self.mine(events), events.c.id.in_(old.limit(AT_ONCE)))
-        )
+        forgotten = self.run(delete(deliveries).where(_some(and_(mine(deliveries), is_old))))
+        old = select(events.c.id).where(mine(events), events.c.created_at < before, ~HAS_DELIVERY)
+        bare = self.run(delete(events).where(mine(events), events.c.id.in_(old.limit(AT_ONCE))))
         return forgotten.rowcount + bare.rowcount > 0
 
-    def _some(self, condition: ColumnElement[bool]) -> ColumnElement[bool]:
-        """As many of these as one statement should change."""
-        ids = select(deliveries.c.id).where(condition).limit(AT_ONCE)
-        return and_(self.mine(deliveries), deliveries.c.id.in_(ids))
+
+def _some(condition: ColumnElement[bool]) -> ColumnElement[bool]:
+    """As many of these as one statement should change."""
+    ids = select(deliveries.c.id).where(condition).limit(AT_ONCE)
+    return and_(mine(deliveries), deliveries.c.id.in_(ids))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from uuid import UUID
 
-from sqlalchemy import select
+from sqlalchemy import and_, bindparam, delete, select
 from sqlalchemy.dialects.postgresql import insert
 
-from billing.storage.shelf import Shelf
+from billing.storage.shelf import Shelf, mine
 from billing.storage.tables import directory
 
 CLAIM = insert(directory).on_conflict_do_nothing().returning(directory.c.id)
+IS_OF_KIND = and_(mine(directory), directory.c.kind == bindparam("kind"))
+FIND = select(directory.c.id).where(IS_OF_KIND, directory.c.name == bindparam("name"))
+RELEASE = delete(directory).where(IS_OF_KIND, directory.c.name.in_(bindparam("names", expanding=True)))
 
 
 class Directory(Shelf):
@@ -18,9 +21,8 @@ class Directory(Shelf):
 
     def claim(self, kind: str, name: str, id: UUID) -> bool:
         """Take a name; False when it is taken. Of two that claim at once, the second waits for the first."""
-        values = {"kind": kind, "name": name, "tenant_id": self._tenant_id, "id": id}
-        row = self._connection.execute(CLAIM, values).one_or_none()
-        return row is not None
+        taken = self.run(CLAIM, kind=kind, name=name, tenant_id=self._tenant_id, id=id)
+        return taken.one_or_none() is not None
 
     def add(self, kind: str, name: str, id: UUID) -> None:
         """Put a random name, which nobody else can have: if somebody did, nothing of the transaction would be kept."""
@@ -28,15 +30,8 @@ class Directory(Shelf):
 
     def owns(self, kind: str, name: str) -> bool:
         """Whether the name is this tenant's."""
-        named = select(directory.c.id).where(
-            self.mine(directory), directory.c.kind == kind, directory.c.name == name
-        )
-        return self._connection.scalar(named) is not None
+        return self.run(FIND, kind=kind, name=name).one_or_none() is not None
 
     def release(self, kind: str, *names: str) -> None:
         """Give up names of this tenant's, for whoever claims them next."""
-        self._connection.execute(
-            directory.delete().where(
-                self.mine(directory), directory.c.kind == kind, directory.c.name.in_(names)
-            )
-        )
+        self.run(RELEASE, kind=kind, names=list(names))

@@ -1,20 +1,48 @@
-"""psycopg2's connections as we use them: to one host after the other, with BEGIN said, and messages that are shared."""
+"""psycopg2's connections as we use them: their settings, their hosts, their messages, and their errors in our words."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TypeVar, cast
 
 import sqlalchemy
-from psycopg2 import Error, OperationalError, ProgrammingError, extensions
-from sqlalchemy import Engine, event
+from psycopg2 import Error, InterfaceError, OperationalError, ProgrammingError, extensions
+from sqlalchemy import Engine, event, exc
+
+from billing.errors import DatabaseUnavailable
 
 T = TypeVar("T")
 
+# Either kind of timeout alone hangs in a real partition: see docs/decisions.md.
+CONNECT_ARGS = {
+    "connect_timeout": 3,
+    "tcp_user_timeout": 5000,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 2,
+    "application_name": "billing",
+    "options": " ".join(
+        f"-c {setting}"
+        for setting in (
+            "timezone=UTC",
+            "statement_timeout=5000",
+            "lock_timeout=2000",
+            "idle_in_transaction_session_timeout=10000",
+        )
+    ),
+}
 
-class Line(Protocol):
-    """What minds a connection: a block is one message and its answer."""
+# The SQLSTATE of a write to a primary that has become a replica.
+READ_ONLY = "25006"
+
+
+class StorageError(Exception):
+    """PostgreSQL refused a statement of ours."""
+
+
+class Deadline(Protocol):
+    """Until when an answer on a connection may be waited for: a block is one message and its answer."""
 
     def __enter__(self) -> None: ...
 
@@ -26,11 +54,11 @@ class Line(Protocol):
 class Connection(extensions.connection):
     """Who wants a transaction says BEGIN, and what else may go in the same message: psycopg2's is one of its own."""
 
-    def __init__(self, dsn: str, line_of: Callable[[int], Line], **options: Any) -> None:
+    def __init__(self, dsn: str, deadline_of: Callable[[int], Deadline], **options: Any) -> None:
         super().__init__(dsn, **options)
         self.autocommit = True
         self.postponed: list[bytes] = []
-        self.line = line_of(self.fileno())
+        self.deadline = deadline_of(self.fileno())
 
     @property
     def is_in_transaction(self) -> bool:
@@ -63,7 +91,7 @@ class Connection(extensions.connection):
                 cursor.execute(how)
 
     def close(self) -> None:
-        self.line.close()
+        self.deadline.close()
         super().close()
 
 
@@ -74,24 +102,41 @@ class Cursor(extensions.cursor):
 
     def execute(self, query: Any, vars: Any = None) -> None:  # psycopg2's name for it
         if not self.connection.postponed:
-            with self.connection.line:
+            with self.connection.deadline:
                 super().execute(query, vars)
             return
         statements = [*self.connection.postponed, self.mogrify(query, vars)]
         self.connection.postponed.clear()
-        with self.connection.line:
+        with self.connection.deadline:
             super().execute(b"; ".join(statements))
-
-    def executemany(self, query: Any, vars_list: Any) -> None:
-        if self.connection.postponed:
-            self.execute("SELECT")
-        with self.connection.line:
-            super().executemany(query, vars_list)
 
 
 def driver_of(connection: sqlalchemy.Connection) -> Connection:
     """Our connection under one of SQLAlchemy's."""
     return cast("Connection", connection.connection.driver_connection)
+
+
+# In our words --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def in_our_words() -> Iterator[None]:
+    """What SQLAlchemy raises within, as storage raises it."""
+    try:
+        yield
+    except exc.TimeoutError as error:  # Of the pool.
+        raise DatabaseUnavailable from error
+    except exc.DBAPIError as error:
+        if error.connection_invalidated:
+            raise DatabaseUnavailable from error
+        raise translated(error.orig) from error
+
+
+def translated(error: BaseException | None) -> DatabaseUnavailable | StorageError:
+    """An error of psycopg2's, as storage raises it."""
+    if isinstance(error, OperationalError | InterfaceError) or getattr(error, "pgcode", None) == READ_ONLY:
+        return DatabaseUnavailable()
+    return StorageError(type(error).__name__)
 
 
 # One of several hosts ------------------------------------------------------------------------------

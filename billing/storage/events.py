@@ -108,13 +108,13 @@ class Events(Shelf):
         """How many events that are, of the types wanted (none means all), and the last one's place."""
         number, last = func.count(), func.coalesce(func.max(events.c.sequence), 0)
         found = select(number, last).where(self._chosen(choice, wanted))
-        return Extent(*self._connection.execute(found).one())
+        return Extent(*self.run(found).one())
 
     def chosen(
         self, choice: Choice, *, wanted: Sequence[str], after: int, last: int, most: int
     ) -> list[Chosen]:
         """The first of them beyond one place and up to the other, in their order."""
-        rows = self._connection.execute(
+        rows = self.run(
             select(events.c.id, events.c.sequence)
             .where(self._chosen(choice, wanted), events.c.sequence > after, events.c.sequence <= last)
             .order_by(events.c.sequence)
@@ -124,7 +124,7 @@ class Events(Shelf):
 
     def _chosen(self, choice: Choice, wanted: Sequence[str]) -> ColumnElement[bool]:
         of_type = events.c.type.in_(wanted) if wanted else true()
-        ours = and_(self.mine(events), of_type)
+        ours = and_(mine(events), of_type)
         if choice.event_ids:
             return and_(ours, events.c.id.in_(choice.event_ids))
         is_chosen = HAS_FAILED if choice.since is None else events.c.created_at >= choice.since
@@ -135,5 +135,4 @@ class Events(Shelf):
         return self.run(ADD_DELIVERY, **values).rowcount > 0
 
     def _next_sequence(self) -> int:
-        first = {"tenant_id": self._tenant_id, "sequence": 1}
-        return int(self._connection.scalar(NEXT_SEQUENCE, first))
+        return int(self.run(NEXT_SEQUENCE, tenant_id=self._tenant_id, sequence=1).scalar_one())

@@ -48,15 +48,17 @@ class IdempotencyKeys(Shelf):
 
     def take(self, claim: Claim, fingerprint: str, *, until: datetime) -> bool:
         """Put the claim where there is none, and no answer, or where what there is has run out."""
-        values = {
-            "tenant_id": self._tenant_id,
-            "name": claim.name,
-            "claim": claim.id,
-            "request": self._vault.seal(fingerprint, place=self._place("request", claim.name)),
-            "answer": None,
-            "expires_at": until,
-        }
-        return self._connection.execute(TAKE, {**values, "now": claim.at}).rowcount == 1
+        taken = self.run(
+            TAKE,
+            tenant_id=self._tenant_id,
+            name=claim.name,
+            claim=claim.id,
+            request=self._vault.seal(fingerprint, place=self._place("request", claim.name)),
+            answer=None,
+            expires_at=until,
+            now=claim.at,
+        )
+        return taken.rowcount == 1
 
     def find(self, name: bytes) -> Found | None:
         """What stands under the name."""

@@ -15,6 +15,7 @@ from sqlalchemy import Connection, Row
 from billing.storage import tenants, users
 from billing.storage.shelf import listed
 from billing.tenants import Account, Tenant
+from billing.users import User
 
 TENANT = listed(tenants.COLUMNS)
 USER = listed(users.COLUMNS)
@@ -45,7 +46,7 @@ class Platform:
         row = self._one(FIND_ACCOUNT, kind="email", names=[email])
         if row is None:
             return None
-        return Account(tenants.tenant_of(row[:TENANT_ENDS]), users.user_of(row[TENANT_ENDS:-1]), row[-1])
+        return Account(Tenant(*row[:TENANT_ENDS]), User(*row[TENANT_ENDS:-1]), row[-1])
 
     def find_connect_state(self, digest: str) -> tuple[UUID, UUID] | None:
         """The tenant and the id of the connect state with this digest."""
@@ -55,7 +56,7 @@ class Platform:
     def find_tenant(self, slug: str) -> Tenant | None:
         """The tenant with this slug."""
         row = self._one(FIND_TENANT, kind="slug", names=[slug])
-        return tenants.tenant_of(row) if row else None
+        return Tenant(*row) if row else None
 
-    def _one(self, query: str, **parameters: object) -> Row[Any] | None:
+    def _one(self, query: str, **parameters: object) -> Row[*tuple[Any, ...]] | None:
         return self._connection.exec_driver_sql(query, parameters).one_or_none()

@@ -116,16 +116,18 @@ class _Fuse:
         self._blown_until: float | None = None
 
     def is_blown(self) -> bool:
-        if self._blown_until is None:
-            return False
-        with self._lock:
-            return self._is_resting(time.monotonic())
+        return self._blown_until is not None and not self._may_try()
 
-    def _is_resting(self, now: float) -> bool:
-        if self._blown_until is None or now < self._blown_until:
-            return self._blown_until is not None
-        self._blown_until = now + self._rest_seconds
-        return False
+    def _may_try(self) -> bool:
+        """Whether it has rested for long enough, or was mended meanwhile; while one tries, the others may not."""
+        with self._lock:
+            if self._blown_until is None:
+                return True
+            now = time.monotonic()
+            has_rested = now >= self._blown_until
+            if has_rested:
+                self._blown_until = now + self._rest_seconds
+            return has_rested
 
     def blow(self, cause: Exception) -> None:
         with self._lock:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from datetime import datetime
 from uuid import UUID
 
-from sqlalchemy import bindparam, or_, select, update
+from sqlalchemy import bindparam, delete, or_, select, update
 
 from billing.sessions import Session
-from billing.storage.shelf import Shelf, mine, values_of
+from billing.storage.shelf import Shelf, columns_of, mine, values_of
 from billing.storage.tables import sessions
 
-FIND = select(sessions).where(mine(sessions), sessions.c.id == bindparam("session_id"))
+COLUMNS = columns_of(Session, sessions)
+FIND = select(*COLUMNS).where(mine(sessions), sessions.c.id == bindparam("session_id"))
 ROTATE = (
     update(sessions)
     .where(
@@ -22,7 +23,17 @@ ROTATE = (
         sessions.c.expires_at > bindparam("now"),
     )
     .values(current_jti=bindparam("successor"), previous_jti=bindparam("used"), rotated_at=bindparam("now"))
-    .returning(sessions)
+    .returning(*COLUMNS)
+)
+END = update(sessions).where(
+    mine(sessions), sessions.c.id == bindparam("session_id"), sessions.c.ended_at.is_(None)
+)
+END_ALL = update(sessions).where(
+    mine(sessions), sessions.c.user_id == bindparam("whose"), sessions.c.ended_at.is_(None)
+)
+PRUNE = delete(sessions).where(
+    mine(sessions),
+    or_(sessions.c.ended_at < bindparam("before"), sessions.c.expires_at < bindparam("before")),
 )
 
 
@@ -42,20 +53,11 @@ class Sessions(Shelf):
         return Session(*row) if row else None
 
     def end(self, id: UUID, now: datetime) -> None:
-        self._connection.execute(
-            sessions.update()
-            .where(self.mine(sessions), sessions.c.id == id, sessions.c.ended_at.is_(None))
-            .values(ended_at=now)
-        )
+        self.run(END, session_id=id, ended_at=now)
 
     def end_all(self, user_id: UUID, now: datetime) -> None:
-        self._connection.execute(
-            sessions.update()
-            .where(self.mine(sessions), sessions.c.user_id == user_id, sessions.c.ended_at.is_(None))
-            .values(ended_at=now)
-        )
+        self.run(END_ALL, whose=user_id, ended_at=now)
 
     def prune(self, before: datetime) -> None:
         """Forget those that ended before."""
-        over = or_(sessions.c.ended_at < before, sessions.c.expires_at < before)
-        self._connection.execute(sessions.delete().where(self.mine(sessions), over))
+        self.run(PRUNE, before=before)

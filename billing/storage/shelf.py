@@ -38,12 +38,8 @@ class Shelf:
         self._connection = connection
         self._tenant_id = tenant_id
 
-    def mine(self, table: Table) -> ColumnElement[bool]:
-        """The condition that a row is this tenant's."""
-        return _owner(table) == bindparam(MINE, self._tenant_id)
-
     def run(self, statement: Executable, **values: object) -> CursorResult[*tuple[Any, ...]]:
-        """Run a statement that was built once, of conditions that are `mine`, with its other values."""
+        """Run a statement, whose conditions are `mine`, with its other values."""
         return self._connection.execute(statement, {**values, MINE: self._tenant_id})
 
     def put_off(self, statement: Write | str, /, **values: object) -> None:
@@ -58,8 +54,7 @@ class Shelf:
 
     def insert(self, table: Table, values: Values) -> None:
         """Add a row, as this tenant's whatever it says; put off too."""
-        owner = "tenant_id" if "tenant_id" in table.c else "id"
-        self.put_off(_insert(table), **{**values, owner: self._tenant_id})
+        self.put_off(_insert(table), **{**values, _owner(table).name: self._tenant_id})
 
 
 @cache
@@ -91,7 +86,7 @@ def _compiled(statement: Write, names: tuple[str, ...]) -> tuple[str, Callable[[
 
 
 def mine(table: Table) -> ColumnElement[bool]:
-    """The condition that a row is the tenant's, in a statement that is built once: who runs it says whose."""
+    """The condition that a row is the tenant's; the shelf that runs the statement says whose."""
     return _owner(table) == bindparam(MINE)
 
 

@@ -20,10 +20,9 @@ from billing.storage.audit import AuditLog
 from billing.storage.backlog import read_backlog
 from billing.storage.deliveries import Deliveries
 from billing.storage.directory import Directory
-from billing.storage.driver import dial_each_host, driver_of
+from billing.storage.driver import CONNECT_ARGS, dial_each_host, driver_of, in_our_words
 from billing.storage.events import Events
 from billing.storage.idempotency import IdempotencyKeys, forget_answers
-from billing.storage.operator import Operator
 from billing.storage.platform import Platform
 from billing.storage.pool import Pool
 from billing.storage.replica import IDENTITY, NotThere, Replica
@@ -32,48 +31,23 @@ from billing.storage.sessions import Sessions
 from billing.storage.shelf import BECOME
 from billing.storage.stripe_connect import StripeConnect
 from billing.storage.tasks import Tasks, take_due
-from billing.storage.tenants import Tenants
+from billing.storage.tenants import Tenants, all_tenants
 from billing.storage.users import Users
 from billing.storage.watchdog import STATEMENT_SECONDS, Watchdog
 from billing.storage.webhooks import Webhooks
 from billing.tasks import Backlog, Queue, Task
+from billing.tenants import TenantSummary
 
 T = TypeVar("T")
 
 POOL_WAIT_SECONDS = 3
-# Either kind of timeout alone hangs in a real partition: see docs/decisions.md.
-CONNECT_ARGS = {
-    "connect_timeout": 3,
-    "tcp_user_timeout": 5000,
-    "keepalives_idle": 5,
-    "keepalives_interval": 2,
-    "keepalives_count": 2,
-    "application_name": "billing",
-    "options": " ".join(
-        f"-c {setting}"
-        for setting in (
-            "timezone=UTC",
-            "statement_timeout=5000",
-            "lock_timeout=2000",
-            "idle_in_transaction_session_timeout=10000",
-        )
-    ),
-}
-
 
 OPEN = f"BEGIN; {BECOME}"
-# As `Tenants.lock` does, in the same message.
+# The tenant's lock: of two who take it, the second waits for the end of the first.
 OPEN_LOCKED = f"{OPEN}; SELECT FROM tenants WHERE id = app.current_tenant() FOR NO KEY UPDATE"
 # For many tenants: one whose row somebody holds must not keep the others' waiting. In ms.
 OPEN_SHORTLY = "BEGIN; SET LOCAL lock_timeout = 100"
 PING = "SELECT"
-
-# The SQLSTATE of a write to a primary that has become a replica.
-READ_ONLY = "25006"
-
-
-class StorageError(Exception):
-    """PostgreSQL refused a statement of ours."""
 
 
 class TenantTx:
@@ -155,7 +129,7 @@ class Store:
         """
         opening = OPEN_LOCKED if exclusive else OPEN
         opened = self._connect(opening, (str(tenant_id),))
-        with _in_our_words(), _span("transaction"), opened as connection:
+        with in_our_words(), _span("transaction"), opened as connection:
             yield TenantTx(connection, tenant_id, actor, self._vault)
             connection.commit()
 
@@ -193,19 +167,19 @@ class Store:
     @contextmanager
     def platform(self) -> Iterator[Platform]:
         """The questions asked before a tenant is known, each one message to the database."""
-        with _in_our_words(), _span("question"), self._connect() as connection:
+        with in_our_words(), _span("question"), self._connect() as connection:
             yield Platform(connection)
 
     def take_due(self, queue: Queue, now: datetime, *, most: int) -> list[Task]:
         """Tasks that are due, of any tenant, held until their lease ends: those that have been due longest."""
-        with _in_our_words(), self._connect() as connection:
+        with in_our_words(), self._connect() as connection:
             return take_due(connection, queue, now, most=most)
 
     def forget_answers(self, now: datetime) -> None:
         """Forget the idempotency keys that have run out, of tenants and of strangers."""
         is_more = True
         while is_more:
-            with _in_our_words(), self._connect() as connection:
+            with in_our_words(), self._connect() as connection:
                 is_more = forget_answers(connection, now)
 
     def note_uses(self, uses: Mapping[UUID, tuple[UUID, datetime]]) -> None:
@@ -213,7 +187,7 @@ class Store:
 
         One key of a tenant and no more: who revokes several locks them in an order of their own.
         """
-        with _in_our_words(), _span("transaction"), self._connect(OPEN_SHORTLY) as connection:
+        with in_our_words(), _span("transaction"), self._connect(OPEN_SHORTLY) as connection:
             for tenant_id, (key_id, at) in sorted(uses.items()):
                 driver_of(connection).put_off(BECOME, (str(tenant_id),))
                 ApiKeys(connection, tenant_id).note_use(key_id, at)
@@ -221,8 +195,13 @@ class Store:
 
     def backlog(self, now: datetime) -> Backlog:
         """What waits at all tenants together, for whoever watches."""
-        with _in_our_words(), self._connect() as connection:
+        with in_our_words(), self._connect() as connection:
             return read_backlog(connection, now)
+
+    def all_tenants(self) -> list[TenantSummary]:
+        """Every tenant, the oldest first, for the operator; the store was opened with the owner's address."""
+        with in_our_words(), self._connect() as connection:
+            return all_tenants(connection)
 
     def sample(self, component: str) -> None:
         """Say how many connections there may be, and how many are in use at this moment."""
@@ -230,20 +209,14 @@ class Store:
         metrics.POOL_SIZE.set(self._connections, component)
         metrics.POOL_IN_USE.set(pool.checkedout() if isinstance(pool, Pool) else 0, component)
 
-    @contextmanager
-    def operator(self) -> Iterator[Operator]:
-        """What the operator asks about all tenants; the store was opened with the owner's address."""
-        with _in_our_words(), self._connect() as connection:
-            yield Operator(connection)
-
     def require_ready(self) -> None:
         """Raises `DatabaseUnavailable`, or `schema.SchemaError` when the tables are not this version's."""
-        with _in_our_words(), self._connect() as connection:
+        with in_our_words(), self._connect() as connection:
             schema.require_current(connection)
 
     def require_safe(self) -> None:
         """Raises `schema.SchemaError` unless row security holds for the role that we are, on the replica too."""
-        with _in_our_words(), self._connect() as connection:
+        with in_our_words(), self._connect() as connection:
             schema.require_safe(connection)
         if self._replica is not None:
             self._replica.require_usable()
@@ -267,15 +240,3 @@ class Store:
 
 def _span(name: str) -> AbstractContextManager[object]:
     return tracing.span(f"database {name}", "client", {"db.system.name": "postgresql"})
-
-
-@contextmanager
-def _in_our_words() -> Iterator[None]:
-    try:
-        yield
-    except (exc.OperationalError, exc.InterfaceError, exc.TimeoutError) as error:
-        raise DatabaseUnavailable from error
-    except exc.DBAPIError as error:
-        if error.connection_invalidated or getattr(error.orig, "pgcode", None) == READ_ONLY:
-            raise DatabaseUnavailable from error
-        raise StorageError(type(error.orig).__name__) from error

@@ -8,16 +8,40 @@ from datetime import datetime
 from typing import Any, cast
 from uuid import UUID
 
-from sqlalchemy import and_, delete, select
+from sqlalchemy import and_, bindparam, delete, select, update
 from sqlalchemy.dialects.postgresql import insert
 
 from billing.errors import StateUnknown
-from billing.storage.shelf import AT_ONCE, Shelf, columns_of, values_of
+from billing.storage.shelf import AT_ONCE, Shelf, columns_of, mine, values_of
 from billing.storage.tables import connect_states, stripe_connections
 from billing.stripe_connect import Account, Connection, RequirementError, Requirements, State
 
 COLUMNS = columns_of(Connection, stripe_connections)
+FIND = select(*COLUMNS).where(mine(stripe_connections))
+NEW = insert(stripe_connections)
+KEEP = NEW.on_conflict_do_update(
+    index_elements=[stripe_connections.c.tenant_id],
+    set_={column.name: NEW.excluded[column.name] for column in COLUMNS},
+)
 STATE_COLUMNS = columns_of(State, connect_states)
+IS_NAMED = and_(mine(connect_states), connect_states.c.id == bindparam("state_id"))
+LOCK_STATE = select(*STATE_COLUMNS).where(IS_NAMED).with_for_update()
+CONSUME_STATE = update(connect_states).where(IS_NAMED)
+END_STATES = (
+    update(connect_states)
+    .where(mine(connect_states), connect_states.c.expires_at > bindparam("now"))
+    .values(expires_at=bindparam("now"))
+)
+SOME_STATES = (
+    select(connect_states.c.id)
+    .where(mine(connect_states), connect_states.c.created_at < bindparam("before"))
+    .limit(AT_ONCE)
+)
+FORGET_STATES = (
+    delete(connect_states)
+    .where(mine(connect_states), connect_states.c.id.in_(SOME_STATES))
+    .returning(connect_states.c.digest)
+)
 
 
 def connection_of(row: Sequence[Any]) -> Connection:
@@ -38,43 +62,31 @@ class StripeConnect(Shelf):
 
     def find(self) -> Connection | None:
         """The connection that there is, or the last that there was."""
-        row = self._connection.execute(select(*COLUMNS).where(self.mine(stripe_connections))).one_or_none()
+        row = self.run(FIND).one_or_none()
         return connection_of(row) if row else None
 
     def keep(self, connection: Connection) -> None:
         """Put a connection in the place of the one before."""
         values = values_of(connection, stripe_connections) | {"account": asdict(connection.account)}
-        new = insert(stripe_connections).values(tenant_id=self._tenant_id, **values)
-        self._connection.execute(
-            new.on_conflict_do_update(index_elements=[stripe_connections.c.tenant_id], set_=values)
-        )
+        self.run(KEEP, tenant_id=self._tenant_id, **values)
 
     def add_state(self, state: State) -> None:
         self.insert(connect_states, values_of(state, connect_states))
 
     def end_states(self, now: datetime) -> None:
         """End the states that still count."""
-        living = connect_states.update().where(self.mine(connect_states), connect_states.c.expires_at > now)
-        self._connection.execute(living.values(expires_at=now))
+        self.run(END_STATES, now=now)
 
     def forget_states(self, before: datetime) -> list[str]:
         """Forget those made before, or a good part of them; returns their digests."""
-        is_old = and_(self.mine(connect_states), connect_states.c.created_at < before)
-        some = select(connect_states.c.id).where(is_old).limit(AT_ONCE)
-        old = delete(connect_states).where(self.mine(connect_states), connect_states.c.id.in_(some))
-        return list(self._connection.scalars(old.returning(connect_states.c.digest)))
+        return list(self.run(FORGET_STATES, before=before).scalars())
 
     def lock_state(self, id: UUID) -> State:
         """The state, for this transaction alone; raises `StateUnknown`."""
-        wanted = select(*STATE_COLUMNS).where(self.mine(connect_states), connect_states.c.id == id)
-        row = self._connection.execute(wanted.with_for_update()).one_or_none()
+        row = self.run(LOCK_STATE, state_id=id).one_or_none()
         if row is None:
             raise StateUnknown
         return State(*row)
 
     def consume_state(self, id: UUID, now: datetime) -> None:
-        self._connection.execute(
-            connect_states.update()
-            .where(self.mine(connect_states), connect_states.c.id == id)
-            .values(consumed_at=now)
-        )
+        self.run(CONSUME_STATE, state_id=id, consumed_at=now)

@@ -19,6 +19,9 @@ AGAIN = {"due_at": func.least(tasks.c.due_at, NEW.excluded.due_at), "revision": 
 KEY = [tasks.c.tenant_id, tasks.c.kind, tasks.c.id]
 ADD = NEW.on_conflict_do_update(index_elements=KEY, set_=AGAIN)
 ADD_MOVED = NEW.on_conflict_do_update(index_elements=KEY, set_=AGAIN | {"queue": NEW.excluded.queue})
+DROP = tasks.delete().where(
+    mine(tasks), tasks.c.kind == bindparam("task_kind"), tasks.c.subject == bindparam("subject")
+)
 HELD = and_(
     mine(tasks),
     tasks.c.kind == bindparam("task_kind"),
@@ -75,9 +78,7 @@ class Tasks(Shelf):
 
     def drop(self, kind: str, *, subject: str) -> None:
         """Have the worker leave it. One that is doing it at this moment will not do it again."""
-        self._connection.execute(
-            tasks.delete().where(self.mine(tasks), tasks.c.kind == kind, tasks.c.subject == subject)
-        )
+        self.run(DROP, task_kind=kind, subject=subject)
 
     def finish(self, task: Task) -> bool:
         """Done for good, unless it was asked for again meanwhile; False if it was, or was lost or dropped."""

@@ -33,7 +33,7 @@ class Watchdog:
     def __init__(self, seconds: float = STATEMENT_SECONDS) -> None:
         self._seconds = seconds
         self._lock = Lock()
-        self._lines: WeakSet[_Line] = WeakSet()
+        self._watched: WeakSet[_WatchedSocket] = WeakSet()
         self._thread: Thread | None = None
         self._closing = Event()
 
@@ -49,32 +49,32 @@ class Watchdog:
     def _connect(self, dsn: str, **options: Any) -> Connection:
         return Connection(dsn, self._mind, **options)
 
-    def _mind(self, descriptor: int) -> _Line:
-        line = _Line(descriptor, self._seconds)
+    def _mind(self, descriptor: int) -> _WatchedSocket:
+        watched = _WatchedSocket(descriptor, self._seconds)
         with self._lock:
-            self._lines.add(line)
+            self._watched.add(watched)
             if self._thread is None:
                 thread = Thread(target=self._run, name="statements", daemon=True)
                 thread.start()
                 self._thread = thread
-        return line
+        return watched
 
     def _run(self) -> None:
-        while self._look() or not self._closing.is_set():
+        while self._cut_overdue() or not self._closing.is_set():
             time.sleep(self._seconds / LOOKS)
 
-    def _look(self) -> bool:
+    def _cut_overdue(self) -> bool:
         """Cut what is overdue; returns whether anything is under way."""
         now = time.monotonic()
         with self._lock:
-            busy = [line for line in self._lines if line.overdue_at < NEVER]
-        for line in busy:
-            if line.overdue_at < now:
-                line.cut()
+            busy = [watched for watched in self._watched if watched.overdue_at < NEVER]
+        for watched in busy:
+            if watched.overdue_at < now:
+                watched.cut()
         return bool(busy)
 
 
-class _Line:
+class _WatchedSocket:
     """The socket under a connection, and until when an answer on it may be waited for. A block is one message."""
 
     def __init__(self, descriptor: int, seconds: float) -> None:

@@ -28,6 +28,12 @@ LIVING = (
     )
     .order_by(webhook_secrets.c.expires_at.desc().nulls_first())
 )
+END_EARLIER = (
+    update(webhook_secrets)
+    .where(mine(webhook_secrets), webhook_secrets.c.expires_at > bindparam("now"))
+    .values(expires_at=bindparam("now"))
+)
+RETIRE = update(webhook_secrets).where(mine(webhook_secrets), webhook_secrets.c.expires_at.is_(None))
 
 
 class Webhooks(Shelf):
@@ -61,10 +67,8 @@ class Webhooks(Shelf):
 
     def retire_secrets(self, now: datetime, *, expires_at: datetime) -> None:
         """Let the current secret end then, and those before it now."""
-        mine = update(webhook_secrets).where(self.mine(webhook_secrets))
-        self._connection.execute(mine.where(webhook_secrets.c.expires_at > now).values(expires_at=now))
-        current = mine.where(webhook_secrets.c.expires_at.is_(None))
-        self._connection.execute(current.values(expires_at=expires_at))
+        self.run(END_EARLIER, now=now)
+        self.run(RETIRE, expires_at=expires_at)
 
     def secrets(self, now: datetime) -> list[Secret]:
         """Those that count now, without their text: the current one first."""
@@ -77,13 +81,11 @@ class Webhooks(Shelf):
     def tidy_secrets(self, now: datetime) -> None:
         """Forget those that ended, and seal the others with the first encryption key where they are not."""
         ended = webhook_secrets.c.expires_at <= now
-        self._connection.execute(delete(webhook_secrets).where(self.mine(webhook_secrets), ended))
+        self.run(delete(webhook_secrets).where(mine(webhook_secrets), ended))
         for row in self._living(now):
             if not self._vault.is_current(row.sealed):
-                same = update(webhook_secrets).where(
-                    self.mine(webhook_secrets), webhook_secrets.c.id == row.id
-                )
-                self._connection.execute(same.values(sealed=self._seal(row.id, self._open(row))))
+                same = update(webhook_secrets).where(mine(webhook_secrets), webhook_secrets.c.id == row.id)
+                self.run(same, sealed=self._seal(row.id, self._open(row)))
 
     def _living(self, now: datetime) -> list[Row[Any]]:
         return list(self.run(LIVING, now=now))

@@ -18,7 +18,7 @@ from sqlalchemy import Engine, create_engine
 
 from billing.cli.serve import DRAIN_SECONDS
 from billing.storage import database, embedded
-from billing.storage.lookups import ANSWERING_SECONDS
+from billing.storage.async_pool import ANSWERING_SECONDS
 from billing.storage.watchdog import STATEMENT_SECONDS
 from tests.conftest import API, PASSWORD, clone
 from tests.faults.stopping import stopped

@@ -20,8 +20,9 @@ from billing.ids import new_id
 from billing.keys import KeyDigests
 from billing.settings import Settings
 from billing.storage import driver
+from billing.storage.driver import StorageError
 from billing.storage.shelf import MINE, Shelf
-from billing.storage.store import StorageError, Store, TenantTx
+from billing.storage.store import Store, TenantTx
 from billing.storage.tables import metadata
 from billing.stripe_connect import ACCOUNT_NAME, CHECK, Account, Connected, Connection, Grant, State
 from billing.tasks import Task
@@ -47,8 +48,9 @@ class House:
         self.store = store
         self.tokens = Tokens(settings.jwt_keys, settings.public_base_url)
         self.digests = KeyDigests(settings.key_peppers)
-        self.acme, self.state, self.connection = self.connect(self.register("Acme"))
+        # First the one who will try: what a lost condition did to Acme's rows by now, no test would see.
         self.globex, _, _ = self.connect(self.register("Globex"))
+        self.acme, self.state, self.connection = self.connect(self.register("Acme"))
         # What the worker holds while it does it.
         self.arrived, self.pending = self.deliver(self.acme)
         self.claim, self.kept = self.ask(self.acme, b"claimed"), self.ask(self.acme, b"kept")
@@ -337,7 +339,6 @@ def test_every_question_of_every_shelf_is_attempted() -> None:
     about_oneself = {
         "tenants.get",
         "tenants.add",
-        "tenants.lock",
         "api_keys.add",
         "directory.add",
         "sessions.add",

@@ -19,17 +19,19 @@ from sqlalchemy import Engine, make_url, select, text
 from billing import sessions, tenants
 from billing.errors import DatabaseUnavailable
 from billing.ids import new_id
-from billing.keys import KeyDigests
+from billing.keys import ApiKey, KeyDigests
 from billing.settings import Settings
-from billing.storage import api_keys, lookups, users
-from billing.storage.lookups import FIND_KEY, FIND_USER, Lookups
+from billing.storage import api_keys, async_pool, users
+from billing.storage.lookups import Lookups
+from billing.storage.questions import FIND_KEY, FIND_USER, Question
 from billing.storage.shelf import MINE
 from billing.storage.store import Store
 from billing.storage.tables import api_keys as table_of_keys
 from billing.storage.tables import users as table_of_users
-from billing.storage.tenants import GET, tenant_of
-from billing.tenants import Registered
+from billing.storage.tenants import GET
+from billing.tenants import Registered, Tenant
 from billing.tokens import Claims, Tokens
+from billing.users import User
 from tests.conftest import TestDatabase
 
 T = TypeVar("T")
@@ -79,9 +81,9 @@ def claims(store: Store, settings: Settings, two: list[Registered]) -> Claims:
     return tokens.read_access(pair.access, NOW)
 
 
-def ask(url: str, story: Callable[[Lookups], Awaitable[T]], *, lines: int = 2) -> T:
+def ask(url: str, story: Callable[[Lookups], Awaitable[T]], *, connections: int = 2) -> T:
     async def run() -> T:
-        opened = Lookups(lines)
+        opened = Lookups(connections)
         opened.open(url)
         try:
             return await story(opened)
@@ -171,16 +173,16 @@ def test_values_of_every_kind_are_those_that_the_store_reads(
 
     async def both(asked: Lookups) -> list[Any]:
         await asked.find_key(["none"])
-        asked._idle[0].is_prepared = is_prepared
+        asked._pool._idle[0].is_prepared = is_prepared
         return [await asked.find_key(digests.candidates(key.text)), await asked.find_user(claims, NOW)]
 
-    by_key, by_token = ask(test_database.app_url, both, lines=1)
+    by_key, by_token = ask(test_database.app_url, both, connections=1)
     with superuser.connect() as connection:
         tenant = connection.execute(GET, {MINE: two[0].tenant.id}).one()
         kept = connection.execute(select(*api_keys.COLUMNS).where(table_of_keys.c.id == key.key.id)).one()
         user = connection.execute(select(*users.COLUMNS).where(table_of_users.c.id == claims.user_id)).one()
-    assert by_key == (tenant_of(tenant), api_keys.key_of(kept), None)
-    assert by_token == (tenant_of(tenant), users.user_of(user), None)
+    assert by_key == (Tenant(*tenant), ApiKey(*kept), None)
+    assert by_token == (Tenant(*tenant), User(*user), None)
     assert by_key[0].company_name == ODD["tenants"]["company_name"]
     assert by_key[1].expires_at == ODD["api_keys"]["expires_at"]
 
@@ -195,18 +197,18 @@ def test_what_a_pooler_forgets_is_sent_whole(
 
     async def after_forgetting(asked: Lookups) -> list[Any]:
         await asked.find_key(["none"])
-        line = asked._idle.pop()
-        line._answer = answer = asyncio.get_running_loop().create_future()
-        line._cursor.execute("DEALLOCATE ALL; SELECT 1")
+        connection = asked._pool._idle.pop()
+        connection._answer = answer = asyncio.get_running_loop().create_future()
+        connection._cursor.execute("DEALLOCATE ALL; SELECT 1")
         await answer
         found = [
             await asked.find_key(digests.candidates(two[1].keys[0].text)),
             await asked.find_user(claims, NOW),
         ]
-        assert not line.is_prepared
+        assert not connection.is_prepared
         return found
 
-    key, user = ask(test_database.app_url, after_forgetting, lines=1)
+    key, user = ask(test_database.app_url, after_forgetting, connections=1)
     assert (key[0], user[0]) == (two[1].tenant, two[0].tenant)
 
 
@@ -219,7 +221,7 @@ def test_what_another_release_prepared_is_not_taken_for_ours() -> None:
 
 
 @pytest.mark.parametrize("question", [FIND_KEY, FIND_USER], ids=lambda question: question.name)
-def test_a_question_is_one_message(question: lookups.Question) -> None:
+def test_a_question_is_one_message(question: Question) -> None:
     # Two statements and so one transaction: the setting is gone when the answer is here.
     for prepared in (True, False):
         assert question.message(prepared=prepared).count(";") == 1
@@ -295,8 +297,8 @@ def test_a_backend_that_has_stopped_is_given_up_and_another_asked(
     digests: KeyDigests,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(lookups, "ANSWERING_SECONDS", SHORT)
-    monkeypatch.setattr(lookups, "LOOKED_EVERY_SECONDS", SHORT / 10)
+    monkeypatch.setattr(async_pool, "ANSWERING_SECONDS", SHORT)
+    monkeypatch.setattr(async_pool, "LOOKED_EVERY_SECONDS", SHORT / 10)
     candidates = digests.candidates(two[0].keys[0].text)
 
     async def past_it(asked: Lookups) -> list[Any]:
@@ -304,7 +306,9 @@ def test_a_backend_that_has_stopped_is_given_up_and_another_asked(
         with stopped(backends(superuser)):
             return [first, await asked.find_key(candidates)]
 
-    assert [tenant for tenant, *_ in ask(test_database.app_url, past_it, lines=1)] == [two[0].tenant] * 2
+    assert [tenant for tenant, *_ in ask(test_database.app_url, past_it, connections=1)] == [
+        two[0].tenant
+    ] * 2
 
 
 def test_where_no_more_connections_are_to_be_had_those_that_are_there_answer_all(
@@ -322,7 +326,7 @@ def test_where_no_more_connections_are_to_be_had_those_that_are_there_answer_all
         return await asyncio.gather(*(asked.find_key(candidates) for _ in range(50)))
 
     try:
-        found = ask(test_database.app_url, story, lines=4)
+        found = ask(test_database.app_url, story, connections=4)
     finally:
         limit("-1")
     assert [tenant for tenant, *_ in found] == [two[0].tenant] * 50
@@ -351,7 +355,7 @@ def test_before_it_is_opened_and_after_it_is_closed_there_is_none() -> None:
     asyncio.run(story())
 
 
-def test_who_does_not_wait_any_more_leaves_the_line_in_order(
+def test_who_does_not_wait_any_more_leaves_the_connection_in_order(
     test_database: TestDatabase, two: list[Registered], digests: KeyDigests
 ) -> None:
     async def story(asked: Lookups) -> Any:
@@ -362,9 +366,9 @@ def test_who_does_not_wait_any_more_leaves_the_line_in_order(
             found = await asked.find_key(digests.candidates(two[1].keys[0].text))
             assert found is not None
             assert found[0] == two[1].tenant
-        return len(asked._lines)
+        return len(asked._pool._connections)
 
-    assert ask(test_database.app_url, story, lines=1) == 1
+    assert ask(test_database.app_url, story, connections=1) == 1
 
 
 def test_a_lock_that_is_held_is_a_database_that_is_away(
@@ -386,7 +390,7 @@ def test_a_host_that_hangs_is_passed_over(
     test_database: TestDatabase, two: list[Registered], claims: Claims, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a failover, while the primary of before was only stopped: it takes connections and says nothing."""
-    monkeypatch.setattr(lookups, "CONNECTING_SECONDS", 1.0)
+    monkeypatch.setattr(async_pool, "CONNECTING_SECONDS", 1.0)
     well = make_url(test_database.app_url)
     with socket.create_server(("127.0.0.1", 0)) as hanging:
         hosts = (f"127.0.0.1:{hanging.getsockname()[1]}", f"{well.query['host']}:{well.query['port']}")

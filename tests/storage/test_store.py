@@ -11,8 +11,9 @@ from sqlalchemy import Engine, text
 
 from billing.errors import DatabaseUnavailable
 from billing.ids import new_id
+from billing.storage.driver import StorageError
 from billing.storage.platform import Platform
-from billing.storage.store import StorageError, Store, TenantTx
+from billing.storage.store import Store, TenantTx
 from tests.conftest import Account
 
 LATER, MUCH_LATER = datetime(2100, 1, 1, tzinfo=UTC), datetime(2101, 1, 1, tzinfo=UTC)
