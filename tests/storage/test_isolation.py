@@ -87,7 +87,7 @@ class House:
             )
             connected = stripe_connect.connect(tx, grant, account, livemode=False, now=NOW)
         assert isinstance(connected, Connected)
-        return replace(made, tenant=connected.tenant), started.state, connected.connection
+        return replace(made, tenant=connected.tenant), started, connected.connection
 
     def deliver(self, made: Registered) -> tuple[Delivery, Delivery]:
         """A delivery that has arrived, and one that has not."""
