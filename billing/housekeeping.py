@@ -27,8 +27,11 @@ class Housekeeping:
         # Those of strangers too, who have no day of their own.
         self._store.forget_answers(now)
         with self._store.tenant(task.tenant_id) as tx:
-            is_more = [tx.deliveries.prune(now - KEPT), stripe_connect.forget_states(tx, now=now)]
-            tx.sessions.prune(now - KEPT)
+            is_more = [
+                tx.deliveries.prune(now - KEPT),
+                tx.sessions.prune(now - KEPT),
+                stripe_connect.forget_states(tx, now=now),
+            ]
             tx.webhooks.tidy_secrets(now)
             tx.tasks.postpone(task, now if any(is_more) else now + tenants.TIDIED_EVERY)
 

@@ -18,6 +18,7 @@ from billing.ids import new_id
 from billing.keyrings import Keyring, new_keyring
 from billing.keys import EXPIRING, KeyDigests
 from billing.settings import Settings
+from billing.storage.shelf import AT_ONCE
 from billing.storage.store import Store
 from billing.tasks import LEASE, Task
 from billing.tenants import HOUSEKEEPING, TIDIED_EVERY, Registered
@@ -124,6 +125,19 @@ def test_an_old_event_stays_while_a_delivery_of_it_does(
     assert rows_of(superuser, "SELECT 1 FROM events WHERE id = :id", id=event_id)
 
 
+def test_what_is_being_sent_again_is_not_forgotten_meanwhile(
+    store: Store, superuser: Engine, clock: TurnedClock, acme: Registered
+) -> None:
+    event_id = deliver(store, acme, clock, age=10 * KEPT, status="failed")
+    with store.tenant(acme.tenant.id) as replaying:
+        replaying.deliveries.replay([event_id], clock())
+        with store.tenant(acme.tenant.id) as tidying:
+            assert not tidying.deliveries.prune(clock() - KEPT)
+    query = "SELECT status FROM deliveries WHERE event_id = :id"
+    assert [row.status for row in rows_of(superuser, query, id=event_id)] == ["pending"]
+    assert rows_of(superuser, "SELECT 1 FROM events WHERE id = :id", id=event_id)
+
+
 def test_events_that_nobody_listened_to_are_forgotten_and_numbers_go_on(
     store: Store, superuser: Engine, digests: KeyDigests, clock: TurnedClock
 ) -> None:
@@ -163,6 +177,22 @@ def test_sessions_that_ended_a_month_ago_are_forgotten(
     tidy(store, clock)
     [left] = rows_of(superuser, "SELECT ended_at FROM sessions")
     assert left.ended_at is None
+
+
+def test_of_very_many_old_sessions_a_part_is_forgotten_and_the_rest_soon_after(
+    store: Store, superuser: Engine, clock: TurnedClock, acme: Registered
+) -> None:
+    query = (
+        "INSERT INTO sessions SELECT :tenant, gen_random_uuid(), :user, decode(repeat('00', 32), 'hex'), NULL, "
+        "CAST(:then AS timestamptz) - interval '1 day', :then, :then, NULL FROM generate_series(1, :number)"
+    )
+    values = {"tenant": acme.tenant.id, "user": acme.owner.id, "then": clock() - 2 * KEPT}
+    with superuser.begin() as connection:
+        connection.execute(text(query), values | {"number": AT_ONCE + 1})
+    clock.now += TIDIED_EVERY
+    for left in (1, 0):
+        tidy(store, clock)
+        assert len(rows_of(superuser, "SELECT 1 FROM sessions")) == left
 
 
 # Secrets -----------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from uuid import UUID
 
 from sqlalchemy import (
     ARRAY,
-    ColumnElement,
     Text,
     all_,
     and_,
@@ -23,7 +22,7 @@ from sqlalchemy import (
 )
 
 from billing.ids import new_id
-from billing.storage.shelf import AT_ONCE, MINE, Shelf, columns_of, mine, values_of
+from billing.storage.shelf import AT_ONCE, MINE, Shelf, columns_of, mine, some_of, values_of
 from billing.storage.tables import deliveries, events
 from billing.webhooks.delivery import Begun, Delivery, Settled, Stats, Status
 
@@ -142,7 +141,7 @@ class Deliveries(Shelf):
 
     def cancel(self, error: str, now: datetime) -> bool:
         """Give up what is pending, or a good part of it; whether there was any."""
-        given_up = update(deliveries).where(_some(PENDING))
+        given_up = update(deliveries).where(some_of(deliveries, IS_PENDING))
         values = {"status": "failed", "error": error, "next_attempt_at": None, "settled_at": now}
         return self.run(given_up, **values).rowcount > 0
 
@@ -191,13 +190,7 @@ class Deliveries(Shelf):
             and_(~IS_PENDING, deliveries.c.settled_at < before),
             and_(IS_PENDING, deliveries.c.next_attempt_at < before),
         )
-        forgotten = self.run(delete(deliveries).where(_some(and_(mine(deliveries), is_old))))
+        forgotten = self.run(delete(deliveries).where(some_of(deliveries, is_old)))
         old = select(events.c.id).where(mine(events), events.c.created_at < before, ~HAS_DELIVERY)
         bare = self.run(delete(events).where(mine(events), events.c.id.in_(old.limit(AT_ONCE))))
         return forgotten.rowcount + bare.rowcount > 0
-
-
-def _some(condition: ColumnElement[bool]) -> ColumnElement[bool]:
-    """As many of these as one statement should change."""
-    ids = select(deliveries.c.id).where(condition).limit(AT_ONCE)
-    return and_(mine(deliveries), deliveries.c.id.in_(ids))

@@ -17,7 +17,8 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 MIGRATION_LOCK = 0x62696C6C696E67
 INSUFFICIENT_PRIVILEGE = "42501"
 LOCK_NOT_AVAILABLE = "55P03"
-# How long for a table: whatever comes behind a migration that waits for one waits too.
+# How long for other migrations to end, and then for a table: whatever comes behind one that waits for that waits too.
+TURN_PATIENCE = "60s"
 PATIENCE = "3s"
 
 
@@ -40,6 +41,7 @@ def migrate(owner_url: str) -> str:
     engine = create_engine(owner_url, hide_parameters=True)
     try:
         with _in_our_words(), engine.begin() as connection:
+            connection.execute(text(f"SET LOCAL lock_timeout = '{TURN_PATIENCE}'"))
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
             connection.execute(text(f"SET LOCAL lock_timeout = '{PATIENCE}'"))
             if _present(connection) != _head():
@@ -57,7 +59,8 @@ def _in_our_words() -> Iterator[None]:
         if getattr(error.orig, "pgcode", None) != LOCK_NOT_AVAILABLE:
             raise DatabaseUnavailable from error
         raise SchemaError(
-            "Somebody holds a table that is to be changed, as a backup does, and nothing was: run it again later."
+            "Somebody holds a table that is to be changed, as a backup does, or is migrating too, and nothing was "
+            "changed: run it again later."
         ) from error
     except exc.ProgrammingError as error:
         if getattr(error.orig, "pgcode", None) != INSUFFICIENT_PRIVILEGE:
@@ -113,17 +116,38 @@ def require_safe(connection: Connection) -> None:
     name, is_super, bypasses = role.one()
     if is_super or bypasses:
         raise SchemaError(f"The role {name} passes over row-level security: connect as billing_app.")
+    if others := connection.scalars(text(MIGHTY)).all():
+        raise SchemaError(
+            f"The role {name} is a member of {', '.join(others)}, and so passes over row-level security: "
+            "connect as billing_app, a member of nothing."
+        )
     if open_tables := connection.scalars(text(UNPROTECTED), {"tables": list(metadata.tables)}).all():
         raise SchemaError(
             f"Row-level security is not in force, or is ours to lift, on: {', '.join(open_tables)}."
         )
 
 
+# Roles that we could become, or whose policies count for us.
+MIGHTY = """
+SELECT rolname FROM pg_roles
+WHERE rolname <> current_user AND pg_has_role(current_user, oid, 'MEMBER')
+    AND (
+        rolsuper OR rolbypassrls
+        OR EXISTS (SELECT FROM pg_policy WHERE pg_roles.oid = ANY (polroles) AND polname <> 'tenant')
+    )
+ORDER BY rolname
+"""
+# A policy for everybody, or for us, beside that of the tenant lets through what the tenant's does not.
 UNPROTECTED = """
 SELECT relname FROM pg_class
 WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p') AND relname = ANY (:tables) AND (
     NOT relrowsecurity OR NOT relforcerowsecurity OR pg_has_role(relowner, 'MEMBER')
     OR NOT EXISTS (SELECT FROM pg_policy WHERE polrelid = pg_class.oid)
+    OR EXISTS (
+        SELECT FROM pg_policy
+        WHERE polrelid = pg_class.oid AND polpermissive AND polname <> 'tenant'
+            AND polroles && ARRAY[0, current_user::regrole::oid]
+    )
 ) ORDER BY relname
 """
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from datetime import datetime
 from uuid import UUID
 
-from sqlalchemy import bindparam, delete, or_, select, update
+from sqlalchemy import and_, bindparam, delete, or_, select, update
 
 from billing.sessions import Session
-from billing.storage.shelf import Shelf, columns_of, mine, values_of
+from billing.storage.shelf import Shelf, columns_of, mine, some_of, values_of
 from billing.storage.tables import sessions
 
 COLUMNS = columns_of(Session, sessions)
@@ -28,13 +28,10 @@ ROTATE = (
 END = update(sessions).where(
     mine(sessions), sessions.c.id == bindparam("session_id"), sessions.c.ended_at.is_(None)
 )
-END_ALL = update(sessions).where(
-    mine(sessions), sessions.c.user_id == bindparam("whose"), sessions.c.ended_at.is_(None)
-)
-PRUNE = delete(sessions).where(
-    mine(sessions),
-    or_(sessions.c.ended_at < bindparam("before"), sessions.c.expires_at < bindparam("before")),
-)
+IS_LIVING = and_(sessions.c.user_id == bindparam("whose"), sessions.c.ended_at.is_(None))
+END_MOST = update(sessions).where(some_of(sessions, IS_LIVING))
+IS_OLD = or_(sessions.c.ended_at < bindparam("before"), sessions.c.expires_at < bindparam("before"))
+PRUNE = delete(sessions).where(some_of(sessions, IS_OLD))
 
 
 class Sessions(Shelf):
@@ -56,8 +53,9 @@ class Sessions(Shelf):
         self.run(END, session_id=id, ended_at=now)
 
     def end_all(self, user_id: UUID, now: datetime) -> None:
-        self.run(END_ALL, whose=user_id, ended_at=now)
+        """Say of a user's sessions that they have ended, or of a good part: the user's new token version ends all."""
+        self.run(END_MOST, whose=user_id, ended_at=now)
 
-    def prune(self, before: datetime) -> None:
-        """Forget those that ended before."""
-        self.run(PRUNE, before=before)
+    def prune(self, before: datetime) -> bool:
+        """Forget those that ended before, or a good part of them; whether there was any."""
+        return self.run(PRUNE, before=before).rowcount > 0

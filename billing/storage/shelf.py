@@ -9,7 +9,19 @@ from typing import Any, TypeAlias
 from uuid import UUID
 
 import psycopg2
-from sqlalchemy import ColumnElement, Connection, CursorResult, Executable, Table, TextClause, bindparam
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    CursorResult,
+    Executable,
+    Table,
+    TextClause,
+    and_,
+    any_,
+    bindparam,
+    func,
+    select,
+)
 from sqlalchemy.dialects.postgresql.psycopg2 import PGDialect_psycopg2
 from sqlalchemy.sql.dml import UpdateBase
 
@@ -88,6 +100,23 @@ def _compiled(statement: Write, names: tuple[str, ...]) -> tuple[str, Callable[[
 def mine(table: Table) -> ColumnElement[bool]:
     """The condition that a row is the tenant's; the shelf that runs the statement says whose."""
     return _owner(table) == bindparam(MINE)
+
+
+def some_of(table: Table, condition: ColumnElement[bool]) -> ColumnElement[bool]:
+    """The condition that a row is one of the tenant's of which this holds, for as many as one statement should change.
+
+    Rows that somebody else is changing are passed over. To wait for one could be a deadlock, and then it might no
+    longer be one of them.
+    """
+    free = (
+        select(table.c.id)
+        .where(mine(table), condition)
+        .limit(AT_ONCE)
+        .with_for_update(skip_locked=True)
+        .cte("free")
+    )
+    # As one array: the rows are looked up by it, whatever is known of the table.
+    return and_(mine(table), table.c.id == any_(func.array(select(free.c.id).scalar_subquery())))
 
 
 def _owner(table: Table) -> ColumnElement[Any]:

@@ -85,6 +85,11 @@ sessions = Table(
     _time("ended_at", nullable=True),
     PrimaryKeyConstraint("tenant_id", "id"),
     ForeignKeyConstraint(["tenant_id", "user_id"], ["users.tenant_id", "users.id"]),
+    CheckConstraint(
+        "octet_length(current_jti) = 32 AND (previous_jti IS NULL OR octet_length(previous_jti) = 32) "
+        "AND expires_at > created_at",
+        name="sessions_form",
+    ),
     Index("sessions_of_user", "tenant_id", "user_id", postgresql_where=text("ended_at IS NULL")),
 )
 
@@ -133,6 +138,9 @@ webhook_endpoints = Table(
     _time("updated_at"),
     PrimaryKeyConstraint("tenant_id"),
     ForeignKeyConstraint(["tenant_id"], ["tenants.id"]),
+    CheckConstraint(
+        "array_position(event_types, NULL) IS NULL AND failed_events >= 0", name="webhook_endpoints_form"
+    ),
 )
 
 webhook_secrets = Table(
@@ -195,6 +203,9 @@ audit_log = Table(
     Column("hash", LargeBinary, nullable=False),
     PrimaryKeyConstraint("tenant_id", "sequence"),
     ForeignKeyConstraint(["tenant_id"], ["tenants.id"]),
+    CheckConstraint(
+        "sequence > 0 AND octet_length(hash) = 32 AND jsonb_typeof(details) = 'object'", name="audit_log_form"
+    ),
 )
 
 connect_states = Table(
@@ -282,6 +293,8 @@ deliveries = Table(
     CheckConstraint(
         "(status = 'pending') = (next_attempt_at IS NOT NULL)", name="deliveries_due_while_pending"
     ),
+    CheckConstraint("(status = 'pending') = (settled_at IS NULL)", name="deliveries_settled_when_ended"),
+    CheckConstraint("attempts >= 0", name="deliveries_attempts"),
     Index("deliveries_due", "tenant_id", "next_attempt_at", postgresql_where=text("status = 'pending'")),
     Index("deliveries_settled", "tenant_id", "settled_at", postgresql_where=text("status <> 'pending'")),
     Index("deliveries_of_event", "tenant_id", "event_id"),
@@ -305,6 +318,7 @@ tasks = Table(
     Column("revision", Integer, nullable=False),
     PrimaryKeyConstraint("tenant_id", "kind", "id"),
     ForeignKeyConstraint(["tenant_id"], ["tenants.id"]),
+    CheckConstraint("queue IN ('general', 'checks', 'webhooks', 'slow_webhooks')", name="tasks_queue"),
     Index("tasks_due", "queue", "due_at"),
 )
 

@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy import Engine, text
 from starlette.testclient import TestClient
 
+from billing.storage.shelf import AT_ONCE
 from billing.storage.store import Store
 from billing.storage.tables import metadata
 from tests.clock import TurnedClock
@@ -308,6 +309,24 @@ def test_change_password_ends_every_other_session(acme: Account) -> None:
     new = answer.json()["tokens"]
     assert acme.client.get(f"{API}/me/", headers=bearer(new["access"])).status_code == 200
     assert refresh(acme.client, new["refresh"]).status_code == 200
+
+
+def test_however_many_sessions_there_are_change_password_ends_all(acme: Account, superuser: Engine) -> None:
+    others = [log_in(acme.client, acme.email).json()["tokens"] for _ in range(2)]
+    many = (
+        "INSERT INTO sessions SELECT tenant_id, gen_random_uuid(), user_id, current_jti, NULL, created_at, "
+        "rotated_at, expires_at, NULL FROM (SELECT * FROM sessions LIMIT 1), generate_series(1, :number)"
+    )
+    with superuser.begin() as connection:
+        connection.execute(text(many), {"number": AT_ONCE})
+    assert change_password(acme).status_code == 200
+    with superuser.connect() as connection:
+        living = connection.scalar(text("SELECT count(*) FROM sessions WHERE ended_at IS NULL"))
+    assert living > 1  # Of which nobody has a token that works.
+    for tokens in others:
+        assert code_of(refresh(acme.client, tokens["refresh"])) == (401, "session-ended")
+        answer = acme.client.get(f"{API}/me/", headers=bearer(tokens["access"]))
+        assert code_of(answer) == (401, "session-ended")
 
 
 def test_change_password_leaves_one_living_session(acme: Account, superuser: Engine) -> None:

@@ -183,7 +183,7 @@ ATTEMPTS: dict[str, Attempt] = {
     "stripe.lock_state": lambda tx, h: refused(lambda: tx.stripe.lock_state(h.state.id)),
     "stripe.consume_state": lambda tx, h: tx.stripe.consume_state(h.state.id, NOW),
     "tenants.touch": lambda tx, h: tx.tenants.touch(LATER),
-    "sessions.prune": lambda tx, h: tx.sessions.prune(MUCH_LATER),
+    "sessions.prune": lambda tx, h: tx.sessions.prune(MUCH_LATER) and None,
     "webhooks.find": lambda tx, h: [e for e in [tx.webhooks.find()] if e.url != url_of(h.globex)],
     "webhooks.keep": lambda tx, h: tx.webhooks.keep(Endpoint("https://stolen.example/"), LATER),
     "webhooks.add_secret": lambda tx, h: renew_secret(tx),

@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 import pytest
-from sqlalchemy import Engine, make_url, select, text
+from sqlalchemy import Engine, create_engine, make_url, select, text
 
 from billing import sessions, tenants
 from billing.errors import DatabaseUnavailable
@@ -225,6 +225,24 @@ def test_a_question_is_one_message(question: Question) -> None:
     # Two statements and so one transaction: the setting is gone when the answer is here.
     for prepared in (True, False):
         assert question.message(prepared=prepared).count(";") == 1
+
+
+def test_a_key_is_looked_up_by_its_id_whatever_the_plan(
+    test_database: TestDatabase, digests: KeyDigests, two: list[Registered]
+) -> None:
+    """By digest, a plan for any number of names reads every key that the tenant ever had."""
+    engine = create_engine(test_database.app_url)
+    values = {"names": ",".join(digests.candidates(two[0].keys[0].text)), "positioned": False}
+    scope, row = FIND_KEY.message(prepared=True).split("; ")
+    with engine.connect() as connection:
+        for statement in (*FIND_KEY.prepared(), "SET plan_cache_mode = force_generic_plan"):
+            connection.exec_driver_sql(statement)
+        connection.exec_driver_sql("SET enable_seqscan = off")
+        connection.exec_driver_sql(scope, values)
+        plan = "".join(connection.exec_driver_sql(f"EXPLAIN {row}", values).scalars())
+    engine.dispose()
+    assert "api_keys_pkey" in plan
+    assert "api_keys_by_age" not in plan
 
 
 # Trouble -----------------------------------------------------------------------------------------

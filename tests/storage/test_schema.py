@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 from alembic import command
@@ -13,9 +15,15 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import create_engine, text
+from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy.exc import IntegrityError
 
+from billing import tenants
+from billing.clock import utc_now
 from billing.encryption import Vault
+from billing.ids import new_id
+from billing.keys import KeyDigests
+from billing.sessions import Session
 from billing.settings import Settings
 from billing.storage import database, embedded, schema
 from billing.storage.store import Store
@@ -51,11 +59,25 @@ def run(url: str, statement: str) -> None:
     engine.dispose()
 
 
-def test_the_tables_are_as_the_migrations_make_them(test_database: TestDatabase) -> None:
-    engine = create_engine(test_database.owner_url)
+def test_the_tables_are_as_the_migrations_make_them(spare: TestDatabase) -> None:
+    engine = create_engine(spare.owner_url)
     with engine.connect() as connection:
+        # SQLAlchemy fails to reflect one that is not.
+        connection.execute(text(VALIDATE_ALL))
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
     engine.dispose()
+
+
+VALIDATE_ALL = """
+DO $$
+DECLARE found record;
+BEGIN
+    FOR found IN SELECT conrelid::regclass AS place, conname FROM pg_constraint WHERE NOT convalidated LOOP
+        EXECUTE format('ALTER TABLE %s VALIDATE CONSTRAINT %I', found.place, found.conname);
+    END LOOP;
+END
+$$;
+"""
 
 
 def test_migrations_are_known_by_the_names_of_their_files() -> None:
@@ -87,6 +109,8 @@ def test_the_server_refuses_to_be_a_role_above_row_security(
         "ALTER TABLE users DISABLE ROW LEVEL SECURITY",
         "ALTER TABLE users NO FORCE ROW LEVEL SECURITY",
         "DROP POLICY tenant ON users",
+        "CREATE POLICY open ON users USING (true)",
+        "CREATE POLICY open ON users TO billing_app USING (true)",
     ],
 )
 def test_the_server_refuses_a_table_without_isolation(
@@ -95,6 +119,25 @@ def test_the_server_refuses_a_table_without_isolation(
     run(spare.superuser_url, spoil)
     with pytest.raises(schema.SchemaError, match="users"):
         require_safe(spare.app_url, settings)
+
+
+@pytest.mark.parametrize(
+    "grant", ["GRANT billing_lookup TO {us}", "CREATE ROLE {group} BYPASSRLS; GRANT {group} TO {us}"]
+)
+def test_the_server_refuses_to_be_a_member_of_a_role_above_row_security(
+    spare: TestDatabase, settings: Settings, grant: str
+) -> None:
+    # Roles are the whole cluster's, so ours are left alone: others use them meanwhile.
+    us, group, password = (f"{kind}_{secrets.token_hex(4)}" for kind in ("us", "group", "password"))
+    url = make_url(spare.superuser_url).set(username=us, password=password)
+    run(spare.superuser_url, f"CREATE ROLE {us} LOGIN PASSWORD '{password}' IN ROLE billing_app")
+    try:
+        require_safe(url.render_as_string(hide_password=False), settings)
+        run(spare.superuser_url, grant.format(us=us, group=group))
+        with pytest.raises(schema.SchemaError, match=f"{us} is a member of "):
+            require_safe(url.render_as_string(hide_password=False), settings)
+    finally:
+        run(spare.superuser_url, f"DROP ROLE {us}; DROP ROLE IF EXISTS {group}")
 
 
 def test_the_server_refuses_a_schema_of_another_version(spare: TestDatabase, settings: Settings) -> None:
@@ -179,19 +222,26 @@ def test_six_migrations_at_once_all_succeed(cluster: embedded.Cluster, new_name:
 
 def test_a_migration_waits_for_nobodys_backup(cluster: embedded.Cluster, new_name: str) -> None:
     """Everybody behind it would."""
-    run_outside(cluster, f'CREATE DATABASE "{new_name}" OWNER {database.OWNER}')
-    run(cluster.url(new_name), f"GRANT CREATE ON SCHEMA public TO {database.OWNER}")
+    at_revision(cluster, new_name, "0005")
     engine = create_engine(database.url(cluster, database.OWNER, new_name))
-    with engine.begin() as connection:
-        config = Config(attributes={"connection": connection})
-        config.set_main_option("script_location", str(schema.MIGRATIONS))
-        command.upgrade(config, "0005")
     with engine.connect() as backup:
         backup.execute(text("LOCK TABLE audit_log IN ACCESS SHARE MODE"))
         with pytest.raises(schema.SchemaError, match="run it again later"):
             database.prepare(cluster, new_name)
     engine.dispose()
     database.prepare(cluster, new_name)
+
+
+def at_revision(cluster: embedded.Cluster, name: str, revision: str) -> None:
+    """Make a database as an earlier release would have left it."""
+    run_outside(cluster, f'CREATE DATABASE "{name}" OWNER {database.OWNER}')
+    run(cluster.url(name), f"GRANT CREATE ON SCHEMA public TO {database.OWNER}")
+    engine = create_engine(database.url(cluster, database.OWNER, name))
+    with engine.begin() as connection:
+        config = Config(attributes={"connection": connection})
+        config.set_main_option("script_location", str(schema.MIGRATIONS))
+        command.upgrade(config, revision)
+    engine.dispose()
 
 
 def test_the_roles_of_the_bootstrap_are_not_above_row_security(cluster: embedded.Cluster) -> None:
@@ -221,3 +271,59 @@ def test_what_the_application_says_does_not_stand_in_postgresqls_log(cluster: em
         "log_min_duration_statement=-1",
         "log_statement=none",
     }
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "INSERT INTO tasks VALUES (:tenant, 'housekeeping', :id, '', 'nobodys', now(), now(), NULL, 0, 0)",
+        "UPDATE deliveries SET status = 'delivered', next_attempt_at = NULL",
+        "UPDATE deliveries SET attempts = -1",
+        "UPDATE sessions SET current_jti = '\\x00'",
+        "UPDATE sessions SET expires_at = '-infinity'",
+        "UPDATE webhook_endpoints SET event_types = '{NULL}'",
+        "INSERT INTO audit_log VALUES (:tenant, 99, now(), 'a', 'system', NULL, NULL, NULL, '{}', NULL, NULL, '\\x00')",
+    ],
+)
+def test_a_row_that_nothing_could_be_done_with_is_refused(
+    store: Store, superuser: Engine, settings: Settings, wrong: str
+) -> None:
+    tenant_id, now = new_id(), utc_now()
+    details = {
+        "company_name": "Acme",
+        "email": "ada@acme.example",
+        "webhook_url": "https://hooks.acme.example/",
+    }
+    with store.tenant(tenant_id) as tx:
+        made = tenants.register(
+            tx, details, password_hash="-", digests=KeyDigests(settings.key_peppers), now=now
+        )
+        ends_at = now + timedelta(days=1)
+        tx.sessions.add(Session(tenant_id, new_id(), made.owner.id, bytes(32), None, now, now, ends_at))
+    with pytest.raises(IntegrityError), superuser.begin() as connection:
+        changed = connection.execute(text(wrong), {"tenant": tenant_id, "id": new_id()})
+        assert changed.rowcount, "there was no such row"
+
+
+def test_an_index_whose_making_was_broken_off_is_made_again(cluster: embedded.Cluster, new_name: str) -> None:
+    at_revision(cluster, new_name, "0007")
+    broken = "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'api_keys_ending'::regclass"
+    run(cluster.url(new_name), broken)
+    database.prepare(cluster, new_name)
+    engine = create_engine(cluster.url(new_name))
+    with engine.connect() as connection:
+        query = "SELECT indisvalid FROM pg_index WHERE indexrelid = 'api_keys_ending'::regclass"
+        assert connection.scalars(text(query)).one()
+    engine.dispose()
+
+
+def test_a_migration_does_not_wait_for_ever_for_its_turn(
+    spare: TestDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schema, "TURN_PATIENCE", "50ms")
+    engine = create_engine(spare.app_url)
+    with engine.connect() as other:
+        other.execute(text("SELECT pg_advisory_lock(:lock)"), {"lock": schema.MIGRATION_LOCK})
+        with pytest.raises(schema.SchemaError, match="or is migrating too"):
+            schema.migrate(spare.owner_url)
+    engine.dispose()
