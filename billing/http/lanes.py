@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
 from contextvars import Context, copy_context
 from functools import partial
 from time import perf_counter
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 import structlog
 
@@ -79,9 +80,9 @@ class Lanes:
             metrics.LANE_BUSY.set(bounded.busy, lane.value)
             metrics.LANE_WAITING.set(bounded.waiting, lane.value)
 
-    async def run(self, lane: Lane, call: Callable[[], T]) -> T:
+    async def run(self, lane: Lane, call: Callable[[], T], *, whose: Hashable = None) -> T:
         """Run a blocking call in the lane; raises `Overloaded` if no thread is free in time."""
-        return await self._lanes[lane].run(call)
+        return await self._lanes[lane].run(call, whose=whose)
 
     async def emptied(self) -> None:
         """Wait until no call runs, not even one that nobody else waits for."""
@@ -90,9 +91,10 @@ class Lanes:
 
 
 class BoundedThreads:
-    """So many threads. A call has a place among them until it has ended, even if nobody waits for it any more.
+    """So many threads, of which one tenant's calls have half at most: those who wait for its lock keep nobody else.
 
-    Given back sooner, requests that are past their deadline would pile up calls without bound.
+    A call has a place among them until it has ended, even if nobody waits for it any more. Given back sooner, requests
+    that are past their deadline would pile up calls without bound.
     """
 
     def __init__(self, name: str, count: int, *, longest_wait_seconds: float = LONGEST_WAIT_SECONDS) -> None:
@@ -102,32 +104,53 @@ class BoundedThreads:
         self.waiting = 0
         self._longest_wait_seconds = longest_wait_seconds
         self._free = asyncio.Semaphore(count)
+        # Of these each call holds one too. A tenant's is there as long as somebody holds it or waits for it.
+        self._anybodys = asyncio.Semaphore(count)
+        self._shares = WeakValueDictionary[Hashable, asyncio.Semaphore]()
         self._threads = Threads(name)
 
-    async def run(self, call: Callable[[], T]) -> T:
-        """What the call returns or raises; raises `Overloaded` if no thread is free in time, or can be had at all."""
-        await self._enter()
+    async def run(self, call: Callable[[], T], *, whose: Hashable = None) -> T:
+        """What the call returns or raises; raises `Overloaded` if no thread is free in time, or can be had at all.
+
+        What is nobody's, None, may have all of them.
+        """
+        share = self._anybodys if whose is None else self._share_of(whose)
+        await self._enter(share)
         answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         try:
-            self._threads.start(partial(self._work, call, answer, copy_context()))
+            self._threads.start(partial(self._work, call, answer, copy_context(), share))
         except RuntimeError:
-            self._leave()
+            self._leave(share)
             raise Overloaded from None
         return await answer
 
-    async def _enter(self) -> None:
-        if self._free.locked():
-            await self._wait()
+    def _share_of(self, whose: Hashable) -> asyncio.Semaphore:
+        share = self._shares.get(whose)
+        if share is None:
+            share = self._shares[whose] = asyncio.Semaphore((self.count + 1) // 2)
+        return share
+
+    async def _enter(self, share: asyncio.Semaphore) -> None:
+        if share.locked() or self._free.locked():
+            await self._wait(share)
         else:
-            await self._free.acquire()  # At once.
+            await self._acquire(share)  # At once.
         self.busy += 1
 
-    async def _wait(self) -> None:
+    async def _acquire(self, share: asyncio.Semaphore) -> None:
+        await share.acquire()
+        try:
+            await self._free.acquire()
+        except asyncio.CancelledError:
+            share.release()
+            raise
+
+    async def _wait(self, share: asyncio.Semaphore) -> None:
         started = perf_counter()
         self.waiting += 1
         try:
             async with asyncio.timeout(self._longest_wait_seconds):
-                await self._free.acquire()
+                await self._acquire(share)
         except TimeoutError:
             metrics.LANE_REFUSED.count(self.name)
             raise Overloaded from None
@@ -135,25 +158,28 @@ class BoundedThreads:
             self.waiting -= 1
         metrics.LANE_WAIT.observe(perf_counter() - started, self.name)
 
-    def _work(self, call: Callable[[], T], answer: asyncio.Future[T], context: Context) -> Callable[[], None]:
+    def _work(
+        self, call: Callable[[], T], answer: asyncio.Future[T], context: Context, share: asyncio.Semaphore
+    ) -> Callable[[], None]:
         settle = outcome_of(partial(context.run, call), answer)
 
         def announce() -> None:
             with suppress(RuntimeError):  # The server may have ended before.
-                answer.get_loop().call_soon_threadsafe(self._end, answer, settle, context=context)
+                answer.get_loop().call_soon_threadsafe(self._end, answer, settle, share, context=context)
 
         return announce
 
-    def _end(self, answer: asyncio.Future[T], settle: Callable[[], None]) -> None:
-        self._leave()
+    def _end(self, answer: asyncio.Future[T], settle: Callable[[], None], share: asyncio.Semaphore) -> None:
+        self._leave(share)
         if answer.done():
             log.warning("a call ended after its request")
         else:
             settle()
 
-    def _leave(self) -> None:
+    def _leave(self, share: asyncio.Semaphore) -> None:
         self.busy -= 1
         self._free.release()
+        share.release()
 
 
 def outcome_of(call: Callable[[], T], answer: asyncio.Future[T]) -> Callable[[], None]:

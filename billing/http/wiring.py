@@ -75,7 +75,9 @@ def _endpoint(
         given = {name: part(scope) for name, part in parts}
         call = partial(handled, scope, partial(handler, **from_services, **given))
         # One that asks for no service has nothing to wait for, and needs no thread.
-        answer = call() if lane is None else await lanes.run(lane, call)
+        answer = (
+            call() if lane is None else await lanes.run(lane, call, whose=scope["state"].get("tenant_id"))
+        )
         if answer.problem is not None:
             scope["state"]["problem"] = answer.problem
         return answer

@@ -117,6 +117,45 @@ def test_a_storm_of_passwords_runs_two_at_a_time_and_leaves_no_thread_taken() ->
         asyncio.run(story(work))
 
 
+def test_one_tenants_calls_leave_half_of_the_threads_to_others() -> None:
+    async def story(work: Work) -> None:
+        lanes = Lanes({Lane.GENERAL: 4}, longest_wait_seconds=LONG)
+        calls = [asyncio.create_task(lanes.run(Lane.GENERAL, work, whose="acme")) for _ in range(10)]
+        for _ in range(2):
+            await asyncio.to_thread(work.begun.acquire, timeout=10)
+        assert await lanes.run(Lane.GENERAL, lambda: "globex", whose="globex") == "globex"
+        assert await lanes.run(Lane.GENERAL, lambda: "a stranger") == "a stranger"
+        assert work.running == 2
+        work.end()
+        assert await asyncio.gather(*calls) == ["done"] * 10
+        assert work.most == 2
+
+    with working() as work:
+        asyncio.run(story(work))
+
+
+def test_who_waited_too_long_for_a_share_leaves_none_taken() -> None:
+    async def story(work: Work) -> None:
+        lanes = Lanes({Lane.GENERAL: 2}, longest_wait_seconds=SHORT)
+        first = asyncio.create_task(lanes.run(Lane.GENERAL, work, whose="acme"))
+        await asyncio.to_thread(work.begun.acquire, timeout=10)
+        for _ in range(3):
+            with pytest.raises(Overloaded):
+                await lanes.run(Lane.GENERAL, lambda: "acme", whose="acme")
+        # Nor does one whose own share is free, and who waits for the threads of all.
+        other = asyncio.create_task(lanes.run(Lane.GENERAL, work, whose="globex"))
+        await asyncio.to_thread(work.begun.acquire, timeout=10)
+        with pytest.raises(Overloaded):
+            await lanes.run(Lane.GENERAL, lambda: "initech", whose="initech")
+        work.end()
+        await asyncio.gather(first, other)
+        for whose in ("acme", "globex", "initech"):
+            assert await lanes.run(Lane.GENERAL, lambda: "again", whose=whose) == "again"
+
+    with working() as work:
+        asyncio.run(story(work))
+
+
 def test_a_general_call_does_not_wait_for_passwords() -> None:
     async def story(work: Work) -> None:
         lanes = Lanes({Lane.GENERAL: 1, Lane.PASSWORDS: PASSWORD_THREADS}, longest_wait_seconds=LONG)

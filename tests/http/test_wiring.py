@@ -179,9 +179,9 @@ def test_a_handler_runs_in_its_lane(handlers: ModuleType, monkeypatch: pytest.Mo
     lanes: list[Lane] = []
     real = Lanes.run
 
-    def run(self: Lanes, lane: Lane, call: Any) -> Any:
+    def run(self: Lanes, lane: Lane, call: Any, **whose: Any) -> Any:
         lanes.append(lane)
-        return real(self, lane, call)
+        return real(self, lane, call, **whose)
 
     monkeypatch.setattr(Lanes, "run", run)
     ask(wired(handlers, lambda store: ok({}), store="a store"))
