@@ -47,7 +47,7 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Answer:
+class StoredAnswer:
     """What was answered: sent again byte for byte."""
 
     status: int
@@ -60,7 +60,7 @@ class Found:
     """What stands under a name already: what was asked, and what was answered, if that is known yet."""
 
     fingerprint: str = field(repr=False)
-    answer: Answer | None
+    answer: StoredAnswer | None
 
 
 def scope_of_address(address: str | None) -> UUID:
@@ -73,7 +73,7 @@ def name_of(key: str, principal: UUID | None) -> bytes:
     return hashlib.sha256(f"{principal}/{key}".encode()).digest()
 
 
-def take(tx: Storage, request: Request, *, now: datetime) -> Claim | Answer:
+def take(tx: Storage, request: Request, *, now: datetime) -> Claim | StoredAnswer:
     """The right to answer the request, or what was answered before.
 
     Raises `IdempotencyKeyReused` and `IdempotencyInProgress`. An answer is kept in the transaction of its change: so
@@ -92,7 +92,7 @@ def take(tx: Storage, request: Request, *, now: datetime) -> Claim | Answer:
     return found.answer
 
 
-def keep(tx: Storage, claim: Claim, answer: Answer) -> None:
+def keep(tx: Storage, claim: Claim, answer: StoredAnswer) -> None:
     """Keep the answer, if the change is kept; raises `IdempotencyInProgress` if the claim is somebody else's now."""
     if not tx.idempotency.keep(claim, answer, until=claim.at + KEPT):
         raise IdempotencyInProgress
@@ -103,7 +103,7 @@ class IdempotencyShelf(Protocol):
 
     def find(self, name: bytes) -> Found | None: ...
 
-    def keep(self, claim: Claim, answer: Answer, *, until: datetime) -> bool: ...
+    def keep(self, claim: Claim, answer: StoredAnswer, *, until: datetime) -> bool: ...
 
 
 class Storage(Protocol):

@@ -17,9 +17,9 @@ from billing.http.replies import Reply, ok
 from billing.idempotency import (
     KEPT,
     LEASE,
-    Answer,
     Claim,
     Request,
+    StoredAnswer,
     keep,
     name_of,
     scope_of_address,
@@ -36,7 +36,7 @@ __all__ = ["clock", "digests"]
 
 NOW = datetime(2026, 1, 15, 9, 30, tzinfo=UTC)
 MOMENT = timedelta(milliseconds=1)
-ANSWER = Answer(201, {"content-type": "application/json", "set-cookie": "a=b"}, '{"text": "caf\u00e9"}')
+ANSWER = StoredAnswer(201, {"content-type": "application/json", "set-cookie": "a=b"}, '{"text": "caf\u00e9"}')
 ADDRESS = scope_of_address("192.0.2.1")
 
 
@@ -45,7 +45,7 @@ def request_() -> Request:
     return Request(new_id(), name_of("one", new_id()), "asked")
 
 
-def taken(store: Store, request: Request, now: datetime = NOW) -> Claim | Answer:
+def taken(store: Store, request: Request, now: datetime = NOW) -> Claim | StoredAnswer:
     with store.tenant(request.scope) as tx:
         return take(tx, request, now=now)
 
@@ -56,7 +56,7 @@ def claimed(store: Store, request: Request, now: datetime = NOW) -> Claim:
     return claim
 
 
-def kept(store: Store, claim: Claim, answer: Answer = ANSWER) -> None:
+def kept(store: Store, claim: Claim, answer: StoredAnswer = ANSWER) -> None:
     with store.tenant(claim.scope) as tx:
         keep(tx, claim, answer)
 
@@ -131,7 +131,7 @@ def test_an_answer_counts_for_a_day(
     store: Store, request_: Request, age: timedelta, *, is_free: bool
 ) -> None:
     kept(store, claimed(store, request_))
-    assert isinstance(taken(store, request_, NOW + age), Claim if is_free else Answer)
+    assert isinstance(taken(store, request_, NOW + age), Claim if is_free else StoredAnswer)
 
 
 # The fence ---------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def test_who_is_too_late_changes_nothing(
     released(store, late)
     kept(store, successor, replace(ANSWER, status=200))
     answer = taken(store, request, NOW + LEASE)
-    assert isinstance(answer, Answer)
+    assert isinstance(answer, StoredAnswer)
     assert answer.status == 200
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from typing import get_args
@@ -12,8 +11,17 @@ import click
 
 from billing.actors import Kind
 from billing.audit import Broken, Chain, Choice, Head, Row
-from billing.cli.console import Moment, cell, opened_as_owner, opened_store, table
-from billing.cli.tenants import slug_argument, tenant_called, transaction_of
+from billing.cli.console import (
+    Moment,
+    cell,
+    opened_as_owner,
+    opened_store,
+    progress,
+    slug_argument,
+    table,
+    tenant_called,
+    transaction_of,
+)
 from billing.storage.store import Store, TenantTx
 from billing.users import get
 
@@ -179,8 +187,7 @@ def verified(store: Store, name: str, tenant_id: UUID, noted: Head | None) -> He
     if head is None:
         raise Broken("Its head is missing.")
     chain = Chain([head, noted] if noted else [head])
-    hidden = head.sequence <= CHUNK or not sys.stderr.isatty()
-    with click.progressbar(length=head.sequence, label=cell(name), file=sys.stderr, hidden=hidden) as bar:
+    with progress(cell(name), head.sequence, at_once=CHUNK) as bar:
         for rows in chunks(store, tenant_id, upto=head.sequence):
             for row in rows:
                 chain.add(row)

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import click
 import orjson
 
+from billing.actors import OPERATOR
 from billing.clock import utc_now
 from billing.encryption import Vault
-from billing.errors import BillingError, DatabaseUnavailable
+from billing.errors import BillingError, DatabaseUnavailable, NotFound
 from billing.logs import redact
 from billing.settings import Settings, SettingsError
 from billing.storage.database import Database, open_database
 from billing.storage.embedded import EmbeddedPostgresError
 from billing.storage.schema import SchemaError
-from billing.storage.store import Store
+from billing.storage.store import Store, TenantTx
+from billing.tenants import Tenant
 
 # Errors --------------------------------------------------------------------------------------------
 
@@ -93,7 +96,28 @@ def new_store(settings: Settings, *, connections: int = 1) -> Store:
     return Store(Vault(settings.encryption_keys), connections=connections)
 
 
+@contextmanager
+def transaction_of(slug: str, *, exclusive: bool = False) -> Iterator[TenantTx]:
+    """A transaction of this tenant, in the operator's name; an exclusive one holds the tenant's lock."""
+    with opened_store() as (_, store):
+        tenant_id = tenant_called(slug, store).id
+        with store.tenant(tenant_id, OPERATOR, exclusive=exclusive) as tx:
+            yield tx
+
+
+def tenant_called(slug: str, store: Store) -> Tenant:
+    """Raises `NotFound`."""
+    with store.platform() as platform:
+        found = platform.find_tenant(slug)
+    if found is None:
+        raise NotFound("There is no tenant with this slug: `billing tenants list` shows them all.")
+    return found
+
+
 # What is asked ------------------------------------------------------------------------------------
+
+slug_argument = click.argument("slug")
+
 
 # No more digits than a timedelta takes.
 AGO = re.compile(r"([0-9]{1,5})([mhd])", re.ASCII)
@@ -164,6 +188,12 @@ def cell(value: object) -> str:
     return "".join(
         character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(value)
     )
+
+
+def progress(label: str, length: int, *, at_once: int) -> AbstractContextManager[Any]:
+    """A bar on stderr, for people, of what takes more than one go."""
+    hidden = length <= at_once or not sys.stderr.isatty()
+    return click.progressbar(length=length, label=label, file=sys.stderr, hidden=hidden)
 
 
 def done(sentence: str) -> None:

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import get_args
 
 import click
 
 from billing import tenants as chapter
-from billing.actors import OPERATOR
-from billing.cli.console import as_json, done, opened_as_owner, opened_store, show
+from billing.cli.console import as_json, done, opened_as_owner, show, slug_argument, transaction_of
 from billing.clock import utc_now
-from billing.errors import NotFound
-from billing.storage.store import Store, TenantTx
-from billing.tenants import Tenant, TenantSummary, Tier
+from billing.tenants import TenantSummary, Tier
 
 COLUMNS = ("slug", "company_name", "email", "subscription_tier", "is_active", "created_at")
-
-slug_argument = click.argument("slug")
 
 
 @click.group()
@@ -102,21 +95,3 @@ def enable(slug: str) -> None:
     with transaction_of(slug, exclusive=True) as tx:
         chapter.set_active(tx, is_active=True, now=utc_now())
     done(f"{slug} is enabled.")
-
-
-@contextmanager
-def transaction_of(slug: str, *, exclusive: bool = False) -> Iterator[TenantTx]:
-    """A transaction of this tenant, in the operator's name; an exclusive one holds the tenant's lock."""
-    with opened_store() as (_, store):
-        tenant_id = tenant_called(slug, store).id
-        with store.tenant(tenant_id, OPERATOR, exclusive=exclusive) as tx:
-            yield tx
-
-
-def tenant_called(slug: str, store: Store) -> Tenant:
-    """Raises `NotFound`."""
-    with store.platform() as platform:
-        found = platform.find_tenant(slug)
-    if found is None:
-        raise NotFound("There is no tenant with this slug: `billing tenants list` shows them all.")
-    return found

@@ -12,8 +12,7 @@ import click
 
 from billing import users as chapter
 from billing.actors import OPERATOR
-from billing.cli.console import as_json, done, opened_store, show
-from billing.cli.tenants import tenant_called, transaction_of
+from billing.cli.console import as_json, done, opened_store, show, tenant_called, transaction_of
 from billing.clock import utc_now
 from billing.errors import InvalidRequest, MalformedBody
 from billing.handlers import shapes

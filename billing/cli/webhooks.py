@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime
@@ -12,8 +11,19 @@ from uuid import UUID
 import click
 
 from billing.actors import OPERATOR
-from billing.cli.console import Moment, as_json, cell, done, opened_store, say_json, show
-from billing.cli.tenants import slug_argument, tenant_called, transaction_of
+from billing.cli.console import (
+    Moment,
+    as_json,
+    cell,
+    done,
+    opened_store,
+    progress,
+    say_json,
+    show,
+    slug_argument,
+    tenant_called,
+    transaction_of,
+)
 from billing.clock import utc_now
 from billing.storage.store import Store
 from billing.webhooks import replay as chapter
@@ -129,8 +139,7 @@ def announced(store: Store, tenant_id: UUID, choice: Choice, *, dry_run: bool) -
 def replayed(store: Store, tenant_id: UUID, choice: Choice, found: Extent) -> int:
     """Replay chunk by chunk; returns how many events."""
     total = 0
-    hidden = found.events <= chapter.CHUNK or not sys.stderr.isatty()
-    with click.progressbar(length=found.events, label="Replaying", file=sys.stderr, hidden=hidden) as bar:
+    with progress("Replaying", found.events, at_once=chapter.CHUNK) as bar:
         for size in chunks(store, tenant_id, choice, found.last):
             total += size
             bar.update(size)

@@ -27,7 +27,7 @@ DEFAULT_GRACE_SECONDS = 86400
 def get_webhook_config(*, caller: Caller, store: Store, clock: Clock, base_url: str) -> Reply:
     now = clock()
 
-    def look(tx: TenantTx) -> tuple[Endpoint, Sequence[Secret], Sequence[Delivery], Stats]:
+    def query(tx: TenantTx) -> tuple[Endpoint, Sequence[Secret], Sequence[Delivery], Stats]:
         return (
             tx.webhooks.find(),
             tx.webhooks.secrets(now),
@@ -35,7 +35,7 @@ def get_webhook_config(*, caller: Caller, store: Store, clock: Clock, base_url: 
             tx.deliveries.stats(now),
         )
 
-    endpoint, secrets, recent, stats = store.read(caller.tenant_id, look, since=caller.position)
+    endpoint, secrets, recent, stats = store.read(caller.tenant_id, query, since=caller.position)
     return ok(shapes.webhook_config(endpoint, secrets, recent, stats, base_url))
 
 

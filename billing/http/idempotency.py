@@ -14,7 +14,7 @@ from billing.clock import Clock
 from billing.errors import BillingError, Conflict, DatabaseUnavailable, Refused
 from billing.http import problems
 from billing.http.replies import Rendered, Reply
-from billing.idempotency import Answer, Claim, Request
+from billing.idempotency import Claim, Request, StoredAnswer
 from billing.security import Caller
 from billing.storage.store import Store, TenantTx
 
@@ -60,7 +60,7 @@ class Idempotency:
             return handle(once=Once()).rendered()
         with self._store.tenant(request.scope) as tx:
             taken = idempotency.take(tx, request, now=self._clock())
-        if isinstance(taken, Answer):
+        if isinstance(taken, StoredAnswer):
             return replay_of(taken)
         return self._first(taken, handle, scope)
 
@@ -112,13 +112,13 @@ def fingerprint_of(scope: Scope) -> str:
     return hashlib.sha256(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
-def answer_of(rendered: Rendered) -> Answer:
+def answer_of(rendered: Rendered) -> StoredAnswer:
     """What is kept of an answer; what every answer bears is added to each."""
     headers = {name.decode(): value.decode("latin-1") for name, value in rendered.headers}
-    return Answer(rendered.status, headers, rendered.body.decode())
+    return StoredAnswer(rendered.status, headers, rendered.body.decode())
 
 
-def replay_of(answer: Answer) -> Rendered:
+def replay_of(answer: StoredAnswer) -> Rendered:
     """The answer again, byte for byte."""
     headers = [(name.encode(), value.encode("latin-1")) for name, value in answer.headers.items()]
     body = answer.body.encode()

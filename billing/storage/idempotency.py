@@ -13,7 +13,7 @@ from sqlalchemy import Connection, and_, bindparam, delete, select, update
 from sqlalchemy.dialects.postgresql import insert
 
 from billing.encryption import Vault
-from billing.idempotency import Answer, Claim, Found
+from billing.idempotency import Claim, Found, StoredAnswer
 from billing.storage.shelf import BECOME, Shelf, mine
 from billing.storage.tables import idempotency_keys
 
@@ -69,9 +69,9 @@ class IdempotencyKeys(Shelf):
         if row.answer is None:
             return Found(fingerprint, None)
         answer = json.loads(self._vault.open(row.answer, place=self._place("answer", name)))
-        return Found(fingerprint, Answer(**answer))
+        return Found(fingerprint, StoredAnswer(**answer))
 
-    def keep(self, claim: Claim, answer: Answer, *, until: datetime) -> bool:
+    def keep(self, claim: Claim, answer: StoredAnswer, *, until: datetime) -> bool:
         """Put the answer in the place of the claim; False if that is not ours any more.
 
         What a stranger registers is in the transaction of the new tenant, their key is not: for this one statement

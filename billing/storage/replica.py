@@ -48,7 +48,7 @@ class Replica:
         primary: Callable[[], int],
     ) -> None:
         self._primary = primary
-        self._fuse = _Fuse(REST_SECONDS)
+        self._breaker = _CircuitBreaker(REST_SECONDS)
         self._is_known = False
         self._watchdog = Watchdog(STATEMENT_SECONDS)
         self._engine = create_engine(
@@ -67,34 +67,34 @@ class Replica:
         """
         try:
             with self._engine.connect() as connection:
-                self._look_at(connection)
+                self._examine(connection)
         except exc.DBAPIError as error:
-            self._fuse.blow(error)
+            self._breaker.open_for_a_while(error)
 
-    def read(self, tenant_id: UUID, since: str, look: Callable[[Connection], T]) -> T:
-        """What `look` finds, with all that was written up to `since`; raises `NotThere`."""
-        if self._fuse.is_blown():
+    def read(self, tenant_id: UUID, since: str, query: Callable[[Connection], T]) -> T:
+        """What `query` finds, with all that was written up to `since`; raises `NotThere`."""
+        if self._breaker.is_open():
             raise NotThere
         try:
-            answer = self._ask(tenant_id, since, look)
+            answer = self._ask(tenant_id, since, query)
         except (exc.DBAPIError, exc.TimeoutError, schema.SchemaError) as error:
             self._is_known = False
-            self._fuse.blow(error)
+            self._breaker.open_for_a_while(error)
             raise NotThere from error
-        self._fuse.mend()
+        self._breaker.close_again()
         return answer
 
-    def _ask(self, tenant_id: UUID, since: str, look: Callable[[Connection], T]) -> T:
+    def _ask(self, tenant_id: UUID, since: str, query: Callable[[Connection], T]) -> T:
         with self._engine.begin() as connection:
             if not self._is_known:
-                self._look_at(connection)
+                self._examine(connection)
             _, has_it_all = connection.exec_driver_sql(OPEN, (str(tenant_id), since)).one()
             if not has_it_all:
-                self._fuse.mend()
+                self._breaker.close_again()
                 raise NotThere
-            return look(connection)
+            return query(connection)
 
-    def _look_at(self, connection: Connection) -> None:
+    def _examine(self, connection: Connection) -> None:
         if not connection.exec_driver_sql("SELECT pg_is_in_recovery()").scalar_one():
             raise schema.SchemaError("DATABASE_REPLICA_URL is no replica: it replays nothing.")
         if connection.exec_driver_sql(IDENTITY).scalar_one() != self._primary():
@@ -107,39 +107,39 @@ class Replica:
         self._watchdog.close()
 
 
-class _Fuse:
+class _CircuitBreaker:
     """Whether the replica is left out: for some seconds after a failure, then for all but one who tries."""
 
     def __init__(self, rest_seconds: float) -> None:
         self._rest_seconds = rest_seconds
         self._lock = Lock()
-        self._blown_until: float | None = None
+        self._open_until: float | None = None
 
-    def is_blown(self) -> bool:
-        return self._blown_until is not None and not self._may_try()
+    def is_open(self) -> bool:
+        return self._open_until is not None and not self._may_try()
 
     def _may_try(self) -> bool:
         """Whether it has rested for long enough, or was mended meanwhile; while one tries, the others may not."""
         with self._lock:
-            if self._blown_until is None:
+            if self._open_until is None:
                 return True
             now = time.monotonic()
-            has_rested = now >= self._blown_until
+            has_rested = now >= self._open_until
             if has_rested:
-                self._blown_until = now + self._rest_seconds
+                self._open_until = now + self._rest_seconds
             return has_rested
 
-    def blow(self, cause: Exception) -> None:
+    def open_for_a_while(self, cause: Exception) -> None:
         with self._lock:
-            if self._blown_until is None:
+            if self._open_until is None:
                 log.warning("the replica fails, and is left out", cause=_why(cause))
-            self._blown_until = time.monotonic() + self._rest_seconds
+            self._open_until = time.monotonic() + self._rest_seconds
 
-    def mend(self) -> None:
-        if self._blown_until is None:
+    def close_again(self) -> None:
+        if self._open_until is None:
             return
         with self._lock:
-            self._blown_until = None
+            self._open_until = None
         log.info("the replica answers again")
 
 

@@ -150,8 +150,8 @@ class Store:
                 connection.exec_driver_sql(opening, parameters)
             yield connection
 
-    def read(self, tenant_id: UUID, look: Callable[[TenantTx], T], *, since: str | None) -> T:
-        """What `look`, which changes nothing, finds: on the replica, if there is one with all that was there `since`.
+    def read(self, tenant_id: UUID, query: Callable[[TenantTx], T], *, since: str | None) -> T:
+        """What `query`, which changes nothing, finds: on the replica, if there is one with all that was there `since`.
 
         `since` is a caller's `position`. What the replica cannot answer the primary is asked, from the beginning.
         """
@@ -159,10 +159,10 @@ class Store:
             # One that lags is no failure: the span of the primary's transaction stands beside this one.
             with _span("read"), suppress(NotThere):
                 return self._replica.read(
-                    tenant_id, since, lambda c: look(TenantTx(c, tenant_id, SYSTEM, self._vault))
+                    tenant_id, since, lambda c: query(TenantTx(c, tenant_id, SYSTEM, self._vault))
                 )
         with self.tenant(tenant_id) as tx:
-            return look(tx)
+            return query(tx)
 
     @contextmanager
     def platform(self) -> Iterator[Platform]:

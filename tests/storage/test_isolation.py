@@ -15,7 +15,7 @@ from billing import keys, sessions, stripe_connect, tenants
 from billing.audit import Choice as AuditChoice
 from billing.audit import Row as AuditRow
 from billing.errors import BillingError, NotFound, StateUnknown
-from billing.idempotency import Answer, Claim
+from billing.idempotency import Claim, StoredAnswer
 from billing.ids import new_id
 from billing.keys import KeyDigests
 from billing.settings import Settings
@@ -36,7 +36,7 @@ from tests.conftest import TestDatabase
 
 NOW = datetime(2026, 1, 15, 9, 30, tzinfo=UTC)
 LATER = NOW + timedelta(days=1)
-ANSWER = Answer(200, {}, "{}")
+ANSWER = StoredAnswer(200, {}, "{}")
 MUCH_LATER = NOW + timedelta(days=1000)
 TABLES = sorted(metadata.tables)
 
