@@ -132,6 +132,10 @@ class Resolver:
     def look_up(self, host: str, port: int, seconds: float) -> Sequence[Found]:
         """All addresses of the host, in the order to try them; raises `NameUnknown`, within the seconds."""
         ends_at = time.monotonic() + seconds
+        return found_in(self.ask(host, port, seconds), ends_at - time.monotonic())
+
+    def ask(self, host: str, port: int, seconds: float) -> Future[Sequence[Found]]:
+        """Begin a lookup; raises `NameUnknown` if no thread becomes free within the seconds."""
         if not self._free.acquire(timeout=seconds):
             raise NameUnknown
         found: Future[Sequence[Found]] = Future()
@@ -140,10 +144,7 @@ class Resolver:
         except RuntimeError:
             self._free.release()
             raise NameUnknown from None
-        try:
-            return found.result(ends_at - time.monotonic())
-        except (OSError, UnicodeError):
-            raise NameUnknown from None
+        return found
 
     def _ask(self, found: Future[Sequence[Found]], host: str, port: int) -> Callable[[], None]:
         try:
@@ -156,6 +157,14 @@ class Resolver:
             announce()
 
         return end
+
+
+def found_in(asked: Future[Sequence[Found]], seconds: float) -> Sequence[Found]:
+    """What a lookup finds; raises `NameUnknown`, within the seconds."""
+    try:
+        return asked.result(seconds)
+    except (OSError, UnicodeError):  # A TimeoutError is an OSError.
+        raise NameUnknown from None
 
 
 class Names(Protocol):

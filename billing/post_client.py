@@ -8,6 +8,7 @@ import ssl
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from email.message import Message
@@ -32,6 +33,7 @@ from billing.outbound import (
     Stopped,
     TlsFailed,
     UrlInvalid,
+    found_in,
     watched,
 )
 
@@ -196,18 +198,20 @@ class _Lookup:
     def __init__(self, resolver: Resolver) -> None:
         self._resolver = resolver
         self._lock = Lock()
-        self._found: Sequence[Found] = ()
+        self._asked: Future[Sequence[Found]] | None = None
 
     def look_up(self, host: str, port: int, seconds: float) -> Sequence[Found]:
-        """As the resolver's. Those who ask meanwhile wait for the same answer, so that a name holds one thread."""
+        """As the resolver's. All wait for one answer, unless it was that there is none: a name holds one thread."""
         ends_at = time.monotonic() + seconds
         if not self._lock.acquire(timeout=seconds):
             raise NameUnknown
         try:
-            self._found = self._found or self._resolver.look_up(host, port, ends_at - time.monotonic())
-            return self._found
+            if self._asked is None or (self._asked.done() and self._asked.exception()):
+                self._asked = self._resolver.ask(host, port, ends_at - time.monotonic())
+            asked = self._asked
         finally:
             self._lock.release()
+        return found_in(asked, ends_at - time.monotonic())
 
 
 # One connection ----------------------------------------------------------------------------------
