@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -403,6 +403,15 @@ def test_who_does_not_answer_in_time_gets_a_minute(bench: Bench) -> None:
     assert row.next_attempt_at == bench.clock() + timedelta(seconds=60)
 
 
+def test_those_that_failed_together_do_not_come_again_together(bench: Bench) -> None:
+    with receiving(Answering(500)) as receiver:
+        bench.configure(url_of(receiver))
+        bench.record()
+        bench.deliver()
+    [row] = bench.rows()
+    assert row.next_attempt_at - bench.clock() not in RETRY_DELAYS
+
+
 def test_retry_after_is_heard(bench: Bench) -> None:
     with receiving(Answering(503, Retry_After="9")) as receiver:
         bench.configure(url_of(receiver))
@@ -465,6 +474,21 @@ def test_a_failing_endpoint_waits_in_another_queue_until_it_succeeds(bench: Benc
         assert set(bench.statuses()) == {("delivered", 2)}
         bench.record()
         assert bench.deliver() == ["webhooks"]
+
+
+def test_one_that_answers_slowly_waits_among_its_like_and_gets_one_at_a_time(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SLOW_MS", -1)  # Every answer takes longer.
+    with receiving(Answering()) as receiver:
+        bench.configure(url_of(receiver))
+        bench.record(3)
+        for number in (1, 2):
+            bench.deliver()
+            assert len(receiver.received) == number
+            assert [queue for queue, _ in bench.waiting()] == ["slow_webhooks"]
+        bench.deliver_all()
+    assert bench.statuses() == [("delivered", 1)] * 3
 
 
 def test_a_success_after_a_failure_of_the_same_batch_forgives_it(bench: Bench) -> None:
@@ -639,6 +663,20 @@ def test_what_is_not_asked_for_is_not_sent_however_much_of_it_there_is(
 
     assert types_of(receiver) == [REVOKED]
     assert bench.statuses() == [("delivered", 1)]
+
+
+def test_who_configures_while_a_batch_is_begun_says_where_it_goes(bench: Bench) -> None:
+    with receiving(Answering()) as old, receiving(Answering()) as new, ThreadPoolExecutor(1) as pool:
+        bench.configure(url_of(old))
+        bench.record()
+        [task] = bench.take()
+        with bench.tx() as tx:
+            given = {"event_types": None, "regenerate_secret": False, "grace": DAY, "now": bench.clock()}
+            endpoints.configure(tx, url=url_of(new), **given)
+            delivering = pool.submit(bench.deliveries.deliver, task)
+            wait([delivering], timeout=0.3)
+        delivering.result(PATIENCE_SECONDS)
+    assert (len(old.received), len(new.received)) == (0, 1)
 
 
 def test_what_is_removed_while_it_is_due_is_not_sent(bench: Bench) -> None:

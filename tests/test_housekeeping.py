@@ -82,6 +82,17 @@ def test_each_tenant_is_tidied_once_a_day(store: Store, clock: TurnedClock, acme
         Housekeeping(store, clock).tidy(task)
 
 
+def test_while_there_is_something_to_forget_the_next_day_comes_at_once(
+    store: Store, clock: TurnedClock, acme: Registered
+) -> None:
+    clock.now += TIDIED_EVERY
+    deliver(store, acme, clock, age=KEPT + HOUR, status="delivered")
+    tidy(store, clock)
+    [again] = due(store, clock, HOUSEKEEPING)
+    Housekeeping(store, clock).tidy(again)
+    assert due(store, clock, HOUSEKEEPING) == []
+
+
 def deliver(store: Store, acme: Registered, clock: TurnedClock, *, age: timedelta, status: Status) -> UUID:
     """An event and its delivery that ended so long ago, or waits since then."""
     then = clock() - age
@@ -151,6 +162,16 @@ def test_events_that_nobody_listened_to_are_forgotten_and_numbers_go_on(
     assert [row.sequence for row in rows] == [2]
 
 
+def test_events_that_nobody_listened_to_are_kept_as_long_as_any(
+    store: Store, superuser: Engine, digests: KeyDigests, clock: TurnedClock
+) -> None:
+    silent = register(store, digests, clock, "Globex").tenant.id
+    clock.now += KEPT - timedelta(seconds=1)
+    tidy(store, clock)
+    kept = rows_of(superuser, "SELECT type FROM events WHERE tenant_id = :id", id=silent)
+    assert [row.type for row in kept] == ["tenant.registered"]
+
+
 def test_one_tenants_day_leaves_anothers_things_alone(
     store: Store, superuser: Engine, digests: KeyDigests, clock: TurnedClock, acme: Registered
 ) -> None:
@@ -193,6 +214,20 @@ def test_of_very_many_old_sessions_a_part_is_forgotten_and_the_rest_soon_after(
     for left in (1, 0):
         tidy(store, clock)
         assert len(rows_of(superuser, "SELECT 1 FROM sessions")) == left
+
+
+def test_sessions_that_ran_out_a_month_ago_are_forgotten(
+    store: Store, superuser: Engine, settings: Settings, clock: TurnedClock, acme: Registered
+) -> None:
+    tokens = Tokens(settings.jwt_keys, settings.public_base_url)
+    with store.tenant(acme.tenant.id) as tx:
+        sessions.start(tx, acme.owner, tokens=tokens, now=clock())
+    clock.now += sessions.FAMILY_LIFETIME + KEPT
+    tidy(store, clock)
+    assert len(rows_of(superuser, "SELECT 1 FROM sessions")) == 1
+    clock.now += DAY
+    tidy(store, clock)
+    assert rows_of(superuser, "SELECT 1 FROM sessions") == []
 
 
 # Secrets -----------------------------------------------------------------------------------------

@@ -237,6 +237,8 @@ def test_figures_are_of_all_processes(watched: tuple[str, str]) -> None:
     )
     assert value(figures, "billing_database_pool_size", component="worker") > 0
     assert value(figures, "billing_database_up", kind="external") == 1
+    for queue in ("general", "checks", "webhooks", "slow_webhooks"):
+        assert value(figures, "billing_worker_polled_timestamp_seconds", queue=queue) > 1e9
     assert set(figures["billing_tasks_due"]) == {
         frozenset({("queue", name)}) for name in ("general", "checks", "webhooks", "slow_webhooks")
     }

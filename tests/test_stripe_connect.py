@@ -42,8 +42,17 @@ def account(**changes: Any) -> Account:
     )
 
 
+# What an account lacks, by its status.
+WANTING: dict[str, dict[str, bool]] = {
+    "active": {},
+    "pending": {"details_submitted": False},
+    "incomplete": {"payouts_enabled": False},
+    "restricted": {"charges_enabled": False},
+}
+
+
 def connection(status: str = "active", *, flow: Any = "oauth", ended: bool = False) -> Connection:
-    found = account(details_submitted=False) if status == "pending" else account()
+    found = account(**WANTING[status])
     assert found.status == status
     return Connection(new_id(), flow, True, found, NOW, NOW, NOW if ended else None)
 
@@ -138,6 +147,8 @@ def test_a_connection_that_ended_is_disconnected_whatever_the_account_was() -> N
         (connection("pending", flow="account_link", ended=True), "oauth", True),
         (connection("pending", flow="account_link"), "account_link", True),
         (connection("pending", flow="account_link"), "oauth", False),
+        (connection("incomplete", flow="account_link"), "account_link", False),
+        (connection("restricted", flow="account_link"), "account_link", False),
         (connection("active", flow="account_link"), "account_link", False),
         (connection("active", flow="account_link"), "oauth", False),
         (connection("pending"), "oauth", False),

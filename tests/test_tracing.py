@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -82,6 +83,7 @@ def seen(
             wrong = {"email": EMAIL, "password": f"{PASSWORD}?"}
             assert requests.post(f"{url}{API}/login/?secret=query", json=wrong, timeout=30).status_code == 400
             assert requests.post(f"{url}{API}/login/", json=wrong, timeout=30).status_code == 401
+            assert requests.request("PROPFIND", f"{url}/teapot/", timeout=30).status_code == 404
             live.eventually(lambda: len(webhooks.received) > 0, seconds=60)
         yield Seen(collector, webhooks, log)  # It has ended, and told what it had not told yet.
 
@@ -125,6 +127,12 @@ def test_the_log_of_a_delivery_names_the_request_it_came_of(seen: Seen) -> None:
 def test_no_trace_bears_what_anybody_sent(seen: Seen) -> None:
     for secret in (PASSWORD, EMAIL, "secret=query", "SELECT", "whsec_", "Acme", f":{seen.webhooks.port}"):
         assert secret.encode() not in seen.raw, secret
+
+
+def test_what_is_no_operation_is_a_span_of_our_words_alone(seen: Seen) -> None:
+    [span] = seen.spans("_OTHER none")
+    assert attributes(span)["http.request.method"] == "_OTHER"
+    assert not {b"PROPFIND", b"teapot"} & set(re.findall(rb"\w+", seen.raw))
 
 
 # The end -----------------------------------------------------------------------------------------

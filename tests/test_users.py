@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from sqlalchemy import Engine, text
 
+from billing import tenants, users
 from billing.errors import Conflict, NotFound
 from billing.ids import new_id
+from billing.keys import KeyDigests
+from billing.settings import Settings
+from billing.storage.store import Store, TenantTx
+from billing.tenants import Tenant
 from billing.users import User, get, new_user, normalise_email, require_another_owner
 
 # A busy machine is no failure.
-UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+UNHURRIED = hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 NOW = datetime(2026, 1, 15, 9, 30, tzinfo=UTC)
 ACME = new_id()
@@ -100,3 +109,115 @@ def test_a_tenant_keeps_an_active_owner(user: User, others: list[User], allowed:
     else:
         with pytest.raises(Conflict):
             require_another_owner(with_members(user, *others), user)
+
+
+# In the database ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def acme(store: Store, settings: Settings) -> Tenant:
+    """A tenant with two owners, Ada and Bob."""
+    digests = KeyDigests(settings.key_peppers)
+    with store.tenant(new_id()) as tx:
+        details = {"company_name": "Acme", "email": ADA.email}
+        made = tenants.register(tx, details, password_hash="-", digests=digests, now=NOW)
+    with store.tenant(made.tenant.id) as tx:
+        bob = new_user(made.tenant.id, {"email": BOB.email}, role="owner", now=NOW)
+        users.add(tx, bob, password_hash="-", now=NOW)
+    return made.tenant
+
+
+def rows_of(superuser: Engine, query: str) -> list[Any]:
+    with superuser.connect() as connection:
+        return [tuple(row) for row in connection.execute(text(query))]
+
+
+LATER = NOW + timedelta(days=1)
+END: dict[str, Callable[[TenantTx, str], None]] = {
+    "disable": lambda tx, email: users.disable(tx, email, now=LATER),
+    "set_role": lambda tx, email: users.set_role(tx, email, "admin", now=LATER),
+}
+
+
+@pytest.mark.parametrize("end", END)
+def test_two_owners_cannot_end_each_other_at_once(
+    store: Store, superuser: Engine, acme: Tenant, end: str
+) -> None:
+    def end_bob() -> None:
+        with store.tenant(acme.id, exclusive=True) as tx:
+            END[end](tx, BOB.email)
+
+    with ThreadPoolExecutor(1) as pool:
+        with store.tenant(acme.id, exclusive=True) as tx:
+            END[end](tx, ADA.email)
+            other = pool.submit(end_bob)
+            while not rows_of(superuser, "SELECT pid FROM pg_locks WHERE NOT granted"):
+                assert not other.done()
+        with pytest.raises(Conflict):
+            other.result()
+    owners = "SELECT email FROM users WHERE role = 'owner' AND is_active"
+    assert rows_of(superuser, owners) == [(BOB.email,)]
+
+
+def test_a_change_leaves_a_row_that_says_what_and_no_change_none(
+    store: Store, superuser: Engine, acme: Tenant
+) -> None:
+    changes: list[Callable[[TenantTx], None]] = [
+        lambda tx: users.set_role(tx, BOB.email, "admin", now=NOW),
+        lambda tx: users.disable(tx, BOB.email, now=NOW),
+        lambda tx: users.enable(tx, BOB.email, now=NOW),
+        lambda tx: users.set_role(tx, ADA.email, "owner", now=NOW),
+        lambda tx: tenants.set_tier(tx, "pro", now=NOW),
+        lambda tx: tenants.set_active(tx, is_active=False, now=NOW),
+        lambda tx: tenants.set_active(tx, is_active=True, now=NOW),
+    ]
+    for change in changes:
+        for _ in range(2):
+            with store.tenant(acme.id) as tx:
+                change(tx)
+    rows = "SELECT action, subject, details FROM audit_log WHERE sequence > 2 ORDER BY sequence"
+    assert rows_of(superuser, rows) == [
+        ("user.added", BOB.email, {"role": "owner"}),
+        ("user.role_changed", BOB.email, {"from": "owner", "to": "admin"}),
+        ("user.disabled", BOB.email, {}),
+        ("user.enabled", BOB.email, {}),
+        ("tenant.tier_changed", "acme", {"from": "free", "to": "pro"}),
+        ("tenant.disabled", "acme", {}),
+        ("tenant.enabled", "acme", {}),
+    ]
+
+
+CHANGES: dict[str, tuple[str, Callable[[TenantTx, User], object]]] = {
+    "role": ("users", lambda tx, user: users.set_role(tx, user.email, "admin", now=LATER)),
+    "disabled": ("users", lambda tx, user: users.disable(tx, user.email, now=LATER)),
+    "enabled": ("users", lambda tx, user: tx.users.enable(user.id, LATER)),
+    "password": ("users", lambda tx, user: tx.users.change_password(user, "new", LATER)),
+    "reset": ("users", lambda tx, user: users.reset_password(tx, user, "new", now=LATER)),
+    "tier": ("tenants", lambda tx, _: tenants.set_tier(tx, "pro", now=LATER)),
+    "active": ("tenants", lambda tx, _: tenants.set_active(tx, is_active=False, now=LATER)),
+    "stripe": ("tenants", lambda tx, _: tx.tenants.set_stripe("acct_1Acme", "active", LATER)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_was_changed_says_when(store: Store, superuser: Engine, acme: Tenant, change: str) -> None:
+    table, act = CHANGES[change]
+    with store.tenant(acme.id) as tx:
+        act(tx, get(tx, BOB.email))
+    changed = "SELECT count(*) FROM {} WHERE updated_at = timestamptz '2026-01-16 09:30Z'"
+    assert rows_of(superuser, changed.format(table)) == [(1,)]
+
+
+ENDINGS = {name: CHANGES[name][1] for name in ("disabled", "password", "reset")}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_whoever_is_locked_out_has_no_token_of_this_version(
+    store: Store, superuser: Engine, acme: Tenant, ending: str
+) -> None:
+    # Their sessions end too: either alone would do.
+    with store.tenant(acme.id) as tx:
+        ENDINGS[ending](tx, get(tx, BOB.email))
+        tx.users.enable(get(tx, BOB.email).id, LATER)
+    versions = "SELECT email, token_version FROM users ORDER BY email"
+    assert rows_of(superuser, versions) == [(ADA.email, 1), (BOB.email, 2)]

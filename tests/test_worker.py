@@ -364,6 +364,23 @@ def test_stop_waits_for_what_was_begun_and_takes_nothing_more(bench: Bench) -> N
     assert bench.left() == ["too late"]
 
 
+def test_what_fails_after_stop_is_told_as_well(bench: Bench, lines: Lines) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def fail_late(_: Task) -> None:
+        begun.set()
+        go_on.wait(PATIENCE_SECONDS)
+        raise ValueError
+
+    bench.add("test.late")
+    with bench.working({"test.late": fail_late}) as worker:
+        assert begun.wait(PATIENCE_SECONDS)
+        worker.stop()
+        time.sleep(0.1)  # It looks at what has ended, a last time.
+        go_on.set()
+    assert [failure["task"] for failure in failures(lines())] == ["test.late"]
+
+
 def test_stop_before_it_runs_is_enough(bench: Bench) -> None:
     bench.add("test.call", "left")
     worker = Worker(bench.store, {"test.call": bench.finish}, bench.clock, threads=THREADS)

@@ -203,9 +203,7 @@ audit_log = Table(
     Column("hash", LargeBinary, nullable=False),
     PrimaryKeyConstraint("tenant_id", "sequence"),
     ForeignKeyConstraint(["tenant_id"], ["tenants.id"]),
-    CheckConstraint(
-        "sequence > 0 AND octet_length(hash) = 32 AND jsonb_typeof(details) = 'object'", name="audit_log_form"
-    ),
+    CheckConstraint("octet_length(hash) = 32 AND jsonb_typeof(details) = 'object'", name="audit_log_form"),
 )
 
 connect_states = Table(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, text
 
+from billing.storage.store import Store
 from tests.clock import TurnedClock
 from tests.conftest import API, Account, bearer, log_in
 
@@ -72,6 +73,21 @@ def test_last_use_is_noted_outside_the_request(acme: Account, clock: TurnedClock
     clock.turn(minutes=2)
     verify(acme, acme.tenant["api_key_secret"])
     assert await_change(last_used, first) > first
+
+
+def test_a_key_that_is_refused_was_not_used(
+    acme: Account, store: Store, superuser: Engine, clock: TurnedClock
+) -> None:
+    refused, good = acme.tenant["api_key_secret"], acme.tenant["api_key_test_secret"]
+    acme.revoke("live")
+    assert outcome(acme, refused) == "key-revoked"
+    assert outcome(acme, good) == 200
+
+    def used() -> list[str]:
+        with superuser.connect() as connection:
+            return list(connection.scalars(text("SELECT type FROM api_keys WHERE last_used_at IS NOT NULL")))
+
+    assert await_change(used, []) == ["test_secret"]
 
 
 def await_change(read: Any, before: Any) -> Any:
@@ -169,6 +185,35 @@ def test_revoke_ends_keys_on_the_next_request_in_grace_too(acme: Account, superu
     assert (row.action, row.subject, row.reason) == ("api_key.revoked", "live", "leaked in a screenshot")
     assert str(row.actor_id) == acme.registered["user"]["id"]
     assert (row.actor_kind, row.address) == ("user", "testclient")
+
+
+@pytest.mark.parametrize("change", ["regenerated", "revoked"])
+def test_the_log_names_the_keys_by_their_last_characters(
+    acme: Account, superuser: Engine, change: str
+) -> None:
+    before = {kind: acme.tenant[f"api_key_test_{kind}"][-4:] for kind in ("public", "secret")}
+    old = [{"type": f"test_{kind}", "last4": last4} for kind, last4 in before.items()]
+    expected: dict[str, Any] = {"revoked": old}
+    if change == "revoked":
+        acme.revoke("test")
+    else:
+        made = acme.regenerate("test", grace_period_seconds=HOUR)["keys"]
+        new = [{"type": name, "last4": key["key"][-4:]} for name, key in made.items()]
+        expected = {"grace_seconds": HOUR, "new": new, "previous": old}
+    with superuser.connect() as connection:
+        row = connection.execute(text("SELECT * FROM audit_log ORDER BY sequence DESC LIMIT 1")).one()
+    assert (row.action, row.details) == (f"api_key.{change}", expected)
+
+
+def test_what_ends_no_key_leaves_a_row_all_the_same(acme: Account, superuser: Engine) -> None:
+    acme.revoke("live")
+    acme.revoke("live")
+    acme.regenerate("live")
+    with superuser.connect() as connection:
+        actions = connection.scalars(
+            text("SELECT action FROM audit_log WHERE action LIKE 'api_key.%' ORDER BY sequence")
+        )
+        assert list(actions) == ["api_key.revoked", "api_key.revoked", "api_key.regenerated"]
 
 
 def test_revoke_again_is_no_error(acme: Account) -> None:

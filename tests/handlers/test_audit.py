@@ -18,6 +18,7 @@ from sqlalchemy import Engine, text
 from starlette.testclient import TestClient
 
 from app import create_app
+from billing import failed_logins, users
 from billing.actors import SYSTEM, Actor
 from billing.errors import DatabaseUnavailable
 from billing.failed_logins import FailedLogins
@@ -227,6 +228,37 @@ def test_those_of_an_unknown_email_leave_none(
     failed.flush(store)
     assert failed.waiting == 0
     assert not rows_of(superuser, acme, "user.login_throttled")
+
+
+def test_those_of_a_colleague_are_theirs(
+    acme: Account, store: Store, superuser: Engine, clock: TurnedClock
+) -> None:
+    tenant_id = UUID(acme.tenant["id"])
+    bob = users.new_user(tenant_id, {"email": "bob@acme.example"}, role="developer", now=clock())
+    with store.tenant(tenant_id) as tx:
+        users.add(tx, bob, password_hash="-", now=clock())
+    failed = FailedLogins(clock)
+    failed.note_throttled(SYSTEM, bob.email, "login-failures")
+    failed.flush(store)
+    [row] = rows_of(superuser, acme, "user.login_throttled")
+    assert row.subject == bob.email
+
+
+def test_a_storm_while_the_database_is_away_is_forgotten_from_its_beginning(
+    known: Known,
+    acme: Account,
+    store: Store,
+    superuser: Engine,
+    clock: TurnedClock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(failed_logins, "MOST", 3)
+    failed = FailedLogins(clock)
+    for number in range(5):
+        failed.note("user.login_failed", SYSTEM, known.user, str(number))
+    assert failed.waiting == 3
+    failed.flush(store)
+    assert [row.details["cause"] for row in rows_of(superuser, acme, "user.login_failed")] == ["2", "3", "4"]
 
 
 def test_a_throttled_change_of_password_is_no_login(acme: Account, superuser: Engine) -> None:

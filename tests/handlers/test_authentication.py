@@ -6,15 +6,21 @@ import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from uuid import UUID
 
 import jwt
 import pytest
 from sqlalchemy import Engine, text
 from starlette.testclient import TestClient
 
+from billing import sessions, users
+from billing.errors import InvalidCredentials
+from billing.passwords import Passwords
+from billing.settings import Settings
 from billing.storage.shelf import AT_ONCE
 from billing.storage.store import Store
 from billing.storage.tables import metadata
+from billing.tokens import Tokens
 from tests.clock import TurnedClock
 from tests.conftest import API, PASSWORD, Account, bearer, log_in, register
 
@@ -131,6 +137,21 @@ def test_log_in_opens_a_session_and_notes_it(acme: Account) -> None:
     assert acme.client.get(f"{API}/me/", headers=bearer(answer.json()["tokens"]["access"])).status_code == 200
 
 
+def test_a_user_who_is_disabled_while_they_log_in_gets_no_session(
+    acme: Account, store: Store, settings: Settings, superuser: Engine, clock: TurnedClock
+) -> None:
+    with store.platform() as platform:
+        account = platform.find_account(acme.email)
+    assert account is not None
+    tokens = Tokens(settings.jwt_keys, settings.public_base_url)
+    with store.tenant(account.tenant.id) as tx:
+        tx.users.disable(account.user.id, clock())
+    with store.tenant(account.tenant.id) as tx, pytest.raises(InvalidCredentials):
+        sessions.log_in(tx, account, renewed_hash=None, tokens=tokens, now=clock())
+    with superuser.connect() as connection:
+        assert connection.scalar(text("SELECT count(*) FROM sessions")) == 1
+
+
 def test_log_in_says_the_same_for_every_reason(acme: Account, superuser: Engine) -> None:
     refusals = [log_in(acme.client, acme.email, "wrong"), log_in(acme.client, "nobody@acme.example")]
     with superuser.begin() as connection:
@@ -195,6 +216,28 @@ def test_a_later_repeat_ends_the_session(acme: Account, clock: TurnedClock, supe
     with superuser.connect() as connection:
         audit = connection.scalars(text("SELECT action FROM audit_log ORDER BY sequence DESC LIMIT 1")).one()
     assert audit == "session.refresh_token_reused"
+
+
+@pytest.fixture
+def bob(acme: Account, store: Store, settings: Settings, clock: TurnedClock) -> str:
+    """The access token of a colleague."""
+    tenant_id, email = UUID(acme.tenant["id"]), "bob@acme.example"
+    user = users.new_user(tenant_id, {"email": email}, role="developer", now=clock())
+    kept = Passwords(settings.password_peppers, settings.password_cost).hash(PASSWORD)
+    with store.tenant(tenant_id) as tx:
+        users.add(tx, user, password_hash=kept, now=clock())
+    access: str = log_in(acme.client, email).json()["tokens"]["access"]
+    return access
+
+
+def test_a_token_used_twice_ends_its_own_session_alone(acme: Account, bob: str, clock: TurnedClock) -> None:
+    elsewhere = log_in(acme.client, acme.email).json()["tokens"]["access"]
+    refresh(acme.client, acme.tokens["refresh"])
+    clock.turn(seconds=11)
+    assert code_of(refresh(acme.client, acme.tokens["refresh"])) == (401, "refresh-token-reused")
+    assert code_of(acme.get("/me/")) == (401, "session-ended")
+    for access in (elsewhere, bob):
+        assert acme.client.get(f"{API}/me/", headers=bearer(access)).status_code == 200
 
 
 def test_a_repeat_after_the_successor_was_used_ends_the_session(acme: Account) -> None:
@@ -327,6 +370,11 @@ def test_however_many_sessions_there_are_change_password_ends_all(acme: Account,
         assert code_of(refresh(acme.client, tokens["refresh"])) == (401, "session-ended")
         answer = acme.client.get(f"{API}/me/", headers=bearer(tokens["access"]))
         assert code_of(answer) == (401, "session-ended")
+
+
+def test_change_password_leaves_the_sessions_of_others_alone(acme: Account, bob: str) -> None:
+    assert change_password(acme).status_code == 200
+    assert acme.client.get(f"{API}/me/", headers=bearer(bob)).status_code == 200
 
 
 def test_change_password_leaves_one_living_session(acme: Account, superuser: Engine) -> None:

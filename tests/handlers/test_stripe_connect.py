@@ -6,8 +6,9 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 from uuid import UUID
@@ -23,10 +24,14 @@ from starlette.testclient import TestClient
 from app import create_app
 from billing import gateway
 from billing.counters import InProcess
+from billing.errors import StripeAlreadyConnected
 from billing.http.lanes import STRIPE_THREADS
 from billing.settings import Settings
 from billing.storage.store import Store
-from billing.stripe_connect import CHECK, DEAUTHORIZE, forget_states, hashed
+from billing.stripe_connect import CHECK, DEAUTHORIZE, Grant, forget_states, hashed, note
+from billing.stripe_connect import Account as StripeAccount
+from billing.stripe_connect import connect as connect_account
+from billing.stripe_connect import disconnect as end_connection
 from billing.stripe_connections import StripeConnections, stripe_connections_for
 from billing.tasks import Task
 from billing.worker import Worker
@@ -345,6 +350,16 @@ def test_without_stripe_the_rest_answers(unconfigured: Account) -> None:
     assert (answer.status_code, answer.json()["code"]) == (400, "state-unknown")
 
 
+def test_without_stripe_a_connection_is_what_was_last_known(
+    unconfigured: Account, store: Store, clock: TurnedClock
+) -> None:
+    with store.tenant(UUID(unconfigured.tenant["id"]), exclusive=True) as tx:
+        grant = Grant("acct_1AcmeExample", "read_write", livemode=False)
+        connect_account(tx, grant, None, livemode=False, now=clock())
+    body = status(unconfigured)
+    assert (body["account_id"], body["status"], body["source"]) == ("acct_1AcmeExample", "pending", "cache")
+
+
 # callback: it ends well --------------------------------------------------------------------------
 
 
@@ -519,6 +534,16 @@ def test_400_state_used(acme: Account, stripe: Sandbox) -> None:
     assert shown(acme)[1] == "active"
 
 
+def test_a_page_loaded_again_leaves_nothing_in_the_log(
+    acme: Account, stripe: Sandbox, superuser: Engine
+) -> None:
+    url = agree(acme, stripe)
+    call_back(acme.client, url)
+    before = audited(superuser, acme)
+    assert refusal(call_back(acme.client, url)) == (400, "state-used")
+    assert audited(superuser, acme) == before
+
+
 def test_starting_anew_ends_the_old(acme: Account, globex: Account, stripe: Sandbox) -> None:
     old, theirs = agree(acme, stripe), agree(globex, stripe)
     new = agree(acme, stripe)
@@ -669,6 +694,21 @@ def test_a_state_does_not_outlive_its_owner(
     assert audited(superuser, acme)[-1][0] != "stripe.connected"
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_of_two_grants_the_later_is_given_back_unless_it_is_of_the_account_that_is_connected(
+    acme: Account, stripe: Sandbox, store: Store, superuser: Engine, clock: TurnedClock, same: bool
+) -> None:
+    account_id = connect(acme, stripe)
+    granted = account_id if same else "acct_1Another"
+    with store.tenant(UUID(acme.tenant["id"]), exclusive=True) as tx:
+        grant = Grant(granted, "read_write", livemode=False)
+        refused = connect_account(tx, grant, None, livemode=False, now=clock())
+    assert isinstance(refused, StripeAlreadyConnected)
+    assert shown(acme) == (account_id, "active")
+    given_back = [] if same else [(DEAUTHORIZE, granted)]
+    assert tasks(superuser) == [(CHECK, account_id), *given_back]
+
+
 # callback: in which browser ----------------------------------------------------------------------
 
 OUR_PAGE = {"Sec-Fetch-Site": "same-origin", "Origin": "http://testserver"}
@@ -705,6 +745,17 @@ def test_another_browser_is_not_told_where_this_one_returns_to(acme: Account, st
     assert refusal(call_back(acme.client, url)) == (400, "state-unknown")
     bound = f"__Host-connect={binding_of(answer)}"
     assert call_back(acme.client, url, Cookie=bound).status_code == 303
+
+
+def test_the_log_says_from_where_another_browser_brought_a_state(
+    acme: Account, stripe: Sandbox, superuser: Engine
+) -> None:
+    answer = call_back(acme.client, stripe.approve(start(acme, OUR_PAGE).json()["url"]))
+    assert refusal(answer) == (400, "state-unknown")
+    wanted = "SELECT actor_kind, address, request_id FROM audit_log WHERE action = 'stripe.connect_refused'"
+    assert [tuple(row) for row in rows_of(superuser, wanted)] == [
+        ("anonymous", "testclient", answer.headers["x-request-id"])
+    ]
 
 
 def test_a_browser_keeps_its_binding(acme: Account, globex: Account, stripe: Sandbox) -> None:
@@ -1010,6 +1061,28 @@ def test_nobody_else_gets_the_account_until_stripe_was_told(
     assert shown(acme) == (None, "disconnected")
 
 
+def test_an_account_is_free_once_stripe_was_told_though_its_tenant_has_another_by_then(
+    acme: Account, globex: Account, stripe: Sandbox, worker: Worker
+) -> None:
+    account_id = connect(acme, stripe)
+    disconnect(acme)
+    other = connect(acme, stripe)
+    assert work(worker) == [DEAUTHORIZE]
+    assert reconnect(globex, stripe, account_id).status_code == 200
+    assert shown(acme) == (other, "active")
+
+
+def test_an_account_of_old_that_does_not_serve_is_given_back_too(
+    acme: Account, stripe: Sandbox, superuser: Engine, worker: Worker
+) -> None:
+    account_id = connect(acme, stripe)
+    disconnect(acme)
+    assert (work(worker), tasks(superuser)) == ([DEAUTHORIZE], [])
+    stripe.faults.once("token", Fault.READ_ONLY)
+    assert refusal(reconnect(acme, stripe, account_id)) == (403, "access-denied")
+    assert tasks(superuser) == [(DEAUTHORIZE, account_id)]
+
+
 def test_the_worker_looks_after_accounts(
     acme: Account, stripe: Sandbox, worker: Worker, superuser: Engine, clock: TurnedClock
 ) -> None:
@@ -1047,6 +1120,49 @@ def test_a_look_that_comes_too_late_changes_nothing(
     worker.do(taken)
     assert len(stripe.calls) == asked
     assert [kind for kind, _ in tasks(superuser)] == [DEAUTHORIZE]
+
+
+def test_looks_at_accounts_have_a_queue_of_their_own(
+    acme: Account, stripe: Sandbox, superuser: Engine
+) -> None:
+    connect(acme, stripe)
+    assert rows_of(superuser, "SELECT queue FROM tasks WHERE kind = 'stripe.check'") == [("checks",)]
+
+
+def test_what_counts_is_when_stripe_was_asked_not_when_it_answered(
+    acme: Account, stripe: Sandbox, stripe_settings: Settings, store: Store, clock: TurnedClock
+) -> None:
+    connect(acme, stripe)
+    before = len(stripe.calls)
+    # A clock that goes on while Stripe is asked, and at no other time.
+    ticking = stripe_connections_for(
+        stripe_settings, store, lambda: clock.now + timedelta(minutes=len(stripe.calls) - before + 1)
+    )
+    known = ticking.status(UUID(acme.tenant["id"])).connection
+    assert known is not None
+    assert known.checked_at == clock.now + timedelta(minutes=1)
+    worse = replace(known.account, charges_enabled=False)
+    with store.tenant(UUID(acme.tenant["id"]), exclusive=True) as tx:
+        minutes = [clock.now + timedelta(minutes=number) for number in range(6)]
+        note(tx, known, known.account, asked_at=minutes[2], now=minutes[4])
+        seen = note(tx, known, worse, asked_at=minutes[3], now=minutes[5])
+    assert seen is not None
+    assert seen.status == "restricted"
+
+
+def test_what_stripe_says_of_a_connection_that_has_ended_meanwhile_changes_nothing(
+    acme: Account, stripe: Sandbox, store: Store, superuser: Engine, clock: TurnedClock
+) -> None:
+    connect(acme, stripe)
+    with store.tenant(UUID(acme.tenant["id"])) as tx:
+        known = tx.stripe.find()
+    disconnect(acme)
+    before = audited(superuser, acme), told(superuser, acme), tasks(superuser)
+    clock.turn(seconds=1)
+    with store.tenant(UUID(acme.tenant["id"]), exclusive=True) as tx:
+        assert known is not None
+        note(tx, known, None, asked_at=clock(), now=clock())
+    assert (audited(superuser, acme), told(superuser, acme), tasks(superuser)) == before
 
 
 def test_what_stripe_said_before_the_last_answer_changes_nothing(
@@ -1178,6 +1294,18 @@ def test_502_if_the_account_cannot_be_made_and_a_repeat_makes_no_second(
     assert len(stripe.accounts) == 1
 
 
+def test_an_account_that_could_not_be_made_is_asked_for_anew_an_hour_later(
+    acme: Account, stripe: Sandbox, clock: TurnedClock
+) -> None:
+    # Stripe keeps its failure under the key as long as a success.
+    stripe.faults.always("create_account", Fault.SERVER_ERROR)
+    for hours in (0, 0, 1):
+        come_back(acme, clock, hours=hours)
+        assert refusal(start(acme, flow="account_link")) == (502, "stripe-unavailable")
+    first, repeat, later = (call.headers["idempotency-key"] for call in stripe.called("create_account"))
+    assert first == repeat != later
+
+
 def test_502_if_the_link_cannot_be_made_and_a_repeat_renews_it(acme: Account, stripe: Sandbox) -> None:
     stripe.faults.once("create_account_link", Fault.SERVER_ERROR)
     assert refusal(start(acme, flow="account_link")) == (502, "stripe-unavailable")
@@ -1199,6 +1327,27 @@ def test_unlinking_is_nothing_to_tell_stripe(
     assert shown(acme) == (None, "disconnected")
     assert start(acme, flow="account_link").status_code == 200
     assert len(stripe.accounts) == 2
+
+
+def test_after_unlinking_a_new_link_connects_the_new_account(
+    acme: Account, stripe: Sandbox, clock: TurnedClock
+) -> None:
+    start(acme, flow="account_link")
+    (first,) = stripe.accounts
+    disconnect(acme)
+    url = stripe.finish(start(acme, flow="account_link").json()["url"])
+    (second,) = stripe.accounts.keys() - {first}
+    clock.turn(seconds=1)
+    assert call_back(acme.client, url).status_code == 200
+    assert shown(acme) == (second, "active")
+
+
+def test_nobody_else_may_bring_an_account_that_was_made_for_a_tenant(
+    acme: Account, globex: Account, stripe: Sandbox
+) -> None:
+    start(acme, flow="account_link")
+    (account_id,) = stripe.accounts
+    assert refusal(reconnect(globex, stripe, account_id)) == (409, "stripe-account-taken")
 
 
 def test_a_link_may_return_to_a_page_of_the_platform(acme: Account, stripe: Sandbox) -> None:
@@ -1250,6 +1399,64 @@ def test_of_two_tenants_that_bring_a_free_account_at_once_one_gets_it(
         answers = list(pool.map(lambda url: call_back(acme.client, url), urls))
     assert sorted(answer.status_code for answer in answers) == [200, 409]
     assert sorted([shown(acme)[0] is None, shown(globex)[0] is None]) == [False, True]
+
+
+def await_waiter(superuser: Engine, other: Future[Any]) -> None:
+    """Until the other waits for a lock, or need not."""
+    while not other.done() and not rows_of(superuser, "SELECT pid FROM pg_locks WHERE NOT granted"):
+        time.sleep(0.01)
+
+
+def test_a_callback_beside_another_finds_what_that_connected(
+    acme: Account, stripe: Sandbox, store: Store, superuser: Engine, clock: TurnedClock
+) -> None:
+    url = agree(acme, stripe)
+    with ThreadPoolExecutor(1) as pool:
+        with store.tenant(UUID(acme.tenant["id"]), exclusive=True) as tx:
+            grant = Grant("acct_1Another", "read_write", livemode=False)
+            connect_account(tx, grant, None, livemode=False, now=clock())
+            answer = pool.submit(call_back, acme.client, url)
+            await_waiter(superuser, answer)
+        assert refusal(answer.result()) == (409, "stripe-already-connected")
+    assert shown(acme)[0] == "acct_1Another"
+
+
+def test_a_look_beside_a_disconnection_brings_nothing_back(
+    acme: Account,
+    stripe: Sandbox,
+    store: Store,
+    superuser: Engine,
+    connections: StripeConnections,
+    clock: TurnedClock,
+) -> None:
+    connect(acme, stripe)
+    clock.turn(seconds=1)
+    tenant_id = UUID(acme.tenant["id"])
+    with ThreadPoolExecutor(1) as pool:
+        with store.tenant(tenant_id, exclusive=True) as tx:
+            end_connection(tx, now=clock())
+            seen = pool.submit(connections.status, tenant_id)
+            await_waiter(superuser, seen)
+        seen.result()
+    assert status(acme)["status"] == "disconnected"
+
+
+def test_of_an_account_connected_again_while_stripe_was_told_stripe_is_asked_at_once(
+    acme: Account, stripe: Sandbox, store: Store, superuser: Engine, worker: Worker, clock: TurnedClock
+) -> None:
+    account_id = connect(acme, stripe)
+    disconnect(acme)
+    (taken,) = take(worker)
+    with ThreadPoolExecutor(1) as pool:
+        with store.tenant(UUID(acme.tenant["id"]), exclusive=True) as tx:
+            grant = Grant(account_id, "read_write", livemode=False)
+            connect_account(tx, grant, StripeAccount(account_id), livemode=False, now=clock())
+            told = pool.submit(worker.do, taken)
+            await_waiter(superuser, told)
+        told.result()
+    clock.turn(seconds=1)
+    assert work(worker) == [CHECK]
+    assert shown(acme) == (None, "disconnected")
 
 
 def test_a_stripe_that_hangs_delays_nobody_else(acme: Account, globex: Account, stripe: Sandbox) -> None:

@@ -124,6 +124,19 @@ def test_what_a_server_gives_up_as_it_ends_is_answered_too() -> None:
     assert is_the_problem(asyncio.run(story()))
 
 
+def test_each_request_has_a_deadline_of_its_own() -> None:
+    async def story() -> float:
+        seconds = 10 * SHORT
+        asked = around(hang, seconds)
+        first = asyncio.create_task(answers(asked))
+        await asyncio.sleep(SHORT)
+        started = perf_counter()
+        await asyncio.gather(first, answers(asked))
+        return perf_counter() - started
+
+    assert asyncio.run(story()) < 17 * SHORT
+
+
 def test_a_lifespan_has_no_deadline() -> None:
     async def app(_scope: Scope, _receive: Receive, _send: Send) -> None:
         await asyncio.sleep(2 * SHORT)

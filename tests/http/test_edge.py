@@ -184,6 +184,21 @@ def test_a_client_that_left_is_logged_as_499(events: list[Any]) -> None:
     assert [event["status"] for event in events] == [499]
 
 
+async def leaves(scope: Scope, receive: Receive, send: Send) -> None:
+    await receive()
+
+
+async def fails(scope: Scope, receive: Receive, send: Send) -> None:
+    raise RuntimeError
+
+
+@pytest.mark.parametrize("app", [answering(), leaves, fails])
+def test_however_it_ends_nothing_is_in_flight_then(app: ASGIApp) -> None:
+    edge = Edge(app)
+    through(edge)
+    assert edge.in_flight == 0
+
+
 # The answer nobody else gave ---------------------------------------------------------------------
 
 
@@ -257,6 +272,7 @@ PROXIES = [ip_network("10.0.0.0/8"), ip_network("fd00::/8")]
         ("10.0.0.1", ["1.1.1.1, 203.0.113.9"], "203.0.113.9"),
         ("10.0.0.1", ["1.1.1.1, 203.0.113.9, 10.0.0.2"], "203.0.113.9"),
         ("10.0.0.1", ["1.1.1.1", "203.0.113.9,10.0.0.2"], "203.0.113.9"),
+        ("10.0.0.1", ["203.0.113.9", "10.0.0.2"], "203.0.113.9"),
         ("10.0.0.1", ["10.0.0.3, 10.0.0.2"], "10.0.0.3"),
         ("10.0.0.1", ["203.0.113.9:4711"], "203.0.113.9"),
         ("10.0.0.1", ["[2001:db8::1]:4711"], "2001:db8::1"),

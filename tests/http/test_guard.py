@@ -114,8 +114,9 @@ def test_an_empty_body_is_no_body_whatever_is_said_of_it(headers: list[tuple[byt
     assert (seen.headers, seen.body) == ([], b"")
 
 
-def test_a_body_at_the_limit() -> None:
-    assert len(through(b"x" * MAX_BODY_BYTES).body) == MAX_BODY_BYTES
+@pytest.mark.parametrize("declared", [[], [(b"content-length", b"%d" % MAX_BODY_BYTES)]])
+def test_a_body_at_the_limit(declared: list[tuple[bytes, bytes]]) -> None:
+    assert len(through(b"x" * MAX_BODY_BYTES, headers=[JSON, *declared]).body) == MAX_BODY_BYTES
 
 
 def test_413_past_the_limit_whatever_was_declared() -> None:

@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 from app import readiness
 from billing import errors
 from billing.http import document, pages, problems, templates
+from billing.storage.schema import SchemaError
 
 DOCUMENT: dict[str, Any] = {
     "openapi": "3.0.3",
@@ -238,8 +239,18 @@ def test_many_who_ask_at_once_are_one_look_at_the_database() -> None:
     assert slow.looks == 1
 
 
+def test_a_schema_of_another_version_is_not_ready() -> None:
+    class Elsewhere:
+        def require_ready(self) -> None:
+            raise SchemaError("of another version")
+
+    with pytest.raises(errors.DatabaseUnavailable):
+        asyncio.run(readiness(Elsewhere())())  # type: ignore[arg-type]
+
+
 def test_health_and_readiness(client: TestClient) -> None:
     assert client.get("/healthz").json() == {"status": "ok"}
+    assert client.get("/healthz").headers["cache-control"] == "no-store"
     assert client.get("/readyz").json() == {"status": "ready"}
     assert client.get("/readyz").headers["Cache-Control"] == "no-store"
 

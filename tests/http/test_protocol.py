@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ import orjson
 import pytest
 from starlette.types import Receive, Scope, Send
 
+from billing.cli.serve import DRAIN_SECONDS
 from billing.http import protocol
+from billing.http.guard import BODY_TIMEOUT_SECONDS
 from tests.rawhttp import Address, Connection, chunked, exchange, request, serving
 
 UPGRADE = (
@@ -165,6 +169,14 @@ def test_as_many_as_may_wait_are_answered_again_and_again(connection: Connection
     for _ in range(3):
         connection.send(request("GET", "/") * protocol.MAX_PIPELINED)
         assert {connection.receive().status for _ in range(protocol.MAX_PIPELINED)} == {200}
+
+
+def test_what_is_sent_while_requests_wait_is_read_when_they_are_answered(connection: Connection) -> None:
+    half = protocol.MAX_PIPELINED // 2 + 1
+    connection.send(request("GET", "/slow") * 2 + request("GET", "/") * half)
+    assert connection.receive().status == 200
+    connection.send(request("GET", "/") * half)
+    assert {connection.receive().status for _ in range(1 + 2 * half)} == {200}
 
 
 def test_pipelined_requests_are_answered_in_order(connection: Connection) -> None:
@@ -379,6 +391,45 @@ def test_an_idle_connection_is_uvicorns_to_close(hurried: Address) -> None:
         assert seen_by(connection, request("GET", "/1"))["path"] == "/1"
         time.sleep(0.6)
         assert seen_by(connection, request("GET", "/2"))["path"] == "/2"
+
+
+def test_nothing_is_kept_of_a_connection_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "CHECKED_EVERY_SECONDS", 3600)
+    kept: weakref.WeakSet[protocol.Protocol] = weakref.WeakSet()
+
+    class Known(protocol.Protocol):
+        def connection_made(self, transport: Any) -> None:
+            kept.add(self)
+            super().connection_made(transport)
+
+    with serving(echo, http=Known) as address:
+        for _ in range(3):
+            exchange(address, request("GET", "/", "Connection: close"))
+        assert is_soon(lambda: gc.collect() >= 0 and not kept)
+
+
+def is_soon(what: Callable[[], bool]) -> bool:
+    """Whether it comes true within a few seconds."""
+    return any(what() or time.sleep(0.05) for _ in range(100))
+
+
+def test_a_connection_that_was_idle_has_all_the_time_for_its_next_head(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(protocol, "PATIENCE_SECONDS", 2)
+    monkeypatch.setattr(protocol, "CHECKED_EVERY_SECONDS", 0.05)
+    with serving(echo) as address, Connection(address) as connection:
+        assert seen_by(connection, request("GET", "/1"))["path"] == "/1"
+        time.sleep(2.2)
+        connection.send(b"GET /2 HTTP/1.1\r\n", b"Host: test\r\n\r\n", pause_seconds=0.3)
+        assert connection.receive().json()["path"] == "/2"
+
+
+def test_a_server_that_drains_outlasts_whoever_sends_slowly() -> None:
+    assert protocol.PATIENCE_SECONDS + protocol.CHECKED_EVERY_SECONDS < DRAIN_SECONDS
+    assert BODY_TIMEOUT_SECONDS < DRAIN_SECONDS
+    said = f"A body may take {BODY_TIMEOUT_SECONDS:.0f} s to arrive"
+    assert said in (ROOT / "docs/settings.md").read_text()
 
 
 # The command -------------------------------------------------------------------------------------

@@ -132,3 +132,25 @@ def test_a_write_of_a_transaction_that_raises_is_forgotten(store: Store, acme: A
         tx.tenants.touch(LATER)
         raise KeyError
     assert updated_at(store, tenant_id) < LATER
+
+
+def test_a_write_that_was_put_off_goes_with_its_transaction(store: Store, acme: Account) -> None:
+    with pytest.raises(ZeroDivisionError), store.tenant(UUID(acme.tenant["id"])) as tx:
+        tx.tenants.set_tier("none that there is", LATER)
+        raise ZeroDivisionError
+    with store.tenant(UUID(acme.tenant["id"])) as tx:
+        assert tx.tenants.get().tier == "free"
+
+
+def test_a_session_has_its_bounds(store: Store) -> None:
+    names = ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout")
+    with store.tenant(new_id()) as tx:
+        bounds = [tx.tenants._connection.exec_driver_sql(f"SHOW {name}").scalar_one() for name in names]
+    assert bounds == ["5s", "2s", "10s"]
+
+
+def test_what_a_failed_statement_was_given_is_not_in_its_error(store: Store) -> None:
+    with pytest.raises(StorageError) as refused, store.tenant(new_id()) as tx:
+        tx.tenants._connection.exec_driver_sql("SELECT 1 / length(%s) - 1 / 0", ("confidential",))
+    assert "DivisionByZero" in str(refused.value.__cause__)
+    assert "confidential" not in str(refused.value.__cause__)

@@ -637,13 +637,19 @@ def authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Authority:
     return made
 
 
-def test_the_name_is_kept_for_tls(authority: Authority) -> None:
+@pytest.mark.parametrize("written", [NAME, f"{NAME}."])
+def test_the_name_is_kept_for_tls(
+    authority: Authority, names: Callable[[dict[str, list[str]]], Names], written: str
+) -> None:
+    names({written: ["127.0.0.1"]})
     said: list[str | None] = []
     context = authority.server(NAME)
     context.sni_callback = lambda _, name, __: said.append(name)
     with receiving(answers(), tls=context) as receiver:
-        assert send(development(), receiver_url(receiver, "https")).http_status == 200
+        url = receiver_url(receiver, "https").replace(NAME, written)
+        assert send(development(), url).http_status == 200
     assert said == [NAME]
+    assert receiver.last.headers["Host"] == f"{NAME}:{receiver.port}"
 
 
 def test_an_answer_to_the_head_alone_is_read_over_tls(authority: Authority) -> None:

@@ -23,7 +23,7 @@ ALTER TABLE deliveries
     ADD CONSTRAINT deliveries_attempts CHECK (attempts >= 0) NOT VALID;
 ALTER TABLE audit_log
     ADD CONSTRAINT audit_log_form
-        CHECK (sequence > 0 AND octet_length(hash) = 32 AND jsonb_typeof(details) = 'object') NOT VALID;
+        CHECK (octet_length(hash) = 32 AND jsonb_typeof(details) = 'object') NOT VALID;
 ALTER TABLE sessions
     ADD CONSTRAINT sessions_form CHECK (
         octet_length(current_jti) = 32 AND (previous_jti IS NULL OR octet_length(previous_jti) = 32)
