@@ -246,7 +246,7 @@ class CircuitBreaker:
     It is open for a quarter of a minute after three silences in a row, and while somebody has waited too long.
     """
 
-    BLOWS_AFTER = 3
+    OPENS_AFTER = 3
     OPEN_SECONDS = 15
     PATIENCE_SECONDS = 1.5
 
@@ -269,7 +269,7 @@ class CircuitBreaker:
         with self._lock:
             del self._waiting_since[threading.get_ident()]
             self._silences = self._silences + 1 if _is_silence(error) else 0
-            if self._silences >= self.BLOWS_AFTER:
+            if self._silences >= self.OPENS_AFTER:
                 self._open_until = self._clock() + self.OPEN_SECONDS
 
 

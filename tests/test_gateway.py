@@ -718,7 +718,7 @@ def test_an_account_link_that_leads_nowhere_is_stripe_unavailable(link: Any) -> 
         gateway.account_link(ID, return_url=CALLBACK)
 
 
-# The fuse ----------------------------------------------------------------------------------------
+# The breaker ----------------------------------------------------------------------------------------
 
 
 class Seconds:
@@ -739,7 +739,7 @@ def is_open(breaker: CircuitBreaker) -> bool:
     return breaker._clock() < breaker._open_until
 
 
-def test_the_fuse_blows_after_three_failures_in_a_row() -> None:
+def test_the_breaker_opens_after_three_failures_in_a_row() -> None:
     breaker = CircuitBreaker(Seconds())
     for _ in range(2):
         fail(breaker)
@@ -753,7 +753,7 @@ def test_the_fuse_blows_after_three_failures_in_a_row() -> None:
     assert is_open(breaker)
 
 
-def test_a_blown_fuse_is_tried_again_after_a_quarter_of_a_minute() -> None:
+def test_an_open_breaker_is_tried_again_after_a_quarter_of_a_minute() -> None:
     clock = Seconds()
     breaker = CircuitBreaker(clock)
     for _ in range(3):
@@ -803,12 +803,12 @@ def test_while_somebody_waits_too_long_nobody_else_does() -> None:
         pass
 
 
-def test_a_failure_passes_through_the_fuse() -> None:
+def test_a_failure_passes_through_the_breaker() -> None:
     with pytest.raises(ZeroDivisionError), CircuitBreaker(Seconds()):
         _ = 1 / 0
 
 
-def test_the_fuse_counts_right_under_threads() -> None:
+def test_the_breaker_counts_right_under_threads() -> None:
     breaker = CircuitBreaker(Seconds())
     together = threading.Barrier(32)
 
@@ -821,7 +821,7 @@ def test_the_fuse_counts_right_under_threads() -> None:
     assert is_open(breaker)
 
 
-def test_while_the_fuse_is_blown_stripe_is_not_asked(gateway: Gateway, stripe: Sandbox) -> None:
+def test_while_the_breaker_is_open_stripe_is_not_asked(gateway: Gateway, stripe: Sandbox) -> None:
     account_id, code = connected(gateway, stripe), approved(gateway, stripe)
     stripe.faults.always("retrieve_account", Fault.SERVER_ERROR)
     for _ in range(5):
@@ -833,7 +833,7 @@ def test_while_the_fuse_is_blown_stripe_is_not_asked(gateway: Gateway, stripe: S
     gateway.revoke(account_id)
 
 
-def test_one_success_closes_the_fuse(gateway: Gateway, stripe: Sandbox) -> None:
+def test_one_success_closes_the_breaker(gateway: Gateway, stripe: Sandbox) -> None:
     account_id = connected(gateway, stripe)
     for _ in range(3):
         stripe.faults.once("retrieve_account", Fault.BAD_GATEWAY)

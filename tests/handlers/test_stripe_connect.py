@@ -73,7 +73,7 @@ def stripe_app(
 ) -> Iterator[TestClient]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gateway, "TOTAL_SECONDS", PATIENCE_SECONDS)
-        # It would stay blown for the next test.
+        # It would stay open for the next test.
         patch.setattr(gateway.CircuitBreaker, "OPEN_SECONDS", 0)
         app = create_app(stripe_settings, clock=shared_clock, counters=shared_counters)
         with CheckedClient(app, raise_server_exceptions=False) as client:
