@@ -241,8 +241,9 @@ def test_a_key_is_looked_up_by_its_id_whatever_the_plan(
         connection.exec_driver_sql(scope, values)
         plan = "".join(connection.exec_driver_sql(f"EXPLAIN {row}", values).scalars())
     engine.dispose()
-    assert "api_keys_pkey" in plan
-    assert "api_keys_by_age" not in plan
+    # Of two indexes that have it, either: of a table with few rows they cost the same.
+    assert "(id = (InitPlan" in plan
+    assert "digest" not in plan
 
 
 # Trouble -----------------------------------------------------------------------------------------
