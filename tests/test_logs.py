@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jsonschema_rs
 import psycopg2
 import pytest
 import sqlalchemy.exc
@@ -286,6 +287,32 @@ def test_a_database_error_shows_its_types_alone(lines: Lines) -> None:
     assert email not in json.dumps(event)
 
 
+@pytest.mark.parametrize("module", sorted(logs.QUOTING))
+def test_an_error_of_a_library_that_quotes_shows_its_type_alone(lines: Lines, module: str) -> None:
+    quoting = type("Refused", (Exception,), {"__module__": f"{module}.errors"})
+    structlog.get_logger().error("failed", exc_info=quoting("what was submitted"))
+    (event,) = lines()
+    assert event["exception"].endswith(f"{module}.errors.Refused")
+    assert "submitted" not in event["exception"]
+
+
+def test_the_schemas_library_is_one_of_them(lines: Lines) -> None:
+    try:
+        jsonschema_rs.validate({"type": "integer"}, "what was submitted")
+    except jsonschema_rs.ValidationError:
+        structlog.get_logger().exception("failed")
+    (event,) = lines()
+    assert event["exception"].endswith("ValidationError")
+
+
+def test_a_line_that_cannot_be_made_is_not_printed_as_it_came(
+    restored: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs.configure(tty=False)
+    logging.getLogger("anyone").warning("%s and %s", "what was submitted")
+    assert "submitted" not in capsys.readouterr().err
+
+
 def test_causes_contexts_and_groups_are_told_once_each(lines: Lines) -> None:
     first, second = KeyError("first"), KeyError("second")
     second.__cause__, first.__context__ = first, second
@@ -295,12 +322,15 @@ def test_causes_contexts_and_groups_are_told_once_each(lines: Lines) -> None:
     assert [event["exception"].count(word) for word in ("'first'", "'second'", "third")] == [1, 1, 1]
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), ValueError("I/O operation on closed file")], ids=repr
+)
 def test_a_log_that_cannot_be_written_costs_only_the_line(
-    restored: None, monkeypatch: pytest.MonkeyPatch
+    restored: None, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     class Full(io.StringIO):
         def write(self, _: str) -> int:
-            raise OSError(28, "No space left on device")
+            raise error
 
     monkeypatch.setattr("sys.stderr", Full())
     logs.configure(tty=False)

@@ -239,6 +239,21 @@ def test_many_who_ask_at_once_are_one_look_at_the_database() -> None:
     assert slow.looks == 1
 
 
+def test_one_who_does_not_wait_takes_the_look_from_nobody() -> None:
+    class Slow:
+        def require_ready(self) -> None:
+            time.sleep(0.2)
+
+    async def two() -> None:
+        ready = readiness(Slow())  # type: ignore[arg-type]
+        leaving, staying = asyncio.create_task(ready()), asyncio.create_task(ready())
+        await asyncio.sleep(0.05)
+        leaving.cancel()
+        await staying
+
+    asyncio.run(two())
+
+
 def test_a_schema_of_another_version_is_not_ready() -> None:
     class Elsewhere:
         def require_ready(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from billing.errors import DatabaseUnavailable
 from billing.ids import new_id
 from billing.keys import KeyDigests
 from billing.settings import Settings
+from billing.storage import watchdog
 from billing.storage.store import Store, TenantTx
 from tests.conftest import TestDatabase
 from tests.faults.stopping import stopped
@@ -101,6 +103,16 @@ def watches() -> set[threading.Thread]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_what_was_closed_in_the_meantime_is_cut_no_more() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        watched = watchdog._WatchedSocket(ours.fileno(), STATEMENT_SECONDS)
+        watched.close()
+        watched.cut()
+        theirs.sendall(b"still there")
+        assert ours.recv(100) == b"still there"
+
+
 def test_no_socket_is_left_behind(impatient: Store) -> None:
     impatient.require_ready()
     before = sockets()
