@@ -169,9 +169,13 @@ KEY_USES_DROPPED = Counter(
 LANE_THREADS = Gauge("lane_threads", "Threads of each kind of work.", "lane")
 LANE_BUSY = Gauge("lane_threads_busy", "Of these, those that work.", "lane")
 LANE_WAITING = Gauge("lane_waiting", "Requests that wait for one of these threads.", "lane")
-LANE_WAIT = Histogram("lane_wait_seconds", "How long those waited that found no thread free.", "lane")
+LANE_WAIT = Histogram(
+    "lane_wait_seconds",
+    "How long those waited for whom no thread was free.",
+    "lane",
+)
 LANE_REFUSED = Counter(
-    "lane_refused_total", "Requests told to come back: no thread became free in time.", "lane"
+    "lane_refused_total", "Requests told to come back: no thread was free for them in time.", "lane"
 )
 POOL_SIZE = Gauge("database_pool_size", "Connections to the database that there may be.", "component")
 POOL_IN_USE = Gauge("database_pool_in_use", "Of these, those in use.", "component")

@@ -280,7 +280,7 @@ class Call:
         return CallTimedOut() if is_late else outcome
 
     def seconds(self) -> float:
-        """What is left for the next step of connecting; raises `DeadlineExceeded`."""
+        """What is left for the next step of connecting; raises `CallTimedOut`."""
         if (left := self.ends_at - time.monotonic()) <= 0:
             raise CallTimedOut
         return min(left, self.bounds.connect_seconds)
@@ -312,7 +312,7 @@ class Call:
         return connection
 
     def watch(self, connection: socket.socket) -> None:
-        """Have this socket cut at the deadline; raises `DeadlineExceeded` when that has passed."""
+        """Have this socket cut at the deadline; raises `CallTimedOut` when that has passed."""
         self.release()
         # A descriptor of our own for the same socket: TLS takes the other from its object, and once closed it is the
         # number of somebody else's.

@@ -284,3 +284,10 @@ def hanging_resolver(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Even
     monkeypatch.setattr(socket, "getaddrinfo", names)
     yield names.freed
     names.freed.set()
+
+
+def waits_for_a_lock(superuser: Engine) -> bool:
+    """Whether anybody waits for one in this database; `pg_locks` has those of the whole cluster."""
+    query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    with superuser.connect() as connection:
+        return bool(connection.scalar(text(query)))

@@ -29,7 +29,7 @@ from click.testing import CliRunner, Result
 from dotenv import dotenv_values
 from sqlalchemy import create_engine, text
 
-from billing.cli import main
+from billing.cli import companion, main
 from billing.cli.companion import END_SECONDS, Companion
 from billing.cli.console import Moment
 from billing.settings import KEYRINGS, Settings
@@ -618,6 +618,21 @@ def test_a_companion_that_could_not_be_started_is_tried_again(
     assert events[0]["cause"] == "No such file or directory"
 
 
+def test_a_companion_that_waits_to_be_tried_again_is_renewed_at_once(
+    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(companion, "FIRST_PAUSE_SECONDS", 3600)
+    python = sys.executable
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with structlog.testing.capture_logs() as events, Companion() as ours:
+        eventually(lambda: bool(events))
+        monkeypatch.setattr(sys, "executable", python)
+        ours.renew()
+        eventually(lambda: bool(companions_of(os.getpid())))
+
+
 def test_a_companion_is_of_the_same_code_wherever_it_is_started(
     environ: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -1153,10 +1168,11 @@ def test_what_waits_for_its_next_attempt_is_sent_now(
     assert len(receiver.received) == 2
 
 
+@pytest.mark.parametrize("event_types", [[REGENERATED], ["webhook.test"]])
 def test_types_that_are_not_asked_for_and_tests_are_not_replayed(
-    run: Run, server: Server, tenant: Tenant, receiver: Receiver
+    run: Run, server: Server, tenant: Tenant, receiver: Receiver, event_types: list[str]
 ) -> None:
-    configure(server, tenant, receiver, event_types=[REGENERATED])
+    configure(server, tenant, receiver, event_types=event_types)
     assert server.call("POST", "/webhooks/test/", tenant.access).json()["success"]
     [test] = listed(run, tenant)["deliveries"]
 

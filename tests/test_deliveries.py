@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -34,6 +34,7 @@ from billing.webhooks.delivery import DELIVER, JITTER, RETRY_DELAYS, TOO_LONG, T
 from billing.webhooks.egress import Egress
 from billing.webhooks.endpoints import DISABLED, Endpoint, UrlPolicy
 from tests.clock import TurnedClock
+from tests.conftest import waits_for_a_lock
 from tests.receivers import Received, Receiver, Visit, head, receiving
 
 LOOPBACK = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
@@ -665,7 +666,7 @@ def test_what_is_not_asked_for_is_not_sent_however_much_of_it_there_is(
     assert bench.statuses() == [("delivered", 1)]
 
 
-def test_who_configures_while_a_batch_is_begun_says_where_it_goes(bench: Bench) -> None:
+def test_who_configures_while_a_batch_is_begun_says_where_it_goes(bench: Bench, superuser: Engine) -> None:
     with receiving(Answering()) as old, receiving(Answering()) as new, ThreadPoolExecutor(1) as pool:
         bench.configure(url_of(old))
         bench.record()
@@ -674,7 +675,7 @@ def test_who_configures_while_a_batch_is_begun_says_where_it_goes(bench: Bench) 
             given = {"event_types": None, "regenerate_secret": False, "grace": DAY, "now": bench.clock()}
             endpoints.configure(tx, url=url_of(new), **given)
             delivering = pool.submit(bench.deliveries.deliver, task)
-            wait([delivering], timeout=0.3)
+            eventually(lambda: waits_for_a_lock(superuser))
         delivering.result(PATIENCE_SECONDS)
     assert (len(old.received), len(new.received)) == (0, 1)
 
@@ -805,12 +806,6 @@ def test_an_event_that_is_committed_while_the_task_is_finished_is_sent_next(
 
     assert types_of(receiver) == [TEST, REVOKED]
     assert bench.waiting() == []
-
-
-def waits_for_a_lock(superuser: Engine) -> bool:
-    query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-    with superuser.connect() as connection:
-        return bool(connection.scalar(text(query)))
 
 
 def test_what_a_worker_died_of_comes_again_when_its_lease_ends(bench: Bench) -> None:

@@ -718,7 +718,7 @@ def test_an_account_link_that_leads_nowhere_is_stripe_unavailable(link: Any) -> 
         gateway.account_link(ID, return_url=CALLBACK)
 
 
-# The breaker ----------------------------------------------------------------------------------------
+# The breaker -------------------------------------------------------------------------------------
 
 
 class Seconds:

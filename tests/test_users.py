@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -23,6 +24,7 @@ from billing.settings import Settings
 from billing.storage.store import Store, TenantTx
 from billing.tenants import Tenant
 from billing.users import User, get, new_user, normalise_email, require_another_owner
+from tests.conftest import waits_for_a_lock
 
 # A busy machine is no failure.
 UNHURRIED = hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -151,8 +153,9 @@ def test_two_owners_cannot_end_each_other_at_once(
         with store.tenant(acme.id, exclusive=True) as tx:
             END[end](tx, ADA.email)
             other = pool.submit(end_bob)
-            while not rows_of(superuser, "SELECT pid FROM pg_locks WHERE NOT granted"):
+            while not waits_for_a_lock(superuser):
                 assert not other.done()
+                time.sleep(0.01)
         with pytest.raises(Conflict):
             other.result()
     owners = "SELECT email FROM users WHERE role = 'owner' AND is_active"

@@ -26,6 +26,8 @@ class Companion:
 
     def __init__(self) -> None:
         self._stopping = threading.Event()
+        # Whether the one that runs was told to end. Who waits to start another waits no longer.
+        self._told = threading.Event()
         # Held while one is started: it is either known when we leave, or not started any more.
         self._starting = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
@@ -51,6 +53,7 @@ class Companion:
             self._tell_to_end()
 
     def _tell_to_end(self) -> None:
+        self._told.set()
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.close()
 
@@ -59,17 +62,12 @@ class Companion:
         while not self._stopping.is_set():
             try:
                 said: dict[str, object] = {"exit_code": self._run()}
-                if self._was_told_to_end():
-                    continue
             except OSError as error:  # As where there is no memory for one more process.
                 said = {"cause": error.strerror}
-            if not self._stopping.is_set():
+            if not self._told.is_set():
                 log.error("the worker ended, and is started again", **said)
-                self._stopping.wait(pause)
-                pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
-
-    def _was_told_to_end(self) -> bool:
-        return self._process is not None and self._process.stdin is not None and self._process.stdin.closed
+            was_told = self._told.wait(pause)
+            pause = FIRST_PAUSE_SECONDS if was_told else min(2 * pause, LONGEST_PAUSE_SECONDS)
 
     def _run(self) -> int | None:
         process = self._start()
@@ -79,6 +77,7 @@ class Companion:
         with self._starting:
             if self._stopping.is_set():
                 return None
+            self._told.clear()
             command = [sys.executable, "-P", "-c", AS_WE_ARE, "worker", "--while-stdin-is-open"]
             # In a group of its own, for Ctrl-C is ours: it works until requests in flight have finished.
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0)

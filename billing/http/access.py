@@ -1,4 +1,4 @@
-"""Access: two schemes that find the caller, and who of them may do what; also as Connexion asks for them."""
+"""Access: two schemes that find the caller, and what a caller may do; also as Connexion asks for them."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ class LimitMiddleware:
         self.limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        operation = self._named(scope) if scope["type"] == "http" else None
+        operation = self._note_operation(scope) if scope["type"] == "http" else None
         if operation is None:
             await self.app(scope, receive, send)
             return
@@ -160,7 +160,7 @@ class LimitMiddleware:
                 await self.limits.note_stranger(scope)
             raise
 
-    def _named(self, scope: Scope) -> Operation | None:
+    def _note_operation(self, scope: Scope) -> Operation | None:
         scope["state"]["operation_id"] = operation_id_of(scope)
         return self.operations.get(scope["state"]["operation_id"])
 

@@ -71,7 +71,8 @@ def build(
     components = as_json_schema(document.get("components", {}))
     rules = {o.operation_id: Rules(components, o) for o in listed}
     handling = endpoints(listed, services, lanes)
-    answering = {o.operation_id: limits.throttled(o, handling[o.operation_id]) for o in listed}
+    counted = {o.operation_id: limits.excusing_repeats(o, handling[o.operation_id]) for o in listed}
+    answering = {o.operation_id: limits.throttled(o, counted[o.operation_id]) for o in listed}
     access = Access(authenticator, limits)
     app = connexion.AsyncApp(
         "billing",

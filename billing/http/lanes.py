@@ -104,8 +104,9 @@ class BoundedThreads:
         self.waiting = 0
         self._longest_wait_seconds = longest_wait_seconds
         self._free = asyncio.Semaphore(count)
-        # Of these each call holds one too. A tenant's is there as long as somebody holds it or waits for it.
+        # For who has no share of their own: as many as there are threads, so that nobody waits for it.
         self._anybodys = asyncio.Semaphore(count)
+        # Each as long as somebody holds it or waits for it.
         self._shares = WeakValueDictionary[Hashable, asyncio.Semaphore]()
         self._threads = Threads(name)
 

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 from starlette.types import Scope
 
-from billing.errors import InvalidCredentials, RateLimited, WrongPassword
+from billing.errors import IdempotencyInProgress, InvalidCredentials, RateLimited, WrongPassword
 from billing.failed_logins import FailedLogins
 from billing.http.addresses import network_of
 from billing.http.document import Operation
@@ -56,7 +56,25 @@ class Limits:
         """Count what costs others something, once it is known that the caller may do it; raises `RateLimited`."""
         policy = self._policies.costly.get(operation.operation_id)
         if policy is not None:
-            await self._require(scope, policy, str(scope["state"]["caller"].tenant_id))
+            usage = await self._require(scope, policy, str(scope["state"]["caller"].tenant_id))
+            scope["state"]["cost"] = usage
+
+    def excusing_repeats(self, operation: Operation, endpoint: Endpoint) -> Endpoint:
+        """The endpoint; a repeat of a request that is in progress is not counted, as it costs others nothing.
+
+        One whose server was lost is in progress until its lease ends, and its client asks again and again.
+        """
+        if operation.operation_id not in self._policies.costly:
+            return endpoint
+
+        async def attempt(scope: Scope) -> Rendered:
+            try:
+                return await endpoint(scope)
+            except IdempotencyInProgress:
+                await self._meter.take_back(scope["state"]["cost"])
+                raise
+
+        return attempt
 
     def throttled(self, operation: Operation, endpoint: Endpoint) -> Endpoint:
         """The endpoint; where it checks a password, only until too many were wrong.
@@ -99,10 +117,11 @@ class Limits:
         if caller_of(scope) is None and usage.is_just_over:
             self._failed_logins.note_throttled(actor_of(scope), email_of(scope), usage.window.policy.name)
 
-    async def _require(self, scope: Scope, policy: Policy, subject: str) -> None:
+    async def _require(self, scope: Scope, policy: Policy, subject: str) -> Usage:
         usage = await self._count(scope, policy, subject)
         if usage.is_over:
             raise refusal(usage)
+        return usage
 
     async def _count(self, scope: Scope, policy: Policy, subject: str) -> Usage:
         usage = await self._meter.count(policy, subject)

@@ -78,8 +78,7 @@ BEGIN = (
 )
 NEXT_DUE = select(func.min(deliveries.c.next_attempt_at)).where(PENDING, OF_TYPE)
 UNWANTED = deliveries.c.event_type != all_(bindparam("wanted", type_=ARRAY(Text)))
-SOME_UNWANTED = select(deliveries.c.id).where(PENDING, IS_DUE, UNWANTED).limit(AT_ONCE)
-DROP_UNWANTED = delete(deliveries).where(mine(deliveries), deliveries.c.id.in_(SOME_UNWANTED))
+DROP_UNWANTED = delete(deliveries).where(some_of(deliveries, and_(IS_PENDING, IS_DUE, UNWANTED)))
 # What was begun again meanwhile stays as it is.
 AS_BEGUN = f"""
 deliveries.tenant_id = %({MINE})s::uuid AND deliveries.id = s.id
@@ -140,7 +139,10 @@ class Deliveries(Shelf):
         self.put_off(DROP_UNWANTED, now=now, wanted=list(wanted))
 
     def cancel(self, error: str, now: datetime) -> bool:
-        """Give up what is pending, or a good part of it; whether there was any."""
+        """Give up what is pending, or a good part of it; whether there was any.
+
+        The caller holds the endpoint's lock, as all do who change pending ones but housekeeping, which deletes them.
+        """
         given_up = update(deliveries).where(some_of(deliveries, IS_PENDING))
         values = {"status": "failed", "error": error, "next_attempt_at": None, "settled_at": now}
         return self.run(given_up, **values).rowcount > 0

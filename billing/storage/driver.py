@@ -41,7 +41,7 @@ class StorageError(Exception):
     """PostgreSQL refused a statement of ours."""
 
 
-class Deadline(Protocol):
+class WatchedSocket(Protocol):
     """Until when an answer on a connection may be waited for: a block is one message and its answer."""
 
     def __enter__(self) -> None: ...
@@ -54,11 +54,11 @@ class Deadline(Protocol):
 class Connection(extensions.connection):
     """Who wants a transaction says BEGIN, and what else may go in the same message: psycopg2's is one of its own."""
 
-    def __init__(self, dsn: str, deadline_of: Callable[[int], Deadline], **options: Any) -> None:
+    def __init__(self, dsn: str, watch: Callable[[int], WatchedSocket], **options: Any) -> None:
         super().__init__(dsn, **options)
         self.autocommit = True
         self.postponed: list[bytes] = []
-        self.deadline = deadline_of(self.fileno())
+        self.deadline = watch(self.fileno())
 
     @property
     def is_in_transaction(self) -> bool:

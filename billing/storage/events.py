@@ -124,11 +124,10 @@ class Events(Shelf):
 
     def _chosen(self, choice: Choice, wanted: Sequence[str]) -> ColumnElement[bool]:
         of_type = events.c.type.in_(wanted) if wanted else true()
-        ours = and_(mine(events), of_type)
+        ours = and_(mine(events), of_type, ~events.c.is_test)
         if choice.event_ids:
             return and_(ours, events.c.id.in_(choice.event_ids))
-        is_chosen = HAS_FAILED if choice.since is None else events.c.created_at >= choice.since
-        return and_(ours, is_chosen, ~events.c.is_test)
+        return and_(ours, HAS_FAILED if choice.since is None else events.c.created_at >= choice.since)
 
     def _add_delivery(self, event: Event) -> bool:
         values = {"id": new_id(), "event_id": event.id, "event_type": event.type, "now": event.created_at}

@@ -119,7 +119,7 @@ class _CircuitBreaker:
         return self._open_until is not None and not self._may_try()
 
     def _may_try(self) -> bool:
-        """Whether it has rested for long enough, or was mended meanwhile; while one tries, the others may not."""
+        """Whether it has rested for long enough, or was closed meanwhile; while one tries, the others may not."""
         with self._lock:
             if self._open_until is None:
                 return True

@@ -116,7 +116,7 @@ def require_safe(connection: Connection) -> None:
     name, is_super, bypasses = role.one()
     if is_super or bypasses:
         raise SchemaError(f"The role {name} passes over row-level security: connect as billing_app.")
-    if others := connection.scalars(text(MIGHTY)).all():
+    if others := connection.scalars(text(MIGHTY), {"tables": list(metadata.tables)}).all():
         raise SchemaError(
             f"The role {name} is a member of {', '.join(others)}, and so passes over row-level security: "
             "connect as billing_app, a member of nothing."
@@ -133,7 +133,11 @@ SELECT rolname FROM pg_roles
 WHERE rolname <> current_user AND pg_has_role(current_user, oid, 'MEMBER')
     AND (
         rolsuper OR rolbypassrls
-        OR EXISTS (SELECT FROM pg_policy WHERE pg_roles.oid = ANY (polroles) AND polname <> 'tenant')
+        OR EXISTS (
+            SELECT FROM pg_policy JOIN pg_class ON pg_class.oid = polrelid
+            WHERE relnamespace = 'public'::regnamespace AND relname = ANY (:tables)
+                AND pg_roles.oid = ANY (polroles) AND polname <> 'tenant'
+        )
     )
 ORDER BY rolname
 """
@@ -146,7 +150,7 @@ WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p') AND relnam
     OR EXISTS (
         SELECT FROM pg_policy
         WHERE polrelid = pg_class.oid AND polpermissive AND polname <> 'tenant'
-            AND polroles && ARRAY[0, current_user::regrole::oid]
+            AND polroles && ARRAY(SELECT oid FROM pg_roles WHERE rolname = current_user UNION SELECT 0)
     )
 ) ORDER BY relname
 """

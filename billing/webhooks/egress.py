@@ -130,14 +130,14 @@ class Egress:
         Whatever the receiver does is in the `Attempt`, and raises nothing. Nothing of one tenant's receiver is left for
         another's: what is kept between two attempts ends with the block.
         """
-        client = self._line_to(url)
+        client = self._client_to(url)
         if client is None:
             yield lambda _body, _headers: Attempt(None, "refused_url", 0)
             return
         with client:
             yield partial(self._attempt, client)
 
-    def _line_to(self, url: str) -> PostClient | None:
+    def _client_to(self, url: str) -> PostClient | None:
         # None, as what the block raises would have a refusal for its context.
         try:
             return PostClient(self._policy.check(url), self._bounds, resolver=self._resolver, tls=self._tls)

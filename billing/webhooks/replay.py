@@ -19,10 +19,7 @@ CHUNK = 500
 
 @dataclass(frozen=True)
 class Choice:
-    """Which events: those named, or else those since a time, or else those whose delivery failed.
-
-    Tests are among them only if they are named.
-    """
+    """Which events: those named, or else those since a time, or else those whose delivery failed; never a test."""
 
     event_ids: Sequence[UUID] = ()
     since: datetime | None = None
@@ -49,7 +46,9 @@ def measure(tx: Storage, choice: Choice) -> Extent:
     endpoint = _require_active(tx.webhooks.find())
     found = tx.events.measure(choice, wanted=endpoint.wanted)
     if found.events < len(set(choice.event_ids)):
-        raise NotFound("The tenant has no such event, or its endpoint does not ask for that type.")
+        raise NotFound(
+            "The tenant has no such event, or it is a test, or its endpoint does not ask for that type."
+        )
     return found
 
 

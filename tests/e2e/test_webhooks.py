@@ -71,7 +71,7 @@ def test_a_secret_rotated_at_once(place: Place, receiver_in_each_language: Recei
     assert arrival.event["sequence"] == 2
 
 
-def test_every_event_of_the_catalogue_arrives_and_none_is_missing(place: Place, receiver: Receiver) -> None:
+def test_every_event_arrives_and_none_is_missing(place: Place, receiver: Receiver) -> None:
     tenant = listening(place, receiver)
     tenant.change_password()
     # Both of the old keys are told of when half of the grace is over.

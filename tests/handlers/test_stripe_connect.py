@@ -39,7 +39,7 @@ from sandbox.faults import Fault
 from sandbox.stripe import Sandbox
 from tests.answers import COMPONENTS
 from tests.clock import TurnedClock
-from tests.conftest import API, Account, CheckedClient, bearer, log_in, register
+from tests.conftest import API, Account, CheckedClient, bearer, log_in, register, waits_for_a_lock
 
 CONNECT, CALLBACK = f"{API}/stripe/connect/", f"{API}/stripe/callback/"
 STATUS, DISCONNECT = f"{API}/stripe/status/", f"{API}/stripe/disconnect/"
@@ -1403,7 +1403,7 @@ def test_of_two_tenants_that_bring_a_free_account_at_once_one_gets_it(
 
 def await_waiter(superuser: Engine, other: Future[Any]) -> None:
     """Until the other waits for a lock, or need not."""
-    while not other.done() and not rows_of(superuser, "SELECT pid FROM pg_locks WHERE NOT granted"):
+    while not other.done() and not waits_for_a_lock(superuser):
         time.sleep(0.01)
 
 

@@ -17,6 +17,7 @@ from app import create_app
 from billing.counters import InProcess
 from billing.http.addresses import network_of
 from billing.http.document import Operation, load, operations
+from billing.idempotency import LEASE
 from billing.limits import HOUR, MINUTE, Brake, Policies, Policy
 from billing.settings import Settings
 from tests.clock import TurnedClock
@@ -226,6 +227,25 @@ def test_what_costs_others_something_is_counted_beside(
 ) -> None:
     answer = acme.get(path) if body is None else acme.post(path, body)
     assert standing(answer).keys() - {"password-failures"} == {"default", limit} - {None}
+
+
+def test_a_repeat_of_a_request_in_progress_costs_nothing(
+    acme: Account, superuser: Engine, clock: TurnedClock
+) -> None:
+    headers = bearer(acme.tokens["access"]) | {"Idempotency-Key": "once"}
+    body = {"key_type": "test", "confirm": True}
+
+    def regenerate() -> httpx.Response:
+        return acme.client.post(f"{API}/api-keys/regenerate/", json=body, headers=headers)
+
+    assert standing(regenerate())["key-changes"][2] == 299
+    with superuser.begin() as connection:  # As if its server had been lost before the answer was kept.
+        lost = text("UPDATE idempotency_keys SET answer = NULL, expires_at = :at")
+        connection.execute(lost, {"at": clock() + LEASE})
+    for _ in range(3):
+        again = regenerate()
+        assert (again.status_code, again.json()["code"]) == (409, "idempotency-in-progress")
+        assert standing(again)["key-changes"][2] == 298
 
 
 @pytest.mark.parametrize(

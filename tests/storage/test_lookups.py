@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import resource
 import signal
 import socket
@@ -242,7 +243,7 @@ def test_a_key_is_looked_up_by_its_id_whatever_the_plan(
         plan = "".join(connection.exec_driver_sql(f"EXPLAIN {row}", values).scalars())
     engine.dispose()
     # Of two indexes that have it, either: of a table with few rows they cost the same.
-    assert "(id = (InitPlan" in plan
+    assert re.search(r"\(id = (\(InitPlan|\$\d)", plan)
     assert "digest" not in plan
 
 

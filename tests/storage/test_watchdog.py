@@ -102,7 +102,6 @@ def watches() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.name == "statements"}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_what_was_closed_in_the_meantime_is_cut_no_more() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -113,6 +112,7 @@ def test_what_was_closed_in_the_meantime_is_cut_no_more() -> None:
         assert ours.recv(100) == b"still there"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_no_socket_is_left_behind(impatient: Store) -> None:
     impatient.require_ready()
     before = sockets()

@@ -63,7 +63,7 @@ def rows(heading: str) -> list[list[str]]:
 # Tables ------------------------------------------------------------------------------------------
 
 
-def test_the_events_are_those_of_the_catalogue() -> None:
+def test_the_events_are_those_of_the_document() -> None:
     assert rows("Events") == [
         [f"`{name}`", callback(name)["summary"], f"`{schema_of(name)}`"] for name in get_args(EventType)
     ]

@@ -1,4 +1,4 @@
-"""Events: the catalogue and the envelope, held against the document."""
+"""Events: the types and the envelope, held against the document."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def enveloped(example: Mapping[str, Any], **changes: Any) -> bytes:
 EXAMPLE = content("webhook.test")["example"]
 
 
-# The catalogue -----------------------------------------------------------------------------------
+# The types ---------------------------------------------------------------------------------------
 
 
-def test_the_catalogue_the_list_of_types_and_the_callbacks_are_the_same() -> None:
+def test_the_types_the_documents_list_and_the_callbacks_are_the_same() -> None:
     assert DOCUMENT["components"]["schemas"]["EventType"]["enum"] == NAMES
     assert list(CALLBACKS) == NAMES
 

@@ -215,7 +215,7 @@ ACTS: dict[str, tuple[Act, bool]] = {
 }
 
 
-def test_every_type_of_the_catalogue_is_recorded_by_somebody() -> None:
+def test_every_type_is_recorded_by_somebody() -> None:
     assert ACTS.keys() | {"tenant.registered", "webhook.test"} == {*get_args(EventType)}
 
 

@@ -8,7 +8,7 @@
 --
 --   \password billing_owner
 --   \password billing_app
---   GRANT billing_owner TO CURRENT_USER WITH SET TRUE;  -- only where you are no superuser
+--   GRANT billing_owner TO CURRENT_USER;  -- only where you are no superuser
 --   CREATE DATABASE billing OWNER billing_owner TEMPLATE template0 ENCODING 'UTF8';
 --   \connect billing
 --   GRANT CREATE ON SCHEMA public TO billing_owner;
@@ -37,6 +37,7 @@ BEGIN
     ALTER ROLE billing_app SET log_min_error_statement = 'panic';
     ALTER ROLE billing_app SET log_min_duration_statement = -1;
     ALTER ROLE billing_app SET log_statement = 'none';
+    ALTER ROLE billing_app SET log_error_verbosity = 'terse';  -- the detail of a deadlock quotes them too
 EXCEPTION WHEN insufficient_privilege THEN
     RAISE WARNING 'PostgreSQL may log the statements of billing_app: only a superuser can see to that.';
 END $$;
