@@ -104,7 +104,8 @@ class Server:
         return [int(event.rpartition("[")[2].rstrip("]")) for event in self.events("Started server process")]
 
     def await_started(self, *, workers: int) -> None:
-        eventually(lambda: len(self.events("Application startup complete")) >= workers)
+        started = "Application startup complete"
+        eventually(lambda: len(self.events(started)) >= workers, seconds=START_SECONDS)
 
     def companions(self) -> list[int]:
         """The processes that work beside it."""
@@ -176,8 +177,8 @@ def server(environ: dict[str, str]) -> Iterator[Server]:
         yield server
 
 
-def eventually(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
+def eventually(holds: Callable[[], bool], *, seconds: float = PATIENCE_SECONDS) -> None:
+    deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, "It never came about."
         time.sleep(0.05)
