@@ -205,6 +205,7 @@ OUTBOX_AGE = Asked("outbox_oldest_due_seconds", "For how long the oldest of them
 DUE = Asked("tasks_due", "Tasks that are due and that no worker holds.", "queue")
 DUE_AGE = Asked("tasks_oldest_due_seconds", "For how long the oldest of them has been due.", "queue")
 DATABASE_UP = Asked("database_up", "Whether the database answered just now.", "kind")
+CLOCK_OFFSET = Asked("clock_offset_seconds", "How far this machine's clock is ahead of the database's.")
 BUILD = Asked("build_info", "The version that runs.", "version", "python")
 
 Answers = Mapping[Asked, Mapping[tuple[str, ...], float]]

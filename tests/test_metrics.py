@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,10 @@ import requests
 from prometheus_client.parser import text_string_to_metric_families
 
 from billing import metrics
+from billing.clock import utc_now
+from billing.http.exposition import answered
 from billing.storage import database, embedded
+from billing.storage.store import Store
 from tests import live
 from tests.conftest import API, PASSWORD, clone
 from tests.live import free_port
@@ -237,6 +241,8 @@ def test_figures_are_of_all_processes(watched: tuple[str, str]) -> None:
     )
     assert value(figures, "billing_database_pool_size", component="worker") > 0
     assert value(figures, "billing_database_up", kind="external") == 1
+    [offset] = figures["billing_clock_offset_seconds"].values()
+    assert abs(offset) < 20
     live.eventually(
         lambda: polled(figures_url) == {"general", "checks", "webhooks", "slow_webhooks"}, seconds=90
     )
@@ -316,6 +322,12 @@ def test_with_both_the_port_takes_the_token(database_url: str) -> None:
 
 def test_without_either_there_is_nothing(live_server_url: str) -> None:
     assert requests.get(f"{live_server_url}/metrics", timeout=10).status_code == 404
+
+
+@pytest.mark.parametrize("ahead", [0, 100, -100])
+def test_a_clock_that_is_out_of_step_with_the_databases_is_told(store: Store, ahead: int) -> None:
+    answers = answered(store, lambda: utc_now() + timedelta(seconds=ahead), "external")
+    assert answers[metrics.CLOCK_OFFSET][()] == pytest.approx(ahead, abs=20)
 
 
 def test_while_the_database_is_away_the_page_says_so() -> None:

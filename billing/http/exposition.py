@@ -50,10 +50,14 @@ def reader(directory: Path, store: Store, clock: Clock, *, is_embedded: bool) ->
 def answered(store: Store, clock: Clock, kind: str) -> metrics.Answers:
     """What the database says waits; while it does not answer, that, and no number that would pass for good news."""
     try:
-        backlog = store.backlog(clock())
+        backlog, offset = store.backlog(clock()), store.clock_offset(clock)
     except (DatabaseUnavailable, StorageError):
         return {metrics.DATABASE_UP: {(kind,): 0}}
-    return {metrics.DATABASE_UP: {(kind,): 1}, **depths(backlog)}
+    return {
+        metrics.DATABASE_UP: {(kind,): 1},
+        metrics.CLOCK_OFFSET: {(): offset.total_seconds()},
+        **depths(backlog),
+    }
 
 
 def depths(backlog: Backlog) -> metrics.Answers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TypeVar
 from uuid import UUID
 
@@ -12,6 +12,7 @@ from sqlalchemy import Connection, Engine, create_engine, exc
 
 from billing import metrics, tracing
 from billing.actors import SYSTEM, Actor
+from billing.clock import Clock
 from billing.encryption import Vault
 from billing.errors import DatabaseUnavailable
 from billing.storage import schema
@@ -197,6 +198,13 @@ class Store:
         """What waits at all tenants together, for whoever watches."""
         with in_our_words(), self._connect() as connection:
             return read_backlog(connection, now)
+
+    def clock_offset(self, clock: Clock) -> timedelta:
+        """How far `clock` is ahead of the database's; exact to half of a round trip."""
+        with in_our_words(), self._connect() as connection:
+            sent = clock()
+            database: datetime = connection.exec_driver_sql("SELECT clock_timestamp()").scalar_one()
+            return sent + (clock() - sent) / 2 - database
 
     def all_tenants(self) -> list[TenantSummary]:
         """Every tenant, the oldest first, for the operator; the store was opened with the owner's address."""
