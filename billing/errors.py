@@ -294,9 +294,9 @@ class NotFound(BillingError):
 
 
 class MethodNotAllowed(BillingError):
-    """The method is not one of this path's.
+    """The path does not support this method.
 
-    The header `Allow` lists those that are.
+    The header `Allow` lists those that it supports.
     """
 
 
@@ -311,7 +311,7 @@ class RequestTimeout(BillingError):
 
 
 class Conflict(BillingError):
-    """The state of things does not allow this."""
+    """The current state does not allow this."""
 
 
 class EmailTaken(Conflict):
@@ -381,7 +381,7 @@ class PasswordTooWeak(Refused):
 
 
 class WebhookUrlRefused(Refused):
-    """The webhook URL is not one we call.
+    """The webhook URL is not allowed.
 
     It must be https on port 443 or 8443 of a public host name, without user name, password or fragment.
     """

@@ -51,9 +51,9 @@ class Rules:
         given = dict(pairs)
         faults = [Fault(f"/query/{name}", "It is required.") for name in self._required_query - given.keys()]
         if len(set(names)) < len(names):
-            faults.append(Fault("/query", "A parameter stands in it twice."))
+            faults.append(Fault("/query", "A parameter is repeated."))
         if given.keys() - self._query.keys() and not self._open_query:
-            faults.append(Fault("/query", "It has a parameter that the document does not know."))
+            faults.append(Fault("/query", "It has a parameter that is not in the document."))
         for name in given.keys() & self._query.keys():
             faults.extend(_faults(self._query[name], given[name], at=f"/query/{name}"))
         _refuse(faults)
@@ -65,7 +65,7 @@ class Rules:
         for name, (wanted, schema) in self._headers.items():
             found = texts(raw, wanted)
             if len(found) > 1:
-                _refuse([Fault(f"/header/{name}", "It stands in the request twice.")])
+                _refuse([Fault(f"/header/{name}", "The header is repeated.")])
             for value in found:
                 _refuse(list(_faults(schema, value, at=f"/header/{name}")))
                 given[name] = value
@@ -152,7 +152,7 @@ def _fault(error: ValidationError, pointer: str) -> Fault:
             return Fault(pointer + _pointer([missing]), "It is required.")
         case ValidationErrorKind.AdditionalProperties():
             # The library's words name the unknown member, and that is what the client sent.
-            return Fault(pointer, "It has a member that the document does not know.")
+            return Fault(pointer, "It has a member that is not in the document.")
     return Fault(pointer, f"{error.message}.")
 
 
