@@ -1,1 +1,1 @@
-"""Storage: it speaks SQL, and answers in our words."""
+"""Storage: speaks SQL, and returns and raises our own types."""

@@ -19,7 +19,7 @@ IS_LIVING = and_(
 )
 OF_TYPES = api_keys.c.type.in_(bindparam("types", expanding=True))
 FIND_LIVING = select(*COLUMNS).where(mine(api_keys), OF_TYPES, IS_LIVING).order_by(api_keys.c.id)
-# By an index each, however many keys have ended.
+# One index scan each, however many keys have expired or were revoked.
 NEWEST = [
     select(api_keys.c.id)
     .where(mine(api_keys), api_keys.c.type == key_type)
@@ -55,17 +55,17 @@ class ApiKeys(Shelf):
         return [ApiKey(*row) for row in self.run(FIND_LIVING, types=list(types), now=now)]
 
     def worth_showing(self, now: datetime) -> list[ApiKey]:
-        """The keys that work now, and the last one made of each type, living or not."""
+        """The keys that work now, and the newest key of each type, working or not."""
         return [ApiKey(*row) for row in self.run(FIND_WORTH_SHOWING, now=now)]
 
     def expire(self, key: ApiKey) -> None:
-        """Keep the end that the key was given."""
+        """Store the key's expiry."""
         self.put_off(EXPIRE, key_id=key.id, expires_at=key.expires_at)
 
     def revoke(self, types: Sequence[KeyType], now: datetime) -> list[ApiKey]:
-        """End the living keys of these types; returns them."""
+        """Revoke the living keys of these types; returns them."""
         return [ApiKey(*row) for row in self.run(REVOKE, types=list(types), now=now)]
 
     def note_use(self, id: UUID, at: datetime) -> None:
-        """Keep when a key was last used, by whichever process."""
+        """Store when a key was last used; a later time written by another process stays."""
         self.put_off(NOTE_USE, key_id=id, at=at)

@@ -1,4 +1,4 @@
-"""A few connections that are asked from the event loop itself, one question each at a time."""
+"""A few connections used from the event loop itself, each with one question in flight at a time."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from billing.storage.questions import MESSAGES, QUESTIONS, Question, Row
 CONNECTIONS = 4
 CONNECTING_SECONDS = 3.0
 WAITING_SECONDS = 3.0
-# A little more than the server's own statement_timeout: beyond it the server itself does not answer.
+# A little more than the server's own statement_timeout: past it the server itself is not responding.
 ANSWERING_SECONDS = 6.0
 LOOKED_EVERY_SECONDS = 0.5
 
-# What a pooler that hands out another server connection each time says of a prepared statement.
+# The SQLSTATEs of prepared statements that are unknown, or exist already, behind a pooler that switches connections.
 NOT_PREPARED = frozenset({"26000", "42P05"})
 # The class of SQLSTATEs after which the server closes the connection.
 SHUTTING_DOWN = "57P"
 
 
 class AsyncPool:
-    """Connections of psycopg2's asynchronous side: so many at most, made when they are needed."""
+    """psycopg2 connections in asynchronous mode: up to a limit, opened on demand."""
 
     def __init__(self, connections: int = CONNECTIONS) -> None:
         self._most = connections
@@ -46,13 +46,13 @@ class AsyncPool:
         self._watch: asyncio.TimerHandle | None = None
 
     def open(self, url: str) -> None:
-        """Take the address of the database, on this event loop."""
+        """Set the database URL, and bind the pool to this event loop."""
         self._url = url
         self._loop = asyncio.get_running_loop()
         self._drop_overdue()
 
     def close(self) -> None:
-        """Let go of every connection; who waits is told that there is none."""
+        """Close every connection; callers waiting for one get `DatabaseUnavailable`."""
         self._url = None
         if self._watch is not None:
             self._watch.cancel()
@@ -61,7 +61,7 @@ class AsyncPool:
         self._refuse_all_who_wait()
 
     async def ask(self, question: Question, parameters: Mapping[str, Any]) -> Row | None:
-        """The one answer, or None; raises `DatabaseUnavailable` and `StorageError`."""
+        """Return the one row, or None; raises `DatabaseUnavailable` and `StorageError`."""
         try:
             answer = await self._ask_once(question, parameters)
         except ConnectionError:
@@ -69,7 +69,7 @@ class AsyncPool:
         return question.read(answer) if answer else None
 
     async def _ask_again(self, question: Question, parameters: Mapping[str, Any]) -> str | None:
-        # Its connection had been closed since it was last asked, as after a restart: another may be well.
+        # The connection was lost, as after a restart of the server: another may work.
         try:
             return await self._ask_once(question, parameters)
         except ConnectionError as error:
@@ -100,7 +100,7 @@ class AsyncPool:
         try:
             return await waiting
         except asyncio.CancelledError:
-            # The request has ended, at its deadline, in the moment in which a connection was found for it.
+            # The request was cancelled, at its deadline, just as it was given a connection.
             if waiting.done() and not waiting.cancelled() and waiting.exception() is None:
                 self.freed(waiting.result())
             raise
@@ -109,7 +109,7 @@ class AsyncPool:
         try:
             opened, is_prepared = await to_thread.run_sync(connect, url)
         except psycopg2.Error as error:
-            # While there are connections, who waits gets one of them, or is refused in time.
+            # While there are connections, the waiting callers get one of them, or time out.
             if not self._connections:
                 self._refuse_all_who_wait(error)
             return
@@ -118,7 +118,7 @@ class AsyncPool:
         self.freed(connection)
 
     def freed(self, connection: AsyncConnection) -> None:
-        """The connection may be asked again: by who has waited longest, if anybody does."""
+        """Hand the connection to the caller that has waited longest, or else keep it as idle."""
         while self._waiting:
             waiting, _ = self._waiting.popleft()
             if not waiting.done():
@@ -127,7 +127,7 @@ class AsyncPool:
         self._idle.append(connection)
 
     def lost(self, connection: AsyncConnection) -> None:
-        """The connection is no more; those that nobody is asking will hardly be better, as after a restart."""
+        """Forget a closed connection, and drop the idle ones: a restart would have closed them too."""
         self._connections.discard(connection)
         idle, self._idle = self._idle, []
         for other in idle:
@@ -138,7 +138,7 @@ class AsyncPool:
             refuse(self._waiting.popleft()[0], cause)
 
     def _drop_overdue(self) -> None:
-        """End what has taken too long. One look at all of them costs less than a timer for each question."""
+        """Drop overdue connections and refuse overdue waiters: cheaper than a timer for each question."""
         now = self._loop.time()
         overdue = [c for c in self._connections if c.asked_at and now - c.asked_at > ANSWERING_SECONDS]
         for connection in overdue:
@@ -149,7 +149,7 @@ class AsyncPool:
 
 
 def refuse(waiting: asyncio.Future[Any], cause: Exception | None = None) -> None:
-    """Tell who waits for a connection that there is none."""
+    """Fail a caller's wait for a connection with `DatabaseUnavailable`."""
     if not waiting.done():
         error = DatabaseUnavailable()
         error.__cause__ = cause
@@ -157,7 +157,7 @@ def refuse(waiting: asyncio.Future[Any], cause: Exception | None = None) -> None
 
 
 class AsyncConnection:
-    """One connection, which answers one question at a time."""
+    """One connection, with one question in flight at a time."""
 
     def __init__(
         self, pool: AsyncPool, connection: Any, loop: asyncio.AbstractEventLoop, *, is_prepared: bool
@@ -173,7 +173,7 @@ class AsyncConnection:
         loop.add_reader(self._descriptor, self._read)
 
     def ask(self, question: Question, parameters: Mapping[str, Any]) -> asyncio.Future[str | None]:
-        """Send the question. Nobody else may ask until the connection is free again, even if nobody waits any more."""
+        """Send the question. The connection stays busy until the answer has come, even if its caller has gone."""
         self._answer = answer = self._loop.create_future()
         self.asked_at = self._loop.time()
         try:
@@ -184,7 +184,7 @@ class AsyncConnection:
         return answer
 
     def _read(self) -> None:
-        if self._answer is None:  # Nothing was asked: what comes now is a farewell.
+        if self._answer is None:  # No question is in flight: the server is closing the connection.
             self.drop()
             return
         try:
@@ -207,7 +207,7 @@ class AsyncConnection:
         self._pool.freed(self)
 
     def drop(self) -> None:
-        """Close the connection; who waits for its answer gets a `ConnectionError`."""
+        """Close the connection; the caller waiting for its answer gets a `ConnectionError`."""
         self._pool.lost(self)
         self._loop.remove_reader(self._descriptor)
         self._connection.close()
@@ -217,10 +217,10 @@ class AsyncConnection:
 
 
 def connect(url: str) -> tuple[Any, bool]:
-    """A connection that is ready to be asked, and whether its statements are prepared.
+    """Return a connection ready for questions, and whether its statements are prepared.
 
-    In a thread: libpq looks names up without asking whether that may take long. Of several hosts each has its own
-    time: libpq's asynchronous side knows no `connect_timeout`, and would wait for the first for ever.
+    Runs in a thread, as libpq resolves names synchronously. Each of several hosts has its own deadline: in
+    asynchronous mode libpq ignores `connect_timeout`, and would wait for the first host for ever.
     """
     _, arguments = PGDialect_psycopg2().create_connect_args(make_url(url))  # type: ignore[no-untyped-call]
     return first_host(arguments, _connect_to)
@@ -251,7 +251,7 @@ def _prepare(connection: Any, deadline: float) -> bool:
 
 
 def settle(connection: Any, deadline: float) -> None:
-    """Wait until the connection has done what it was told; raises `psycopg2.OperationalError` at the deadline."""
+    """Wait until the connection's current operation is done; raises `psycopg2.OperationalError` at the deadline."""
     while (state := connection.poll()) != extensions.POLL_OK:
         ready = select.poll()  # `select.select` takes no descriptor above 1,023.
         ready.register(connection, select.POLLIN if state == extensions.POLL_READ else select.POLLOUT)

@@ -1,4 +1,4 @@
-"""The shelf of the audit log: rows are added, each bound to the one before by its hash, and read."""
+"""The shelf of the audit log: appends rows, each chained to the previous one by its hash, and reads them."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class AuditLog(Shelf):
         reason: str | None = None,
         details: Mapping[str, object] | None = None,
     ) -> None:
-        """Add a row, whose hash is made of it and of the last row's."""
-        # This holds the head until the end: one writer a tenant at a time, or the chain would fork.
+        """Append a row, whose hash covers it and the previous row's hash."""
+        # This locks the head until the transaction ends: with two writers per tenant the chain would fork.
         head = self.run(LOCK_HEAD).one()
         row = Row(
             tenant_id=self._tenant_id,
@@ -57,12 +57,12 @@ class AuditLog(Shelf):
         self.put_off(ADVANCE)
 
     def head(self) -> Head | None:
-        """The last row that was written, as the head remembers it."""
+        """The number and hash of the last row written, as the head table has them."""
         row = self.run(FIND_HEAD).one_or_none()
         return Head(*row) if row else None
 
     def after(self, sequence: int | None, *, most: int, upto: int | None = None) -> list[Row]:
-        """The first rows after this one, or after none, and no further than another: the oldest first."""
+        """The first rows after `sequence` (None: from the start), up to and including `upto`, oldest first."""
         query = select(*COLUMNS).where(mine(audit_log)).order_by(audit_log.c.sequence).limit(most)
         if sequence is not None:
             query = query.where(audit_log.c.sequence > sequence)
@@ -71,7 +71,7 @@ class AuditLog(Shelf):
         return [Row(*row) for row in self.run(query)]
 
     def beyond_head(self) -> int | None:
-        """The number of the first row after the head, at one moment: there should be none."""
+        """The number of the first row past the head, both read in one statement; there should be none."""
         head = select(audit_heads.c.sequence).where(mine(audit_heads)).scalar_subquery()
         query = select(func.min(audit_log.c.sequence)).where(
             mine(audit_log), audit_log.c.sequence > func.coalesce(head, 0)
@@ -80,7 +80,7 @@ class AuditLog(Shelf):
         return found
 
     def recent(self, choice: Choice, *, most: int) -> list[Row]:
-        """The last rows of the choice, the newest first."""
+        """The latest rows that match the choice, newest first."""
         query = select(*COLUMNS).where(mine(audit_log), *_chosen(choice))
         ordered = query.order_by(audit_log.c.sequence.desc()).limit(most)
         return [Row(*row) for row in self.run(ordered)]

@@ -1,4 +1,4 @@
-"""What waits to be done, of all tenants together: numbers and ages, and no row."""
+"""The backlog of all tenants together: counts and ages only, no rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ READ = "SELECT kind, name, number, oldest FROM app.backlog(%(now)s, %(queues)s)"
 
 
 def read_backlog(connection: Connection, now: datetime) -> Backlog:
-    """The depth of each queue, and of the outbox by how the endpoints do."""
+    """The depth of each queue, and of the outbox by the state of the endpoints."""
     depths: dict[str, dict[str, Depth]] = {"queue": {}, "outbox": {}}
     rows = connection.exec_driver_sql(READ, {"now": now, "queues": list(get_args(Queue))})
     for kind, name, number, oldest in rows:

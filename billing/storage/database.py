@@ -1,4 +1,4 @@
-"""Which PostgreSQL the store talks to: the one that settings name, or an embedded one made ready here."""
+"""Which PostgreSQL the store connects to: the one named in the settings, or an embedded one prepared here."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Database:
 
 
 def open_database(settings: Settings) -> Database:
-    """The database of the settings. An embedded one is started, and brought to this version, if it is not."""
+    """Open the database of the settings. An embedded one is started and migrated where that is needed."""
     if settings.database_url is not None:
         owner, replica = settings.migration_database_url, settings.database_replica_url
         return Database(
@@ -82,7 +82,7 @@ def open_embedded(
     bin_dir: Path | None = None,
     options: dict[str, str] | None = None,
 ) -> Database:
-    """The database in this state directory; raises `embedded.EmbeddedPostgresError`."""
+    """Start, prepare and open the database in this state directory; raises `embedded.EmbeddedPostgresError`."""
     server = embedded.start(state_dir, bin_dir=bin_dir, options=options or {})
     try:
         prepare(server.cluster, name)
@@ -93,7 +93,7 @@ def open_embedded(
 
 
 def prepare(cluster: embedded.Cluster, name: str = NAME) -> None:
-    """Make roles, database and tables where they are missing. Safe to run by many at once."""
+    """Make roles, database and tables where they are missing. Several processes may run it at once."""
     engine = create_engine(cluster.url("postgres"), isolation_level="AUTOCOMMIT", hide_parameters=True)
     try:
         with engine.connect() as connection:
@@ -108,7 +108,7 @@ def prepare(cluster: embedded.Cluster, name: str = NAME) -> None:
 
 
 def url(cluster: embedded.Cluster, role: str, name: str) -> str:
-    """How a role connects to a database of an embedded server."""
+    """The URL by which a role connects to a database of an embedded server."""
     return cluster.url(name, user=role, password=_password(cluster, role))
 
 
@@ -124,18 +124,18 @@ def _bootstrap(connection: Connection, cluster: embedded.Cluster) -> None:
 
 
 def _let_owner_create(cluster: embedded.Cluster, name: str) -> None:
-    # PostgreSQL 15 gives the schema to the database's owner by membership, which NOINHERIT leaves out.
+    # Since PostgreSQL 15 the database's owner has the schema by role membership, which a NOINHERIT role does not use.
     engine = create_engine(cluster.url(name), isolation_level="AUTOCOMMIT", hide_parameters=True)
     may = text("SELECT has_schema_privilege(:owner, 'public', 'CREATE')")
     with engine.connect() as connection:
-        # Not a second time: a migration of somebody else's may be granting on the schema at this moment.
+        # Not a second time: another process's migration may be granting on the schema at this moment.
         if not connection.scalar(may, {"owner": OWNER}):
             connection.exec_driver_sql(f"GRANT CREATE ON SCHEMA public TO {OWNER}")
     engine.dispose()
 
 
 def _password(cluster: embedded.Cluster, role: str) -> str:
-    # Made from the one secret that the server keeps, so that there is no second file to lose.
+    # Derived from the one secret that the server keeps, so that there is no second file to lose.
     return hmac.digest(cluster.password.encode(), role.encode(), hashlib.sha256).hex()
 
 
@@ -143,16 +143,16 @@ def _with_driver(setting: str, text: str, *, session: str = "read-write") -> str
     try:
         url = _parsed(text, session)
     except (ArgumentError, ValueError):
-        url = None  # The library's words could quote the password.
+        url = None  # The library's message could quote the password.
     if url is None or url.drivername not in ("postgresql", "postgres", DRIVER):
         raise SettingsError(f"{setting} must be like postgresql://user:password@host:5432/billing.")
     return url.set(drivername=DRIVER).render_as_string(hide_password=False)
 
 
 def _parsed(text: str, session: str) -> URL:
-    """The address; several hosts as libpq writes them, `one:5432,other:5432`, become what SQLAlchemy reads.
+    """Parse the URL; several hosts as libpq writes them, `one:5432,other:5432`, are turned into SQLAlchemy's form.
 
-    Of several hosts the first that offers such a session is meant, unless the address asks for another.
+    Several hosts get this `target_session_attrs`, unless the URL has one.
     """
     several = SEVERAL_HOSTS.fullmatch(text)
     if several is None:

@@ -44,7 +44,7 @@ STATS = select(
 ).where(mine(deliveries), or_(IS_PENDING, and_(~IS_PENDING, LATELY)))
 BLANK = {"http_status": None, "error": None, "duration_ms": None, "settled_at": None}
 
-# What every turn of a worker asks, built once.
+# The statements of every batch of a worker, built once.
 TYPES = bindparam("types", type_=ARRAY(Text))
 PENDING = and_(mine(deliveries), IS_PENDING)
 OF_TYPE = or_(TYPES.is_(None), deliveries.c.event_type == any_(TYPES))
@@ -79,7 +79,7 @@ BEGIN = (
 NEXT_DUE = select(func.min(deliveries.c.next_attempt_at)).where(PENDING, OF_TYPE)
 UNWANTED = deliveries.c.event_type != all_(bindparam("wanted", type_=ARRAY(Text)))
 DROP_UNWANTED = delete(deliveries).where(some_of(deliveries, and_(IS_PENDING, IS_DUE, UNWANTED)))
-# What was begun again meanwhile stays as it is.
+# A delivery that was begun again meanwhile is left as it is.
 AS_BEGUN = f"""
 deliveries.tenant_id = %({MINE})s::uuid AND deliveries.id = s.id
     AND deliveries.attempts = s.attempt AND deliveries.status = 'pending'
@@ -89,7 +89,7 @@ UPDATE deliveries SET attempts = deliveries.attempts - 1
 FROM unnest(%(id)s::uuid[], %(attempt)s::int[]) AS s (id, attempt)
 WHERE {AS_BEGUN}
 """
-# One message for all that ended about together.
+# One statement for all attempts that ended at about the same time.
 SETTLE = f"""
 UPDATE deliveries SET
     status = s.status, next_attempt_at = s.next_attempt_at, http_status = s.http_status, error = s.error,
@@ -109,50 +109,51 @@ class Deliveries(Shelf):
         self.insert(deliveries, values_of(delivery, deliveries))
 
     def begin(self, now: datetime, *, types: Sequence[str] | None, most: int) -> list[Begun]:
-        """Count one more attempt of what has been due longest, and get what is to be sent, in that order.
+        """Count one more attempt of the deliveries that have been due longest; returns them in that order.
 
-        `types`, where given, leave out every other type of event.
+        `types`, if given, restricts the types of events.
         """
         begun = self.run(BEGIN, now=now, types=types and list(types), most=most)
-        # The rows come in no order. Of those due at once the oldest event is first: ids are in that of the events.
+        # RETURNING has no order. Among those due at the same time the oldest event is first: event ids are ordered.
         in_order = sorted(begun, key=lambda row: (row.next_attempt_at, row.event_id))
         return [Begun(*row[:-1]) for row in in_order]
 
     def give_back(self, begun: Sequence[Begun]) -> None:
-        """Not to count attempts that were not made after all."""
+        """Take back the count of attempts that were not made after all."""
         ids, attempts = [str(one.id) for one in begun], [one.attempt for one in begun]
         self.put_off(GIVE_BACK, id=ids, attempt=attempts)
 
     def settle(self, settled: Sequence[Settled]) -> None:
-        """Keep how attempts went."""
+        """Store the results of attempts."""
         columns = {field.name: [getattr(one, field.name) for one in settled] for field in fields(Settled)}
         columns["id"] = [str(one.id) for one in settled]
         self.put_off(SETTLE, **columns)
 
     def next_due(self, *, types: Sequence[str] | None) -> datetime | None:
-        """When the next attempt is due, of these types or of any, None if there is none to come."""
+        """When the next attempt is due, of these types or of any; None if there is none to come."""
         found: datetime | None = self.run(NEXT_DUE, types=types and list(types)).scalar_one()
         return found
 
     def drop_unwanted(self, wanted: Sequence[str], now: datetime) -> None:
-        """Forget what is due of other types of events than these, or a good part of it."""
+        """Delete due deliveries of event types other than these, up to `AT_ONCE`."""
         self.put_off(DROP_UNWANTED, now=now, wanted=list(wanted))
 
     def cancel(self, error: str, now: datetime) -> bool:
-        """Give up what is pending, or a good part of it; whether there was any.
+        """Fail pending deliveries, up to `AT_ONCE`; returns whether there were any.
 
-        The caller holds the endpoint's lock, as all do who change pending ones but housekeeping, which deletes them.
+        The caller holds the endpoint's lock, as everything that changes pending deliveries does, except housekeeping,
+        which deletes them.
         """
         given_up = update(deliveries).where(some_of(deliveries, IS_PENDING))
         values = {"status": "failed", "error": error, "next_attempt_at": None, "settled_at": now}
         return self.run(given_up, **values).rowcount > 0
 
     def replay(self, event_ids: Sequence[UUID], now: datetime) -> None:
-        """Have events delivered now: anew where that had ended, sooner where it waits, for the first time elsewhere.
+        """Make events due now: ended deliveries start anew, pending ones come sooner, missing ones are added.
 
         The caller holds the endpoint's lock, so that two replays add nothing twice.
         """
-        # Never waiting for a worker's rows, this cannot stop one. What is passed over is being sent as it is.
+        # Not waiting for rows that a worker has locked, this cannot block one. Skipped rows are being sent anyway.
         free = self.run(
             select(deliveries.c.id, deliveries.c.status)
             .where(mine(deliveries), deliveries.c.event_id.in_(event_ids))
@@ -175,18 +176,19 @@ class Deliveries(Shelf):
             self.add(Delivery(new_id(), event_id, event_type, "pending", 0, now, None, None, None, now))
 
     def recent(self, most: int, *, status: Status | None = None) -> list[Delivery]:
-        """The last ones, newest first, or the last in one status."""
+        """The latest deliveries, or the latest in one status, newest first."""
         query = RECENT if status is None else RECENT_IN_STATUS
         return [Delivery(*row) for row in self.run(query, most=most, status=status)]
 
     def stats(self, now: datetime) -> Stats:
-        """How many there are, and how many ended within a day."""
+        """How many are pending, and how many ended within a day."""
         return Stats(*self.run(STATS, since=now - DAY).one())
 
     def prune(self, before: datetime) -> bool:
-        """Forget what ended before, or has been due since before, as only where the endpoint is disabled.
+        """Delete deliveries that ended before this time, or were due before it, as only those of a disabled endpoint.
 
-        And the events that nothing is left of. It may be a good part of it all; whether there was any.
+        Then delete events of before it that have no delivery left. Up to `AT_ONCE` of each; returns whether there were
+        any.
         """
         is_old = or_(
             and_(~IS_PENDING, deliveries.c.settled_at < before),

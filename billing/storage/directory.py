@@ -17,15 +17,15 @@ RELEASE = delete(directory).where(IS_OF_KIND, directory.c.name.in_(bindparam("na
 
 
 class Directory(Shelf):
-    """Names that lead to this tenant's things."""
+    """Names that point to this tenant's rows."""
 
     def claim(self, kind: str, name: str, id: UUID) -> bool:
-        """Take a name; False when it is taken. Of two that claim at once, the second waits for the first."""
+        """Claim a name; False if it is taken. Of two concurrent claims the second waits for the first."""
         taken = self.run(CLAIM, kind=kind, name=name, tenant_id=self._tenant_id, id=id)
         return taken.one_or_none() is not None
 
     def add(self, kind: str, name: str, id: UUID) -> None:
-        """Put a random name, which nobody else can have: if somebody did, nothing of the transaction would be kept."""
+        """Add a random name, which cannot be taken already; if it were, the whole transaction would roll back."""
         self.insert(directory, {"kind": kind, "name": name, "id": id})
 
     def owns(self, kind: str, name: str) -> bool:
@@ -33,5 +33,5 @@ class Directory(Shelf):
         return self.run(FIND, kind=kind, name=name).one_or_none() is not None
 
     def release(self, kind: str, *names: str) -> None:
-        """Give up names of this tenant's, for whoever claims them next."""
+        """Release names of this tenant, so that they may be claimed again."""
         self.run(RELEASE, kind=kind, names=list(names))

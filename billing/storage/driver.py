@@ -1,4 +1,4 @@
-"""psycopg2's connections as we use them: their settings, their hosts, their messages, and their errors in our words."""
+"""psycopg2 connections as we use them: settings, hosts, several statements in a message, and errors translated."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class StorageError(Exception):
 
 
 class WatchedSocket(Protocol):
-    """Until when an answer on a connection may be waited for: a block is one message and its answer."""
+    """The deadline for an answer on a connection; a `with` block is one message and its answer."""
 
     def __enter__(self) -> None: ...
 
@@ -52,7 +52,7 @@ class WatchedSocket(Protocol):
 
 
 class Connection(extensions.connection):
-    """Who wants a transaction says BEGIN, and what else may go in the same message: psycopg2's is one of its own."""
+    """Callers send BEGIN themselves, together with other statements: psycopg2's own BEGIN costs a round trip."""
 
     def __init__(self, dsn: str, watch: Callable[[int], WatchedSocket], **options: Any) -> None:
         super().__init__(dsn, **options)
@@ -62,11 +62,11 @@ class Connection(extensions.connection):
 
     @property
     def is_in_transaction(self) -> bool:
-        """Whether one was begun, and not ended; one that failed is to be ended too."""
+        """Whether a transaction is open; a failed one is, until it is rolled back."""
         return bool(self.get_transaction_status() != extensions.TRANSACTION_STATUS_IDLE)
 
     def put_off(self, query: str, vars: Any) -> None:
-        """Have a statement whose result nobody needs go with the next one, or with COMMIT."""
+        """Postpone a statement whose result nobody needs: it is sent with the next one, or with COMMIT."""
         if not self.is_in_transaction:
             raise ProgrammingError("Only a transaction has an end with which it would go.")
         with self.cursor() as cursor:
@@ -76,7 +76,7 @@ class Connection(extensions.connection):
         try:
             self._end("COMMIT")
         except Error:
-            # With a write that was put off, perhaps. SQLAlchemy takes the transaction for ended.
+            # A postponed write may have failed. SQLAlchemy already takes the transaction for ended.
             if not self.closed:
                 self.rollback()
             raise
@@ -96,7 +96,7 @@ class Connection(extensions.connection):
 
 
 class Cursor(extensions.cursor):
-    """Sends what was put off before its own statement, in the same message."""
+    """Sends the postponed statements ahead of its own, in the same message."""
 
     connection: Connection
 
@@ -121,7 +121,7 @@ def driver_of(connection: sqlalchemy.Connection) -> Connection:
 
 @contextmanager
 def in_our_words() -> Iterator[None]:
-    """What SQLAlchemy raises within, as storage raises it."""
+    """Translate what SQLAlchemy raises in the block to storage's exceptions."""
     try:
         yield
     except exc.TimeoutError as error:  # Of the pool.
@@ -133,7 +133,7 @@ def in_our_words() -> Iterator[None]:
 
 
 def translated(error: BaseException | None) -> DatabaseUnavailable | StorageError:
-    """An error of psycopg2's, as storage raises it."""
+    """Translate an error of psycopg2's to storage's."""
     if isinstance(error, OperationalError | InterfaceError) or getattr(error, "pgcode", None) == READ_ONLY:
         return DatabaseUnavailable()
     return StorageError(type(error).__name__)
@@ -143,7 +143,7 @@ def translated(error: BaseException | None) -> DatabaseUnavailable | StorageErro
 
 
 def dial_each_host(engine: Engine) -> None:
-    """Have the engine's connections made to the first of its hosts that takes one."""
+    """Make the engine connect to the first of its hosts that accepts."""
 
     @event.listens_for(engine, "do_connect")
     def _dial(dialect: Any, _record: object, arguments: Any, options: Any) -> Any:
@@ -151,10 +151,10 @@ def dial_each_host(engine: Engine) -> None:
 
 
 def first_host(options: Mapping[str, Any], dial: Callable[[dict[str, Any]], T]) -> T:
-    """What was dialled at the first host that takes it; raises the last one's `OperationalError`.
+    """Return what `dial` returns for the first host that accepts; raises the last one's `OperationalError`.
 
-    libpq would pass over a host that refuses, and over one that does not answer in time; but where one takes the
-    connection and hangs up, as a proxy does whose server is gone, it gives up.
+    libpq would skip a host that refuses or does not answer in time; but where one accepts the connection and then
+    closes it, as a proxy does whose server is gone, it gives up.
     """
     *others, last = each_host(options)
     for host in others:
@@ -164,9 +164,9 @@ def first_host(options: Mapping[str, Any], dial: Callable[[dict[str, Any]], T]) 
 
 
 def each_host(options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The options for one host at a time; libpq separates hosts, and their ports, by commas.
+    """Split the options into one set per host; libpq separates hosts, and their ports, by commas.
 
-    With `hostaddr`, another list that goes with the hosts, libpq is left to it.
+    With `hostaddr`, a list parallel to the hosts, the options stay whole, and libpq picks the host.
     """
     hosts = str(options.get("host", "")).split(",")
     if len(hosts) == 1 or "hostaddr" in options:

@@ -1,11 +1,11 @@
 """A private PostgreSQL in the state directory, shared by every process that asks for one.
 
-Two locks carry it all, because the kernel drops a flock however its holder dies. `postgres.use` is held,
+It rests on two file locks, because the kernel releases a flock however its holder dies. `postgres.use` is held,
 shared, by each process that uses the server. `postgres.lock` is held, through one inherited descriptor, by
-the watcher, by postgres and by its children: whoever gets it knows that nothing of a former server lives, and
-starts the next. The watcher (`python -m billing.storage.embedded`) is the parent of postgres. It stops
-postgres when it can take `postgres.use` for itself, and the kernel does so when the watcher is killed. In
-each process that uses the server a thread tries `postgres.lock`: that is how one that was killed comes back.
+the watcher, by postgres and by its children: a process that gets it knows that no part of a former server is
+alive, and starts the next. The watcher (`python -m billing.storage.embedded`) is the parent of postgres. It stops
+postgres when it gets `postgres.use` exclusively; on Linux the kernel stops postgres when the watcher is killed. In
+each process that uses the server a thread tries `postgres.lock`: that is how a killed server is restarted.
 
     STATE_DIR/postgres.use  postgres.lock  postgres.log
     STATE_DIR/postgres/data  run/.s.PGSQL.5432  password    made as postgres.new, renamed when complete
@@ -82,7 +82,7 @@ class Cluster:
 class Server:
     """A use of the shared server, until `close` or the end of the process (and of its forked children).
 
-    While it lasts, a thread starts the server anew, on the same socket, when it was killed.
+    While it lasts, a thread restarts the server, on the same socket, if it was killed.
     """
 
     def __init__(self, cluster: Cluster, use: int, revive: Callable[[], bool]) -> None:
@@ -103,7 +103,7 @@ class Server:
             pause = POLL_SECONDS if quiet else min(2 * pause, LONGEST_PAUSE_SECONDS)
 
     def close(self) -> None:
-        """Ends the use; the server stops soon after its last one. Closing twice is harmless."""
+        """End the use; the server stops soon after the last one. Closing twice is harmless."""
         if not self._closed.is_set():
             self._closed.set()
             self._keeper.join()
@@ -123,11 +123,11 @@ def start(
     options: Mapping[str, str] = {},
     timeout_seconds: float = 60,
 ) -> Server:
-    """Uses the server of `state_dir`; makes it and starts it where need be.
+    """Use the server of `state_dir`; make it and start it if need be.
 
     `bin_dir` holds PostgreSQL's programs, where those of the wheel are not wanted. `options` are settings of
-    postgres; they count if this process is what starts it. The directory is ours: as root it is opened for
-    passage (`o+x`) to the user who runs postgres. Raises EmbeddedPostgresError.
+    postgres; they apply only if this process starts it. As root, the directory is made passable (`o+x`) for the
+    user who runs postgres. Raises EmbeddedPostgresError.
     """
     deadline = time.monotonic() + timeout_seconds
     with ExitStack() as undo:
@@ -171,7 +171,7 @@ class Place:
         # With a comma in it, libpq would take it for two hosts.
         if len(os.fsencode(near / f".s.PGSQL.{PORT}")) <= SOCKET_PATH_BYTES and "," not in str(near):
             return near
-        # Not $TMPDIR, which may differ among those who meet here. Nobody can guess, and take, the name.
+        # Not $TMPDIR, which may differ between our processes. The name cannot be guessed, and so not taken.
         return Path("/tmp", f"billing-{hashlib.sha256(password.encode()).hexdigest()[:20]}")  # noqa: S108
 
     def failure(self, what: str) -> EmbeddedPostgresError:
@@ -183,7 +183,7 @@ class Place:
 
 
 def _take(lock: Path, operation: int) -> int | None:
-    """A descriptor that holds the lock, or None while another's is in the way."""
+    """Return a descriptor that holds the lock, or None while a conflicting lock is held."""
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
@@ -239,7 +239,7 @@ def _is_down(place: Place) -> bool:
 
 
 def _revive(place: Place, options: Mapping[str, str]) -> bool:
-    """Starts the server if nothing of it lives; whether it did."""
+    """Start the server if no part of it is alive; returns whether it did."""
     try:
         lock = _take(place.lock, fcntl.LOCK_EX)
         if lock is None:
@@ -257,7 +257,7 @@ def _revive(place: Place, options: Mapping[str, str]) -> bool:
 
 
 def _launch(place: Place, options: Mapping[str, str], lock: int) -> None:
-    """Makes what is missing, and hands the lock on to a new watcher."""
+    """Make what is missing, and hand the lock on to a new watcher."""
     account = binaries.account_for(place.data)
     _let_in(account, place.state_dir)
     chosen = binaries.within_reach(binaries.find(place.data, place.bin_dir), account, place.state_dir)
@@ -282,17 +282,17 @@ def _let_in(account: Account, state_dir: Path) -> None:
 
 
 def _initialise(place: Place, chosen: Binaries, account: Account, lock: int) -> None:
-    """Makes the cluster and its password under another name; one rename completes both."""
+    """Make the cluster and its password under another name; one rename completes both."""
     new = place.home.with_name("postgres.new")
     if new.exists():
         shutil.rmtree(new)
     new.mkdir()
-    # Root keeps this directory: there the account can put no link in root's way.
+    # Root owns this directory, so that the account cannot place a symlink in it for root to follow.
     new.chmod(0o711 if account.popen else 0o700)
     account.make_dir(new / "data")
     account.make_dir(new / "run")
     account.write(new / "password", secrets.token_urlsafe(32))
-    # It outlives us if we are killed; the lock keeps others from clearing the directory under it.
+    # initdb outlives us if we are killed; as it holds the lock, nobody removes the directory under it.
     chosen.initdb(new / "data", SUPERUSER, new / "password", account=account, keep_open=lock)
     _sync(new)
     new.rename(place.home)
@@ -314,12 +314,12 @@ def _ensure_socket_dir(path: Path, account: Account) -> None:
 
 
 def _drop_stale_pid_files(data: Path, socket_dir: Path) -> None:
-    """Removes those that keep postgres from starting since their number is another process's, or a zombie's.
+    """Remove pid files that keep postgres from starting because their pid is another process's, or a zombie's.
 
-    Nothing of our own lives, since the lock is ours; a postmaster that somebody started by hand is spared.
+    No server of ours is alive, since we hold the lock; the files of a postmaster started by hand are kept.
     """
     for file in (data / "postmaster.pid", socket_dir / f".s.PGSQL.{PORT}.lock"):
-        # No file, no number, no right to look, no /proc: then postgres itself decides, and well.
+        # No file, no pid, no permission, no /proc: then postgres itself decides, and correctly.
         with suppress(OSError, IndexError):
             process = Path("/proc", file.read_text().split()[0])
             if process.exists() and not _works_in(process, data):
@@ -358,8 +358,8 @@ def _spawn_watcher(place: Place, account: Account, lock: int, command: list[str]
 
 
 def _watch(lock: int, use: Path, account: Account, command: list[str]) -> None:
-    """Runs postgres until it ends, or until nobody uses it."""
-    # Whoever signals every process (systemd) signals the users too: they decide, and we follow.
+    """Run postgres until it ends, or until no process uses it."""
+    # A signal to all processes (systemd) reaches the server's users too: postgres stops when they have ended.
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     postgres = subprocess.Popen(command, **account.popen, pass_fds=(lock,), preexec_fn=_end_with(os.getpid()))
@@ -370,13 +370,13 @@ def _watch(lock: int, use: Path, account: Account, command: list[str]) -> None:
 
 
 def _end_with(parent: int) -> Callable[[], None] | None:
-    """Ties a child's life to its parent's; without it (macOS) postgres outlives a watcher that is killed."""
+    """Tie a child's life to its parent's; without it (macOS) postgres outlives a watcher that is killed."""
     if sys.platform != "linux":
         return None
     prctl = ctypes.CDLL(None).prctl
 
     def arm() -> None:
-        # subprocess calls this after it has changed the user, which would have disarmed it (prctl(2)).
+        # subprocess calls this after changing the user, which would have cleared the signal (prctl(2)).
         # SIGINT is the fast shutdown, which leaves nothing to recover.
         prctl(PR_SET_PDEATHSIG, signal.SIGINT)
         if os.getppid() != parent:
@@ -386,9 +386,9 @@ def _end_with(parent: int) -> Callable[[], None] | None:
 
 
 def main(arguments: list[str]) -> None:
-    """Lock descriptor, use file, uid, gid, and the command."""
+    """Watch; `arguments` are the lock's descriptor, the use file, uid, gid, and the command of postgres."""
     lock, use, uid, gid, *command = arguments
-    # The starter waits for the first process; the second is nobody's child, and leaves no zombie there.
+    # The starter waits for the first process; the second is not its child, and leaves it no zombie.
     if os.fork() == 0:
         _watch(int(lock), Path(use), Account(int(uid), int(gid)), command)
 

@@ -1,4 +1,4 @@
-"""The shelf of a tenant's events: each recorded in the transaction of what it tells of."""
+"""The shelf of a tenant's events: each is recorded in the transaction of the change it reports."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HAS_FAILED = (
     .exists()
 )
 
-# Inserting or updating, this locks the head until the end: a number is seen once, and none is skipped.
+# Insert or update, this locks the head until the transaction ends: no number is used twice, and none is skipped.
 NEXT_SEQUENCE = (
     insert(event_heads)
     .on_conflict_do_update(
@@ -37,7 +37,7 @@ NEXT_SEQUENCE = (
     )
     .returning(event_heads.c.sequence)
 )
-# A row for each endpoint that listens: one, or none.
+# A row for each active endpoint: one, or none.
 ADD_DELIVERY = insert(deliveries).from_select(
     [
         "tenant_id",
@@ -76,19 +76,19 @@ class Events(Shelf):
     def record(
         self, type: EventType, data: Mapping[str, object], *, livemode: bool = True, now: datetime
     ) -> None:
-        """Keep an event, and a delivery of it if there is an endpoint; whether that wants it is seen when sending."""
+        """Store an event, and a delivery if the endpoint is active; whether it wants the type is checked at sending."""
         event = self._keep(type, data, livemode=livemode, is_test=False, now=now)
         if self._add_delivery(event):
             wake(Tasks(self._connection, self._tenant_id), self._tenant_id, now)
 
     def keep_test(self, type: str, data: Mapping[str, object], *, now: datetime) -> Event:
-        """Keep that there was a test. What it tells, as long as the caller likes, is sent from memory and once."""
+        """Store a test event without its body, which may have any length and is sent only once, from memory."""
         return self._keep(type, data, livemode=False, is_test=True, now=now)
 
     def _keep(
         self, type: str, data: Mapping[str, object], *, livemode: bool, is_test: bool, now: datetime
     ) -> Event:
-        # The number first, for it makes others wait: so ids are in the order of the numbers.
+        # The number first, as its lock makes other transactions wait: so ids are in the order of the numbers.
         sequence, event_id = self._next_sequence(), new_id()
         body = envelope(
             id=event_id,
@@ -105,7 +105,7 @@ class Events(Shelf):
         return event
 
     def measure(self, choice: Choice, *, wanted: Sequence[str]) -> Extent:
-        """How many events that are, of the types wanted (none means all), and the last one's place."""
+        """Count the chosen events of the wanted types (none means all), and find the last one's number."""
         number, last = func.count(), func.coalesce(func.max(events.c.sequence), 0)
         found = select(number, last).where(self._chosen(choice, wanted))
         return Extent(*self.run(found).one())
@@ -113,7 +113,7 @@ class Events(Shelf):
     def chosen(
         self, choice: Choice, *, wanted: Sequence[str], after: int, last: int, most: int
     ) -> list[Chosen]:
-        """The first of them beyond one place and up to the other, in their order."""
+        """The first of them after the number `after`, up to and including `last`, in order."""
         rows = self.run(
             select(events.c.id, events.c.sequence)
             .where(self._chosen(choice, wanted), events.c.sequence > after, events.c.sequence <= last)

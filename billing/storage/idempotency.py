@@ -1,4 +1,4 @@
-"""The shelf of idempotency keys, and the way in which those that have run out are forgotten."""
+"""The shelf of idempotency keys, and the deletion of expired ones."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ RELEASE = delete(idempotency_keys).where(IS_HELD)
 
 
 class IdempotencyKeys(Shelf):
-    """The keys of one tenant's callers, or of one address; what was asked and answered is sealed to its row."""
+    """The keys of one tenant's callers, or of one client address; fingerprint and answer are sealed to their row."""
 
     def __init__(self, connection: Connection, tenant_id: UUID, vault: Vault) -> None:
         super().__init__(connection, tenant_id)
         self._vault = vault
 
     def take(self, claim: Claim, fingerprint: str, *, until: datetime) -> bool:
-        """Put the claim where there is none, and no answer, or where what there is has run out."""
+        """Store the claim, unless there is a claim or an answer that has not expired; returns whether it did."""
         taken = self.run(
             TAKE,
             tenant_id=self._tenant_id,
@@ -61,7 +61,7 @@ class IdempotencyKeys(Shelf):
         return taken.rowcount == 1
 
     def find(self, name: bytes) -> Found | None:
-        """What stands under the name."""
+        """What is stored under the name."""
         row = self.run(FIND, key=name).one_or_none()
         if row is None:
             return None
@@ -72,10 +72,10 @@ class IdempotencyKeys(Shelf):
         return Found(fingerprint, StoredAnswer(**answer))
 
     def keep(self, claim: Claim, answer: StoredAnswer, *, until: datetime) -> bool:
-        """Put the answer in the place of the claim; False if that is not ours any more.
+        """Store the answer with the claim; False if the claim is no longer ours.
 
-        What a stranger registers is in the transaction of the new tenant, their key is not: for this one statement
-        the transaction is the address's.
+        A registration runs in the new tenant's transaction, but its key belongs to the client's address: for this one
+        statement the transaction is scoped to the address.
         """
         if claim.is_strangers and claim.scope != self._tenant_id:
             with self._at(claim.scope) as shelf:
@@ -91,7 +91,7 @@ class IdempotencyKeys(Shelf):
         self._connection.exec_driver_sql(BECOME, (str(self._tenant_id),))
 
     def release(self, claim: Claim) -> None:
-        """Let go of the claim, so that the next who asks may answer; but not of an answer."""
+        """Delete the claim, so that a repeated request may be processed; an answer is not deleted."""
         self.run(RELEASE, key=claim.name, held=claim.id)
 
     def _place(self, column: str, name: bytes) -> str:
@@ -99,6 +99,6 @@ class IdempotencyKeys(Shelf):
 
 
 def forget_answers(connection: Connection, now: datetime) -> bool:
-    """Forget some claims and answers that have run out, whosever they are; whether there may be more."""
+    """Delete some expired claims and answers, of any tenant or address; returns whether there may be more."""
     parameters = {"now": now, "most": FORGOTTEN_AT_ONCE}
     return bool(connection.exec_driver_sql(FORGET, parameters).scalar_one() == FORGOTTEN_AT_ONCE)

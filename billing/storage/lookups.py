@@ -1,8 +1,7 @@
-"""The look-ups that every request needs, of a key and of a token, asked from the event loop itself.
+"""The look-ups that authenticate requests, by API key and by access token, made from the event loop itself.
 
-A thread and a pooled connection for each would cost more than the question. Here a few connections of their own are
-asked without waiting, by psycopg2's asynchronous side and by statements prepared once a connection. Whatever else is
-asked of the database is asked through the store.
+A thread and a pooled connection for each would cost more than the query. These have a few connections of their own, in
+psycopg2's asynchronous mode, with statements prepared once per connection. All other queries go through the store.
 """
 
 from __future__ import annotations
@@ -20,22 +19,22 @@ from billing.users import User
 
 
 class Lookups:
-    """Exact questions of one answer or none. Every failure to reach the database is `DatabaseUnavailable`."""
+    """Exact look-ups of one row or none. Every failure to reach the database is `DatabaseUnavailable`."""
 
     def __init__(self, connections: int = CONNECTIONS) -> None:
         self._pool = AsyncPool(connections)
         self._positioned = False
 
     def open(self, url: str, *, positioned: bool = False) -> None:
-        """Take the address of the database; connections are made when they are needed, on this event loop.
+        """Set the database URL; connections are opened on demand, on this event loop.
 
-        `positioned` has each answer tell how far the database's log has come, for `Store.read`.
+        With `positioned` each answer includes the position of the database's log, for `Store.read`.
         """
         self._positioned = positioned
         self._pool.open(url)
 
     async def find_key(self, digests: Sequence[str]) -> tuple[Tenant, ApiKey, str | None] | None:
-        """The key stored under one of these digests, whose it is, and the position."""
+        """The tenant and the key stored under one of these digests, and the position."""
         # A digest is `pepper id:hex`, with no comma in it.
         row = await self._pool.ask(FIND_KEY, {"names": ",".join(digests), "positioned": self._positioned})
         if row is None:
@@ -43,7 +42,7 @@ class Lookups:
         return Tenant(*row[:TENANT_ENDS]), ApiKey(*row[TENANT_ENDS:-1]), row[-1]
 
     async def find_user(self, claims: Claims, now: datetime) -> tuple[Tenant, User, str | None] | None:
-        """The user whom an access token names, while user, version and session hold, and the position."""
+        """The tenant and the user of an access token, if user, version and session are valid, and the position."""
         parameters = {
             "tenant_id": str(claims.tenant_id),
             "user_id": str(claims.user_id),
@@ -58,5 +57,5 @@ class Lookups:
         return Tenant(*row[:TENANT_ENDS]), User(*row[TENANT_ENDS:-1]), row[-1]
 
     def close(self) -> None:
-        """Let go of every connection; who waits is told that there is none."""
+        """Close every connection; callers waiting for one get `DatabaseUnavailable`."""
         self._pool.close()

@@ -1,8 +1,8 @@
-"""The questions asked before a tenant is known: whose login, whose connect state is this?
+"""The queries made before the tenant is known: whose email, connect state or slug is this?
 
-Each is one message of two statements, and so one transaction: the first finds the tenant (by an exact
-name, through the one function that may look across tenants) and puts it into the transaction's setting;
-the second reads under that tenant's row security.
+Each is one message, and so one transaction. A first statement finds the tenant (by an exact name, through
+the one function that may look across tenants) and puts it into the transaction's setting; a second reads
+under that tenant's row security. For a connect state the function's answer is enough.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FIND_TENANT = f"{AS_WHOEVER_HAS} SELECT {TENANT} {FROM_TENANT} WHERE tenants.slu
 
 
 class Platform:
-    """Exact questions across tenants: each has one answer or none."""
+    """Exact look-ups across tenants: each finds one row or none."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection

@@ -1,4 +1,4 @@
-"""The pool of connections, with a clock for those that have to wait for one."""
+"""The connection pool, with a metric of how long callers wait for a connection."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from billing import metrics
 
 
 class Pool(QueuePool):
-    """SQLAlchemy's pool. Who finds a connection free costs nothing more."""
+    """SQLAlchemy's pool. Only a caller that has to wait is timed."""
 
-    # Its lines show the whole address of the database: they are logged as SQLAlchemy's, which is silent.
+    # Its log lines show the whole URL of the database: they go to SQLAlchemy's logger, which is silent.
     __module__ = QueuePool.__module__
 
     def _do_get(self) -> ConnectionPoolEntry:

@@ -1,4 +1,4 @@
-"""The two questions that every request has: whose is this key, and whom does this token name?"""
+"""The two questions that authenticate requests: whose is this API key, and whose is this access token?"""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from billing.storage import api_keys, tenants, users
 from billing.storage.platform import FROM_TENANT
 from billing.storage.shelf import listed
 
-# Who asked just now is likely to ask again.
+# A caller seen lately is likely to call again, with the same ids.
 KNOWN_IDS = 4096
 
 Row = Sequence[Any]
-# What becomes of what JSON has for a column of this type; None where it is the same here.
+# How to convert the JSON value of a column of this type; None where it needs no conversion.
 READERS: Mapping[type, Callable[[str], Any] | None] = {
     Uuid: lru_cache(KNOWN_IDS)(UUID),
     DateTime: datetime.fromisoformat,
@@ -35,8 +35,8 @@ READERS: Mapping[type, Callable[[str], Any] | None] = {
 class Question:
     """Two statements in one message, and so in one transaction: find the tenant, then read under its row security.
 
-    Ids and times are sent as texts, and an answer is one array of JSON: psycopg2 takes longer over an object of ours,
-    and over each column of each answer, than over all that in one piece.
+    Ids and times are sent as text, and an answer is one JSON array: psycopg2 takes longer to adapt an object, and to
+    convert an answer column by column.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Question:
     source: str
 
     def prepared(self) -> list[str]:
-        """What a connection is told once."""
+        """The PREPARE statements, sent once per connection."""
         types = ", ".join(self.parameters.values())
         places = {name: f"${n}" for n, name in enumerate(self.parameters, 1)}
         return [
@@ -55,7 +55,7 @@ class Question:
         ]
 
     def message(self, *, prepared: bool) -> str:
-        """What is sent each time, with psycopg2's placeholders."""
+        """The message of one question, with psycopg2's placeholders."""
         places = {name: f"%({name})s" for name in self.parameters}
         if prepared:
             return "; ".join(f"EXECUTE {name} ({', '.join(places.values())})" for name in self._statements())
@@ -63,7 +63,7 @@ class Question:
         return "; ".join(text.format(**cast) for text in self._statements().values())
 
     def read(self, answer: str) -> Row:
-        """The columns, and the position."""
+        """Convert an answer to the values of the columns, and the position."""
         row: list[Any] = orjson.loads(answer)
         for place, reader in self._readers:
             if row[place] is not None:
@@ -71,7 +71,7 @@ class Question:
         return row
 
     def _statements(self) -> dict[str, str]:
-        """By names that other texts do not have: behind a pooler, those of another release may still be prepared."""
+        """The statements, by names unique to their texts: behind a pooler, another release's may still be prepared."""
         query = f"SELECT json_build_array({listed(self.columns)}, {POSITION})::text {self.source}"
         return {
             f"{self.name}_{part}_{hashlib.sha256(text.encode()).hexdigest()[:16]}": text
@@ -84,8 +84,8 @@ class Question:
         return [(place, reader) for place, reader in readers if reader]
 
 
-# How far the log has come, where a replica is to be compared with it. Of what is inserted, not of what is flushed: a
-# commit may be acknowledged before that.
+# The position of the log, if a replica is to be compared with it: the insert position, not the flush position, as a
+# commit may be acknowledged before it is flushed.
 POSITION = "CASE WHEN {positioned} THEN pg_current_wal_insert_lsn()::text END"
 FIND_KEY = Question(
     "find_key",
@@ -93,7 +93,7 @@ FIND_KEY = Question(
     "SELECT set_config('app.tenant_id', tenant_id::text, true) "
     "FROM app.find('api_key', string_to_array({names}, ','))",
     (*tenants.COLUMNS, *api_keys.COLUMNS),
-    # By its id, whatever the plan: by digest a plan for any number of names reads all keys that the tenant ever had.
+    # By id, whatever the plan: by digest, a generic plan would read all keys that the tenant ever had.
     f"{FROM_TENANT} JOIN api_keys ON api_keys.tenant_id = tenants.id "
     "WHERE api_keys.id = (SELECT id FROM app.find('api_key', string_to_array({names}, ',')))",
 )
@@ -103,7 +103,7 @@ FIND_USER = Question(
         "tenant_id": "uuid",
         "user_id": "uuid",
         "session_id": "uuid",
-        "token_version": "numeric",  # A token may say any number.
+        "token_version": "numeric",  # A token may hold any number.
         "now": "timestamptz",
         "positioned": "boolean",
     },

@@ -1,7 +1,7 @@
-"""A read replica: read from where it has all that the primary had when the request came, and left out while it fails.
+"""A read replica: used if it has all that the primary had when the request came, and skipped while it fails.
 
-How far the primary's log had come is told with the look-up of the caller, which always asks the primary. A replica
-that has replayed as much has every write that anybody had been told of by then, through whichever process.
+The position of the primary's log comes with the look-up of the caller, which always queries the primary. A replica
+that has replayed the log up to it has every write acknowledged by then, through whichever process.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from billing.storage.watchdog import Watchdog
 
 T = TypeVar("T")
 
-# Short: behind it stands the primary, and a request that has time for that.
+# Short, so that the request has time left to query the primary instead.
 STATEMENT_SECONDS = 2.0
 REST_SECONDS = 5.0
 
-# NULL, and so no, on a server that replays nothing.
+# NULL, and so false, on a server that replays nothing.
 OPEN = f"BEGIN; {BECOME}, pg_last_wal_replay_lsn() >= %s::pg_lsn"
 IDENTITY = "SELECT system_identifier FROM pg_control_system()"
 
@@ -33,7 +33,7 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.stora
 
 
 class NotThere(Exception):
-    """The replica cannot answer this: it lags, or it fails, or it is left out for a while."""
+    """The replica cannot answer this: it lags, or it fails, or it is skipped for a while."""
 
 
 class Replica:
@@ -61,9 +61,9 @@ class Replica:
         )
 
     def require_usable(self) -> None:
-        """Raises `schema.SchemaError` unless it replays our primary, for a role that row security holds.
+        """Raise `schema.SchemaError` unless it replays our primary, and row security binds our role.
 
-        One that does not answer may come back: it is looked at again then, before anything is read from it.
+        One that does not answer may come back: it is checked then, before anything is read from it.
         """
         try:
             with self._engine.connect() as connection:
@@ -72,7 +72,7 @@ class Replica:
             self._breaker.open_for_a_while(error)
 
     def read(self, tenant_id: UUID, since: str, query: Callable[[Connection], T]) -> T:
-        """What `query` finds, with all that was written up to `since`; raises `NotThere`."""
+        """Run `query` with everything written up to the position `since` visible; raises `NotThere`."""
         if self._breaker.is_open():
             raise NotThere
         try:
@@ -108,7 +108,7 @@ class Replica:
 
 
 class _CircuitBreaker:
-    """Whether the replica is left out: for some seconds after a failure, then for all but one who tries."""
+    """Skips the replica for some seconds after a failure, and then for all readers but one, which tries it."""
 
     def __init__(self, rest_seconds: float) -> None:
         self._rest_seconds = rest_seconds
@@ -119,7 +119,7 @@ class _CircuitBreaker:
         return self._open_until is not None and not self._may_try()
 
     def _may_try(self) -> bool:
-        """Whether it has rested for long enough, or was closed meanwhile; while one tries, the others may not."""
+        """Whether the rest is over, or the breaker was closed meanwhile; the first to ask begins a new rest."""
         with self._lock:
             if self._open_until is None:
                 return True
@@ -144,5 +144,5 @@ class _CircuitBreaker:
 
 
 def _why(cause: Exception) -> str:
-    # A driver's message can have values in it; ours are made to be read.
+    # A driver's message may contain values; ours are written for the operator.
     return str(cause) if isinstance(cause, schema.SchemaError) else type(cause).__name__

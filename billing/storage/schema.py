@@ -1,4 +1,4 @@
-"""The schema's life: roles, migrations, and the checks without which the server will not start."""
+"""The database schema: roles, migrations, and the checks without which the server will not start."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from billing.errors import DatabaseUnavailable
 from billing.storage.tables import metadata
 
 MIGRATIONS = Path(__file__).parent / "migrations"
-# Any number will do that nobody else takes: "billing" in ASCII.
+# Any number will do that no other program locks: "billing" in ASCII.
 MIGRATION_LOCK = 0x62696C6C696E67
 INSUFFICIENT_PRIVILEGE = "42501"
 LOCK_NOT_AVAILABLE = "55P03"
-# How long for other migrations to end, and then for a table: whatever comes behind one that waits for that waits too.
+# How long to wait for other migrations, and then for a table: statements that come later queue behind that wait.
 TURN_PATIENCE = "60s"
 PATIENCE = "3s"
 
 
 class SchemaError(Exception):
-    """The database is not one that this version may work with; the sentence says what to do."""
+    """The database is not one that this version may work with; the message says what to do."""
 
 
 def bootstrap_sql() -> str:
-    """What a DBA runs once: the roles."""
+    """The SQL that a DBA runs once, which makes the roles."""
     return (MIGRATIONS / "bootstrap.sql").read_text()
 
 
 def migrate(owner_url: str) -> str:
     """Bring the schema to this version, in one transaction; returns the revision.
 
-    Any number may run it at once: the lock is taken before anybody looks at the version. Raises
-    `DatabaseUnavailable`, and `SchemaError` when a newer version was here, when the role may not do it, or when
-    somebody else has a table for too long.
+    Any number of processes may run it at once: each takes the lock before it reads the revision. Raises
+    `DatabaseUnavailable`, and `SchemaError` if the revision is a newer version's, if the role may not migrate, or
+    if another session holds the lock or a table for too long.
     """
     engine = create_engine(owner_url, hide_parameters=True)
     try:
@@ -71,7 +71,7 @@ def _in_our_words() -> Iterator[None]:
 
 
 def _upgrade(connection: Connection) -> None:
-    # Only here: a server and its worker would import Alembic at every start, and have nothing to migrate.
+    # Imported here, as a server and its worker mostly have nothing to migrate, and need no Alembic.
     from alembic import command
     from alembic.config import Config
     from alembic.util import CommandError
@@ -101,7 +101,7 @@ def _present(connection: Connection) -> str | None:
 
 
 def _is_newer_and_serves_us(connection: Connection, present: str | None) -> bool:
-    # A newer schema is one that we have never heard of. It names the oldest whose server it serves.
+    # A newer schema's revision is unknown to us. The schema names the oldest revision whose server it supports.
     names_it = "SELECT to_regprocedure('app.oldest_server()') IS NOT NULL"
     if present is None or present in _known() or not connection.scalar(text(names_it)):
         return False
@@ -109,7 +109,7 @@ def _is_newer_and_serves_us(connection: Connection, present: str | None) -> bool
 
 
 def require_safe(connection: Connection) -> None:
-    """Raises `SchemaError` unless row security holds against the role that we are."""
+    """Raises `SchemaError` unless row security binds the role that we are."""
     role = connection.execute(
         text("SELECT rolname, rolsuper, rolbypassrls FROM pg_roles WHERE rolname = current_user")
     )
@@ -141,7 +141,7 @@ WHERE rolname <> current_user AND pg_has_role(current_user, oid, 'MEMBER')
     )
 ORDER BY rolname
 """
-# A policy for everybody, or for us, beside that of the tenant lets through what the tenant's does not.
+# A further permissive policy, for PUBLIC or for us, lets through rows that the policy `tenant` does not.
 UNPROTECTED = """
 SELECT relname FROM pg_class
 WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p') AND relname = ANY (:tables) AND (

@@ -1,4 +1,4 @@
-"""The shelf that counts what is kept under each key of the keyrings."""
+"""The shelf that counts the rows that depend on each key of the keyrings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Secrets(Shelf):
     """How many rows of one tenant can be read with which key."""
 
     def counts(self, now: datetime) -> list[Count]:
-        """Of passwords, of API keys and webhook secrets that have not ended."""
+        """Count passwords, and the API keys and webhook secrets that have not expired and were not revoked."""
         living_keys = and_(
             api_keys.c.revoked_at.is_(None), or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > now)
         )

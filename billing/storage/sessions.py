@@ -45,7 +45,7 @@ class Sessions(Shelf):
         return Session(*row) if row else None
 
     def rotate(self, id: UUID, used: bytes, successor: bytes, now: datetime) -> Session | None:
-        """One compare-and-set: of any number that come at once, one finds the used token current."""
+        """Compare and set: of any number of concurrent calls, one finds the used token current."""
         row = self.run(ROTATE, session_id=id, used=used, successor=successor, now=now).one_or_none()
         return Session(*row) if row else None
 
@@ -53,9 +53,9 @@ class Sessions(Shelf):
         self.run(END, session_id=id, ended_at=now)
 
     def end_all(self, user_id: UUID, now: datetime) -> None:
-        """Say of a user's sessions that they have ended, or of a good part: the user's new token version ends all."""
+        """Mark a user's sessions as ended, up to `AT_ONCE`: the user's new token version ends them all anyway."""
         self.run(END_MOST, whose=user_id, ended_at=now)
 
     def prune(self, before: datetime) -> bool:
-        """Forget those that ended before, or a good part of them; whether there was any."""
+        """Delete sessions that ended or expired before this time, up to `AT_ONCE`; returns whether there were any."""
         return self.run(PRUNE, before=before).rowcount > 0

@@ -30,20 +30,20 @@ from billing.storage.driver import driver_of
 Values: TypeAlias = Mapping[str, Any]
 Write: TypeAlias = UpdateBase | TextClause
 
-# For texts and parameters alone; connections have one each.
+# Only for compiling statements and converting parameters; each engine has its own.
 DIALECT = PGDialect_psycopg2(dbapi=psycopg2)  # type: ignore[no-untyped-call]
-# What makes the rest of a transaction a tenant's.
+# Scopes the rest of a transaction to a tenant.
 BECOME = "SELECT set_config('app.tenant_id', %s, true)"
-# The tenant in every condition, by which a statement is told from one that has lost it.
+# The name of the tenant's parameter in every condition: a test finds by it any statement that lacks the condition.
 MINE = "mine"
-# So many rows are changed well within a statement's time.
+# This many rows are changed well within the statement timeout.
 AT_ONCE = 5000
 
 
 class Shelf:
-    """The rows of one noun, of one tenant.
+    """The rows of one entity, of one tenant.
 
-    Row security already hides other tenants' rows; `mine` says it again, so that either alone would do.
+    Row security already hides other tenants' rows; `mine` repeats the condition, so that either alone would do.
     """
 
     def __init__(self, connection: Connection, tenant_id: UUID) -> None:
@@ -51,11 +51,11 @@ class Shelf:
         self._tenant_id = tenant_id
 
     def run(self, statement: Executable, **values: object) -> CursorResult[*tuple[Any, ...]]:
-        """Run a statement, whose conditions are `mine`, with its other values."""
+        """Run a statement whose conditions include `mine`, with these values for its other parameters."""
         return self._connection.execute(statement, {**values, MINE: self._tenant_id})
 
     def put_off(self, statement: Write | str, /, **values: object) -> None:
-        """Run one likewise whose result nobody needs: it goes with the next, or with COMMIT. A text is psycopg2's."""
+        """Send a statement whose result nobody needs with the next one, or with COMMIT. A string is psycopg2's SQL."""
         values[MINE] = self._tenant_id
         driver = driver_of(self._connection)
         if isinstance(statement, str):
@@ -65,7 +65,7 @@ class Shelf:
             driver.put_off(text, parameters(values))
 
     def insert(self, table: Table, values: Values) -> None:
-        """Add a row, as this tenant's whatever it says; put off too."""
+        """Add a row, always as this tenant's whatever `values` say; postponed too."""
         self.put_off(_insert(table), **{**values, _owner(table).name: self._tenant_id})
 
 
@@ -76,10 +76,10 @@ def _insert(table: Table) -> UpdateBase:
 
 @cache
 def _compiled(statement: Write, names: tuple[str, ...]) -> tuple[str, Callable[[Values], Values]]:
-    """A statement for values of these names: its text, and what makes psycopg2's parameters of values.
+    """Compile a statement for values of these names: its text, and a function from values to psycopg2's parameters.
 
-    It is a constant, with no `in_` of a list and no default of Python's: what SQLAlchemy does at each execution is
-    not done. It would get ready for a result, which takes it longer than all else.
+    The statement is a constant, with no `in_` of a list and no Python-side default, so that SQLAlchemy's work at each
+    execution can be skipped: most of its time goes into preparing for a result.
     """
     compiled = statement.compile(dialect=DIALECT, column_keys=names)
     binders = {
@@ -98,15 +98,15 @@ def _compiled(statement: Write, names: tuple[str, ...]) -> tuple[str, Callable[[
 
 
 def mine(table: Table) -> ColumnElement[bool]:
-    """The condition that a row is the tenant's; the shelf that runs the statement says whose."""
+    """The condition that a row is the tenant's; the shelf that runs the statement fills in the tenant."""
     return _owner(table) == bindparam(MINE)
 
 
 def some_of(table: Table, condition: ColumnElement[bool]) -> ColumnElement[bool]:
-    """The condition that a row is one of the tenant's of which this holds, for as many as one statement should change.
+    """The condition that a row is one of up to `AT_ONCE` of the tenant's that meet the given condition.
 
-    Rows that somebody else is changing are passed over. To wait for one could be a deadlock, and then it might no
-    longer be one of them.
+    Rows locked by another transaction are skipped. Waiting for one could deadlock, and afterwards it might no longer
+    meet the condition.
     """
     free = (
         select(table.c.id)
@@ -115,7 +115,7 @@ def some_of(table: Table, condition: ColumnElement[bool]) -> ColumnElement[bool]
         .with_for_update(skip_locked=True)
         .cte("free")
     )
-    # As one array: the rows are looked up by it, whatever is known of the table.
+    # As one array: the rows are found by their ids, whatever the table's statistics say.
     return and_(mine(table), table.c.id == any_(func.array(select(free.c.id).scalar_subquery())))
 
 
@@ -124,7 +124,7 @@ def _owner(table: Table) -> ColumnElement[Any]:
 
 
 def columns_of(value: type, table: Table, **elsewhere: ColumnElement[Any]) -> tuple[ColumnElement[Any], ...]:
-    """The columns of a value's fields, in their order; those of another table are given by the field's name."""
+    """The columns of a dataclass's fields, in their order; columns of another table are given by the field's name."""
     return tuple(elsewhere[f.name] if f.name in elsewhere else table.c[f.name] for f in fields(value))
 
 
@@ -134,5 +134,5 @@ def listed(columns: Sequence[ColumnElement[Any]]) -> str:
 
 
 def values_of(value: object, table: Table) -> dict[str, Any]:
-    """The members of a value that are columns of the table, by name."""
+    """The attributes of a value that are columns of the table, by name."""
     return {column.name: getattr(value, column.name) for column in table.c if hasattr(value, column.name)}

@@ -1,4 +1,4 @@
-"""The store: doors into one tenant, for what is asked before it is known, for the worker, for the operator."""
+"""The store: transactions of one tenant, and queries across tenants, for logins, the worker and the operator."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ T = TypeVar("T")
 POOL_WAIT_SECONDS = 3
 
 OPEN = f"BEGIN; {BECOME}"
-# The tenant's lock: of two who take it, the second waits for the end of the first.
+# The tenant's lock: of two transactions that take it, the second waits for the end of the first.
 OPEN_LOCKED = f"{OPEN}; SELECT FROM tenants WHERE id = app.current_tenant() FOR NO KEY UPDATE"
-# For many tenants: one whose row somebody holds must not keep the others' waiting. In ms.
+# For rows of many tenants: one that is locked elsewhere must not keep the others locked for long. In ms.
 OPEN_SHORTLY = "BEGIN; SET LOCAL lock_timeout = 100"
 PING = "SELECT"
 
 
 class TenantTx:
-    """One transaction of one tenant: a shelf for each noun, all of it kept or none."""
+    """One transaction of one tenant, with a shelf for each entity."""
 
     def __init__(self, connection: Connection, tenant_id: UUID, actor: Actor, vault: Vault) -> None:
         self.tenant_id = tenant_id
@@ -91,7 +91,7 @@ class Store:
         self._replica: Replica | None = None
 
     def open(self, url: str, *, replica_url: str | None = None) -> None:
-        """Take the addresses of the database and of its replica; connections are made when they are needed."""
+        """Set the URLs of the database and of its replica; connections are opened on demand."""
         self._watchdog = Watchdog(self._statement_seconds)
         self._opened = create_engine(
             url,
@@ -99,8 +99,8 @@ class Store:
             pool_size=self._connections,
             max_overflow=0,
             pool_timeout=self._pool_wait_seconds,
-            # The last that worked is taken first: after a failover a new connection may cost the time in which a
-            # host that hangs is given up, and each of those that were lost would cost it in turn.
+            # The connection used last is taken first: after a failover each new connection may have to wait until a
+            # hanging host times out, and replacing every lost connection would cost that wait again.
             pool_use_lifo=True,
             hide_parameters=True,
             connect_args=CONNECT_ARGS | self._watchdog.connect_args,
@@ -124,7 +124,7 @@ class Store:
     def tenant(
         self, tenant_id: UUID, actor: Actor = SYSTEM, *, exclusive: bool = False
     ) -> Iterator[TenantTx]:
-        """A transaction that reaches this tenant's rows alone. Leaving commits, raising rolls back.
+        """A transaction that reaches this tenant's rows alone. Leaving the block commits, raising rolls back.
 
         An exclusive one holds the tenant's lock from its beginning.
         """
@@ -138,7 +138,7 @@ class Store:
     def _connect(
         self, opening: str = PING, parameters: tuple[str, ...] | None = None
     ) -> Iterator[Connection]:
-        """A connection that has taken its opening, which is how one is found that was lost since it was last used."""
+        """A connection that has run its opening statement, which also detects one lost since it was last used."""
         with ExitStack() as stack:
             connection = stack.enter_context(self._engine.connect())
             try:
@@ -146,18 +146,18 @@ class Store:
             except exc.DBAPIError as error:
                 if not error.connection_invalidated:
                     raise
-                # With it the pool let go of all the others: this one is new.
+                # The pool has invalidated all its other connections too: this one is new.
                 connection = stack.enter_context(self._engine.connect())
                 connection.exec_driver_sql(opening, parameters)
             yield connection
 
     def read(self, tenant_id: UUID, query: Callable[[TenantTx], T], *, since: str | None) -> T:
-        """What `query`, which changes nothing, finds: on the replica, if there is one with all that was there `since`.
+        """Run `query`, which changes nothing: on the replica, if there is one that has replayed the log up to `since`.
 
-        `since` is a caller's `position`. What the replica cannot answer the primary is asked, from the beginning.
+        `since` is a caller's `position`. If the replica cannot answer, `query` runs again on the primary.
         """
         if self._replica is not None and since is not None:
-            # One that lags is no failure: the span of the primary's transaction stands beside this one.
+            # Lag does not fail this span: that of the primary's transaction follows beside it.
             with _span("read"), suppress(NotThere):
                 return self._replica.read(
                     tenant_id, since, lambda c: query(TenantTx(c, tenant_id, SYSTEM, self._vault))
@@ -167,26 +167,26 @@ class Store:
 
     @contextmanager
     def platform(self) -> Iterator[Platform]:
-        """The questions asked before a tenant is known, each one message to the database."""
+        """The queries made before the tenant is known, each one message to the database."""
         with in_our_words(), _span("question"), self._connect() as connection:
             yield Platform(connection)
 
     def take_due(self, queue: Queue, now: datetime, *, most: int) -> list[Task]:
-        """Tasks that are due, of any tenant, held until their lease ends: those that have been due longest."""
+        """Lease due tasks of any tenant, those that have been due longest first."""
         with in_our_words(), self._connect() as connection:
             return take_due(connection, queue, now, most=most)
 
     def forget_answers(self, now: datetime) -> None:
-        """Forget the idempotency keys that have run out, of tenants and of strangers."""
+        """Delete the expired idempotency keys, of tenants and of unauthenticated callers."""
         is_more = True
         while is_more:
             with in_our_words(), self._connect() as connection:
                 is_more = forget_answers(connection, now)
 
     def note_uses(self, uses: Mapping[UUID, tuple[UUID, datetime]]) -> None:
-        """Keep when a key of each of these tenants was last used, all in one message.
+        """Store when a key of each of these tenants was last used, all in one message.
 
-        One key of a tenant and no more: who revokes several locks them in an order of their own.
+        Only one key per tenant: a revocation locks several in an order of its own, and the two could deadlock.
         """
         with in_our_words(), _span("transaction"), self._connect(OPEN_SHORTLY) as connection:
             for tenant_id, (key_id, at) in sorted(uses.items()):
@@ -195,7 +195,7 @@ class Store:
             connection.commit()
 
     def backlog(self, now: datetime) -> Backlog:
-        """What waits at all tenants together, for whoever watches."""
+        """The backlog of all tenants together, for monitoring."""
         with in_our_words(), self._connect() as connection:
             return read_backlog(connection, now)
 
@@ -207,12 +207,12 @@ class Store:
             return sent + (clock() - sent) / 2 - database
 
     def all_tenants(self) -> list[TenantSummary]:
-        """Every tenant, the oldest first, for the operator; the store was opened with the owner's address."""
+        """Every tenant, the oldest first, for the operator; needs a store opened with the owner's URL."""
         with in_our_words(), self._connect() as connection:
             return all_tenants(connection)
 
     def sample(self, component: str) -> None:
-        """Say how many connections there may be, and how many are in use at this moment."""
+        """Set the gauges of the pool's size and of the connections in use."""
         pool = self._opened.pool if self._opened is not None else None
         metrics.POOL_SIZE.set(self._connections, component)
         metrics.POOL_IN_USE.set(pool.checkedout() if isinstance(pool, Pool) else 0, component)
@@ -223,14 +223,14 @@ class Store:
             schema.require_current(connection)
 
     def require_safe(self) -> None:
-        """Raises `schema.SchemaError` unless row security holds for the role that we are, on the replica too."""
+        """Raises `schema.SchemaError` unless row security binds the role that we are, on the replica too."""
         with in_our_words(), self._connect() as connection:
             schema.require_safe(connection)
         if self._replica is not None:
             self._replica.require_usable()
 
     def _identity(self) -> int:
-        """Which cluster of PostgreSQL's this is: a replica's is the same."""
+        """The system identifier of the PostgreSQL cluster: a replica has the same."""
         with self._connect() as connection:
             return int(connection.exec_driver_sql(IDENTITY).scalar_one())
 

@@ -45,28 +45,28 @@ FORGET_STATES = (
 
 
 def connection_of(row: Sequence[Any]) -> Connection:
-    """The value in a row of `COLUMNS`."""
+    """Build the connection from a row of `COLUMNS`."""
     found = Connection(*row)
     return replace(found, account=account_of(cast("Mapping[str, Any]", found.account)))
 
 
 def account_of(stored: Mapping[str, Any]) -> Account:
-    """The account in the JSON that `asdict` makes of one."""
+    """Build the account from the JSON that `asdict` made of it."""
     asked = stored["requirements"]
     errors = tuple(RequirementError(**error) for error in asked["errors"])
     return Account(**{**stored, "requirements": Requirements(**{**asked, "errors": errors})})
 
 
 class StripeConnect(Shelf):
-    """At most one connection, and the states of a day."""
+    """At most one connection, and the connect states of the last day."""
 
     def find(self) -> Connection | None:
-        """The connection that there is, or the last that there was."""
+        """The current connection, or the last one if it has ended."""
         row = self.run(FIND).one_or_none()
         return connection_of(row) if row else None
 
     def keep(self, connection: Connection) -> None:
-        """Put a connection in the place of the one before."""
+        """Store a connection in place of the previous one."""
         values = values_of(connection, stripe_connections) | {"account": asdict(connection.account)}
         self.run(KEEP, tenant_id=self._tenant_id, **values)
 
@@ -74,15 +74,15 @@ class StripeConnect(Shelf):
         self.insert(connect_states, values_of(state, connect_states))
 
     def end_states(self, now: datetime) -> None:
-        """End the states that still count."""
+        """Expire the states that are still valid."""
         self.run(END_STATES, now=now)
 
     def forget_states(self, before: datetime) -> list[str]:
-        """Forget those made before, or a good part of them; returns their digests."""
+        """Delete states made before this time, up to `AT_ONCE`; returns their digests."""
         return list(self.run(FORGET_STATES, before=before).scalars())
 
     def lock_state(self, id: UUID) -> State:
-        """The state, for this transaction alone; raises `StateUnknown`."""
+        """Return the state, locked until the transaction ends; raises `StateUnknown`."""
         row = self.run(LOCK_STATE, state_id=id).one_or_none()
         if row is None:
             raise StateUnknown

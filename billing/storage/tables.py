@@ -1,7 +1,7 @@
 """The tables, as the queries need them; the migrations make them, and a test compares the two.
 
-`tenant_id` leads every key, so that the schema can be spread by tenant. What must be unique or be found
-across tenants (emails, slugs, key digests) lives in `directory`.
+`tenant_id` leads every other table's key, so that the tables can be sharded by tenant. What must be unique or
+be found across tenants (emails, slugs, key digests) is in `directory`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ users = Table(
     Column("role", Text, nullable=False),
     Column("is_active", Boolean, nullable=False),
     Column("password_hash", Text, nullable=False),
-    # Access tokens bear it: raising it ends them all.
+    # Tokens carry it: raising it ends them all.
     Column("token_version", Integer, nullable=False),
     _time("last_login", nullable=True),
     _time("created_at"),
@@ -130,7 +130,7 @@ webhook_endpoints = Table(
     metadata,
     Column("tenant_id", Uuid, nullable=False),
     Column("url", Text),
-    # Those that are sent; none means all.
+    # The types that are sent; an empty array means all.
     Column("event_types", ARRAY(Text), nullable=False),
     Column("disabled_reason", Text),
     _time("failing_since", nullable=True),
@@ -162,7 +162,7 @@ webhook_secrets = Table(
     ),
 )
 
-# No foreign key to tenants: spread by name, this table lies elsewhere than its tenant's rows.
+# No foreign key to tenants: sharded by name, a row may be on another shard than its tenant.
 directory = Table(
     "directory",
     metadata,
@@ -225,7 +225,7 @@ connect_states = Table(
     CheckConstraint("flow IN ('oauth', 'account_link')", name="connect_states_flow"),
 )
 
-# One a tenant: the connection that there is, or the last that there was.
+# One per tenant: the current connection, or the last one if it has ended.
 stripe_connections = Table(
     "stripe_connections",
     metadata,
@@ -260,9 +260,9 @@ events = Table(
     Column("type", Text, nullable=False),
     Column("is_test", Boolean, nullable=False),
     _time("created_at"),
-    # The bytes that are signed, and sent on every attempt; of a test none, which is sent but once.
+    # The bytes that are signed, and sent on every attempt; empty for a test, which is sent only once.
     Column("body", LargeBinary, nullable=False),
-    # The request in which it happened, for the logs; None where the worker found out.
+    # The request in which it happened, for the logs; NULL if it happened in the worker.
     Column("request_id", Text),
     PrimaryKeyConstraint("tenant_id", "id"),
     ForeignKeyConstraint(["tenant_id"], ["tenants.id"]),
@@ -305,14 +305,14 @@ tasks = Table(
     Column("kind", Text, nullable=False),
     Column("id", Uuid, nullable=False),
     Column("subject", Text, nullable=False),
-    # Which of the workers' threads do it.
+    # Which of the worker's pools of threads runs it.
     Column("queue", Text, nullable=False),
     _time("created_at"),
     _time("due_at"),
     _time("leased_until", nullable=True),
-    # Raised by whoever takes the task: who lost its lease changes nothing.
+    # Raised when a worker takes the task: one that has lost its lease can then change nothing.
     Column("attempts", Integer, nullable=False),
-    # Raised by whoever asks for it again: who does it meanwhile must not think that it is done.
+    # Raised when the task is added again: a worker that is running it must not take it for done.
     Column("revision", Integer, nullable=False),
     PrimaryKeyConstraint("tenant_id", "kind", "id"),
     ForeignKeyConstraint(["tenant_id"], ["tenants.id"]),
@@ -320,8 +320,8 @@ tasks = Table(
     Index("tasks_due", "queue", "due_at"),
 )
 
-# Before the answer there is a claim, which counts until `expires_at` like the answer itself.
-# No foreign key to tenants: the keys of whoever registers belong to their address.
+# Before the answer there is a claim, which is valid until `expires_at` like the answer itself.
+# No foreign key to tenants: the key of a registration belongs to the client's address.
 idempotency_keys = Table(
     "idempotency_keys",
     metadata,
@@ -329,7 +329,7 @@ idempotency_keys = Table(
     # SHA-256 of the caller and their key.
     Column("name", LargeBinary, nullable=False),
     Column("claim", Uuid, nullable=False),
-    # Sealed, both: what was asked may hold a password, what was answered a secret.
+    # Both sealed: a password may be in what the fingerprint is made of, and a secret in the answer.
     Column("request", Text, nullable=False),
     Column("answer", Text),
     _time("expires_at"),

@@ -1,4 +1,4 @@
-"""The shelf of a tenant's tasks, and the door through which a worker takes what is due."""
+"""The shelf of a tenant's tasks, and the query by which a worker takes those that are due."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HELD = and_(
     tasks.c.kind == bindparam("task_kind"),
     tasks.c.id == bindparam("task_id"),
     tasks.c.attempts == bindparam("taken"),
-    # One that was dropped and added anew begins to count anew.
+    # A task that was dropped and added anew counts its attempts anew.
     tasks.c.created_at == bindparam("added_at"),
 )
 AS_TAKEN = tasks.c.revision == bindparam("known")
@@ -46,7 +46,7 @@ POSTPONE = (
 
 
 class Tasks(Shelf):
-    """What is to be done for one tenant."""
+    """The tasks of one tenant."""
 
     def add(
         self,
@@ -59,7 +59,7 @@ class Tasks(Shelf):
         queue: Queue = "general",
         moved: bool = False,
     ) -> None:
-        """Have the worker do something. One that was added already is done at the earlier of the two times.
+        """Queue a task for the worker. One that was added already is due at the earlier of the two times.
 
         It stays in the queue it is in, unless it is `moved`.
         """
@@ -77,23 +77,23 @@ class Tasks(Shelf):
         )
 
     def drop(self, kind: str, *, subject: str) -> None:
-        """Have the worker leave it. One that is doing it at this moment will not do it again."""
+        """Delete the tasks of this kind and subject. A worker that is running one will not run it again."""
         self.run(DROP, task_kind=kind, subject=subject)
 
     def finish(self, task: Task) -> bool:
-        """Done for good, unless it was asked for again meanwhile; False if it was, or was lost or dropped."""
+        """Delete the task, unless it was added again meanwhile; False if it was, or if it was lost or dropped."""
         if self.run(FINISH, **_held(task)).rowcount:
             return True
         self.put_off(LET_GO, **_held(task))
         return False
 
     def postpone(self, task: Task, due_at: datetime, *, queue: Queue | None = None) -> None:
-        """Let go of it until then, or sooner if it was asked for again meanwhile; perhaps for another queue."""
+        """Release the task until then, or sooner if it was added again meanwhile; `queue`, if given, is its new one."""
         self.put_off(POSTPONE, **_held(task), until=due_at, next_queue=queue or task.queue)
 
 
 def _held(task: Task) -> dict[str, object]:
-    """A task as its holder knows it, for conditions that it is still theirs."""
+    """The parameters of `HELD` and `AS_TAKEN`, for a task as its worker took it."""
     return {
         "task_kind": task.kind,
         "task_id": task.id,
@@ -104,6 +104,6 @@ def _held(task: Task) -> dict[str, object]:
 
 
 def take_due(connection: Connection, queue: Queue, now: datetime, *, most: int) -> list[Task]:
-    """Take what is due, of any tenant, for as long as the lease; what others hold is passed over."""
+    """Lease due tasks of any tenant; those that another worker holds are skipped."""
     parameters = {"queue": queue, "now": now, "until": now + LEASE, "most": most}
     return [Task(*row) for row in connection.exec_driver_sql(TAKE, parameters)]

@@ -38,7 +38,7 @@ class Tenants(Shelf):
         self._update(is_active=is_active, updated_at=now)
 
     def touch(self, now: datetime) -> None:
-        """Something changed that is shown with the tenant, but kept elsewhere."""
+        """Set `updated_at`: something shown with the tenant, but stored in another table, has changed."""
         self._update(updated_at=now)
 
     def set_stripe(self, account_id: str | None, status: str, now: datetime) -> None:

@@ -19,7 +19,7 @@ FIND_BY_EMAIL = select(*COLUMNS).where(mine(users), users.c.email == bindparam("
 FIND_ALL = select(*COLUMNS).where(mine(users)).order_by(users.c.id)
 FIND_PASSWORD_HASH = select(users.c.password_hash).where(IS_NAMED)
 UPDATE = update(users).where(IS_NAMED)
-# Their tokens end too: none of this version is good any more.
+# This ends the user's tokens too, as none of the old version is valid any more.
 UPDATE_AND_END_TOKENS = UPDATE.values(token_version=users.c.token_version + 1)
 AS_READ = and_(users.c.token_version == bindparam("version_read"), users.c.is_active)
 NOTE_LOGIN = UPDATE.where(AS_READ).returning(*COLUMNS)
@@ -52,13 +52,13 @@ class Users(Shelf):
         return str(found)
 
     def note_login(self, user: User, renewed_hash: str | None, now: datetime) -> User | None:
-        """The user with this login, or None if they were disabled or ended since they were read."""
+        """Store the login; None if the user was disabled, or their tokens ended, since they were read."""
         values = {"last_login": now} | ({"password_hash": renewed_hash} if renewed_hash else {})
         row = self.run(NOTE_LOGIN, user_id=user.id, version_read=user.token_version, **values).one_or_none()
         return User(*row) if row else None
 
     def change_password(self, user: User, password_hash: str, now: datetime) -> User | None:
-        """The user with a new password, or None if they were disabled or ended since they were read."""
+        """Store a new password; None if the user was disabled, or their tokens ended, since they were read."""
         row = self.run(
             CHANGE_PASSWORD,
             user_id=user.id,

@@ -1,7 +1,7 @@
-"""Messages that are answered too late lose their connection: a server that was stopped says nothing, and for ever.
+"""Cuts a connection whose answer is overdue, as a server process that was stopped (SIGSTOP) would never answer.
 
-PostgreSQL minds `statement_timeout` itself, and the kernel a machine that is gone. Neither notices a process that
-was stopped, or a COMMIT that waits for a standby: libpq reads on, and with it one of our threads.
+PostgreSQL enforces `statement_timeout` itself, and the kernel notices a machine that is gone. Neither covers a process
+that was stopped, or a COMMIT that waits for a standby: libpq would wait on, and block one of our threads.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import structlog
 
 from billing.storage.driver import Connection, Cursor
 
-# Longer than PostgreSQL's own statement_timeout, and the way there and back. A message may hold several statements:
-# together they have no longer.
+# Longer than PostgreSQL's own statement_timeout and the round trip. A message may hold several statements: together
+# they have no longer.
 STATEMENT_SECONDS = 8.0
 LOOKS = 16  # Within that time.
 NEVER = float("inf")
@@ -28,7 +28,7 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.stora
 
 
 class Watchdog:
-    """Cuts the connections that it made when an answer on them is overdue: one thread for all of them."""
+    """Cuts those of its connections whose answer is overdue, with one thread for all of them."""
 
     def __init__(self, seconds: float = STATEMENT_SECONDS) -> None:
         self._seconds = seconds
@@ -39,11 +39,11 @@ class Watchdog:
 
     @property
     def connect_args(self) -> dict[str, Any]:
-        """What psycopg2 has to be told to make connections of ours."""
+        """The arguments that make psycopg2 use our connections and cursors."""
         return {"connection_factory": self._connect, "cursor_factory": Cursor}
 
     def close(self) -> None:
-        """End, as soon as no answer is waited for."""
+        """End the thread, as soon as no answer is waited for."""
         self._closing.set()
 
     def _connect(self, dsn: str, **options: Any) -> Connection:
@@ -64,7 +64,7 @@ class Watchdog:
             time.sleep(self._seconds / LOOKS)
 
     def _cut_overdue(self) -> bool:
-        """Cut what is overdue; returns whether anything is under way."""
+        """Cut the overdue connections; returns whether any answer is waited for."""
         now = time.monotonic()
         with self._lock:
             busy = [watched for watched in self._watched if watched.overdue_at < NEVER]
@@ -75,14 +75,14 @@ class Watchdog:
 
 
 class _WatchedSocket:
-    """The socket under a connection, and until when an answer on it may be waited for. A block is one message."""
+    """The socket under a connection, and the deadline for an answer on it. A `with` block is one message."""
 
     def __init__(self, descriptor: int, seconds: float) -> None:
         self.overdue_at = NEVER
         self._seconds = seconds
         self._lock = Lock()
-        # A descriptor of our own for the same socket: libpq closes its own at an error, and then that is the number
-        # of somebody else's.
+        # A descriptor of our own for the same socket: libpq closes its own at an error, and the number may then be
+        # another file's.
         self._socket: socket.socket | None = socket.socket(fileno=os.dup(descriptor))
 
     def __enter__(self) -> None:
@@ -95,7 +95,7 @@ class _WatchedSocket:
         self.close()
 
     def cut(self) -> None:
-        """End the connection under the thread that waits for it, and gets an `OperationalError`."""
+        """Shut the connection down; the thread that waits for its answer gets an `OperationalError`."""
         with self._lock:
             if self._socket is None:
                 return

@@ -37,7 +37,7 @@ RETIRE = update(webhook_secrets).where(mine(webhook_secrets), webhook_secrets.c.
 
 
 class Webhooks(Shelf):
-    """One endpoint, a current secret sealed to its row, and the one before while it counts."""
+    """One endpoint, its current secret sealed to its row, and the previous one while it is valid."""
 
     def __init__(self, connection: Connection, tenant_id: UUID, vault: Vault) -> None:
         super().__init__(connection, tenant_id)
@@ -50,7 +50,7 @@ class Webhooks(Shelf):
         self.add_secret(secret, now)
 
     def find(self, *, lock: bool = False) -> Endpoint:
-        """The endpoint; every tenant has one, with or without a URL. Locked, nobody else changes it."""
+        """The endpoint, locked on demand until the transaction ends; every tenant has one, with or without a URL."""
         endpoint = Endpoint(*self.run(FIND_AND_LOCK if lock else FIND).one())
         return replace(endpoint, event_types=tuple(endpoint.event_types))
 
@@ -59,27 +59,27 @@ class Webhooks(Shelf):
         self.put_off(KEEP, **values, updated_at=now)
 
     def add_secret(self, text: str, now: datetime) -> None:
-        """Keep a secret, which is the current one from now on."""
+        """Store a secret, which is the current one from now on."""
         secret = Secret(new_id(), text[-4:], None)
         values = values_of(secret, webhook_secrets)
         values |= {"sealed": self._seal(secret.id, text), "created_at": now}
         self.insert(webhook_secrets, values)
 
     def retire_secrets(self, now: datetime, *, expires_at: datetime) -> None:
-        """Let the current secret end then, and those before it now."""
+        """Let the current secret expire at `expires_at`, and those before it now."""
         self.run(END_EARLIER, now=now)
         self.run(RETIRE, expires_at=expires_at)
 
     def secrets(self, now: datetime) -> list[Secret]:
-        """Those that count now, without their text: the current one first."""
+        """The secrets that are valid now, without their text: the current one first."""
         return [Secret(row.id, row.last4, row.expires_at) for row in self._living(now)]
 
     def signing_secrets(self, now: datetime) -> list[str]:
-        """The texts of those that count now: the current one first."""
+        """The texts of the secrets that are valid now: the current one first."""
         return [self._open(row) for row in self._living(now)]
 
     def tidy_secrets(self, now: datetime) -> None:
-        """Forget those that ended, and seal the others with the first encryption key where they are not."""
+        """Delete expired secrets, and reseal those not sealed with the first encryption key."""
         ended = webhook_secrets.c.expires_at <= now
         self.run(delete(webhook_secrets).where(mine(webhook_secrets), ended))
         for row in self._living(now):
