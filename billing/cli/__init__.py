@@ -1,4 +1,4 @@
-"""The command line: `billing serve`, and what an operator does at the console."""
+"""The command line: `billing serve`, and the operator's commands."""
 
 from __future__ import annotations
 

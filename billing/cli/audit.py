@@ -1,4 +1,4 @@
-"""`billing audit`: what was done in a tenant's name, and whether its log still says all of it."""
+"""`billing audit`: what was done in a tenant's name, and whether its log is still complete."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from billing.storage.store import Store, TenantTx
 from billing.users import get
 
 COLUMNS = ("row", "at", "action", "actor", "subject", "reason", "address", "request_id")
-# What is read in one transaction, and held in memory.
+# How many rows are read in one transaction, and held in memory.
 CHUNK = 2000
 
 
@@ -100,7 +100,7 @@ def actor_called(tx: TenantTx, name: str) -> str | UUID:
 
 
 def shown(row: Row) -> tuple[object, ...]:
-    """What people see of a row, in the order of `COLUMNS`."""
+    """The cells of a row in the table, in the order of `COLUMNS`."""
     actor = f"{row.actor_kind} {row.actor_id or ''}".rstrip()
     said = (row.sequence, row.at, row.action, actor, row.subject, row.reason)
     return (*said, row.address, row.request_id)
@@ -127,7 +127,7 @@ def export(slug: str, after: int) -> None:
 def chunks(
     store: Store, tenant_id: UUID, *, after: int | None = None, upto: int | None = None
 ) -> Iterator[list[Row]]:
-    """The rows, so many at a time, each time in a transaction of its own."""
+    """The rows in chunks, each read in a transaction of its own."""
     while True:
         with store.tenant(tenant_id) as tx:
             rows = tx.audit.after(after, upto=upto, most=CHUNK)
@@ -181,7 +181,7 @@ def every_tenant() -> list[tuple[str, UUID]]:
 
 
 def verified(store: Store, name: str, tenant_id: UUID, noted: Head | None) -> Head:
-    """The head of a log that is whole, as far as it went when we began; raises `Broken`."""
+    """Verify a log up to its head at the beginning, and return that head; raises `Broken`."""
     with store.tenant(tenant_id) as tx:
         head = tx.audit.head()
     if head is None:

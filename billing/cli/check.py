@@ -1,4 +1,4 @@
-"""`billing check`: walks all operations of a deployment, ours or anybody's, and says which do as its document says."""
+"""`billing check`: calls all operations of any deployment, and reports which behave as its document says."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from billing.http.validation import as_json_schema
 
 PROBLEM = "application/problem+json"
 COLUMNS = ("verdict", "operation", "status", "ms", "note")
-# Reserved (RFC 2606): a letter to it reaches nobody, and so does a webhook.
+# Reserved (RFC 2606): neither mail nor a webhook to it reaches anybody.
 EMAIL_DOMAIN = "billing-check.example"
 WEBHOOK_URL = f"https://hooks.{EMAIL_DOMAIN}/billing"
 MOST_REFERENCES = 32
-# A test delivery is given 15 seconds, and Stripe 8 a question.
+# A test delivery may take 15 seconds, and each call to Stripe 8.
 CALL_SECONDS = 40
 
-# What comes of reading a document, or an answer that it allows, which is not ours at all.
+# What is raised on reading a document that is of another shape than ours, or an answer that such a document allows.
 STRANGE = (LookupError, TypeError, ValueError, AttributeError, ReferencingError)
 
 Json = dict[str, Any]
@@ -34,16 +34,16 @@ Verdict = Literal["PASS", "FAIL", "SKIP"]
 
 
 class Wrong(Exception):
-    """The deployment did what its document does not say, or not what the operation is for."""
+    """The deployment does not behave as its document says, or as the operation is meant to."""
 
 
 class Impossible(Exception):
-    """The operation cannot be tried here, for no fault of its own."""
+    """The operation cannot be tried here, through no fault of its own."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one operation; no status and no time where it was not called."""
+    """The result of one operation; without status and time if it was not called."""
 
     verdict: Verdict
     operation: str
@@ -54,7 +54,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of one call, found to be as the document says."""
+    """The answer to one call, valid by the document."""
 
     status: int
     ms: int
@@ -68,7 +68,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Operation:
-    """Where the document has an operation, and what it says of it."""
+    """An operation's method, path and definition in the document."""
 
     method: str
     path: str
@@ -146,7 +146,7 @@ def _verdict(visit: Visit, step: Callable[[Visit], str | None]) -> tuple[Verdict
 
 
 def _reason(error: Exception) -> str:
-    # The others' own words may hold what was sent: an address with a state in it, a member's value.
+    # The messages of other exceptions may contain what was sent: a URL with a state in it, a member's value.
     match error:
         case Wrong():
             return str(error)
@@ -159,11 +159,11 @@ def _reason(error: Exception) -> str:
 
 
 class Deployment:
-    """A deployment by its document: answers are read only if the document says that they may be given."""
+    """A deployment and its document: only answers that the document allows are read."""
 
     def __init__(self, session: requests.Session, base_url: str) -> None:
         self._session = session
-        # Or a ~/.netrc would add credentials of its own.
+        # Otherwise a ~/.netrc would add credentials of its own.
         session.auth = lambda request: request
         self._base_url = base_url
         document = self._document()
@@ -195,7 +195,7 @@ class Deployment:
     def call(
         self, operation_id: str, *, headers: Mapping[str, str] | None = None, **sent: Any
     ) -> tuple[requests.Response, Answer]:
-        """Call an operation; raises `Wrong` for an answer that the document does not say."""
+        """Call an operation; raises `Wrong` for an answer that the document does not allow."""
         operation = self.operation(operation_id)
         response = self._session.request(
             operation.method,
@@ -254,7 +254,7 @@ def _require_headers(headers: CaseInsensitiveDict[str], spec: Mapping[str, Json]
 
 
 class Visit:
-    """A throw-away tenant's way through a deployment, and what it has learnt on it."""
+    """A throw-away tenant's way through a deployment, and the credentials and values collected on it."""
 
     def __init__(self, deployment: Deployment, webhook_url: str | None = None) -> None:
         self.deployment = deployment
@@ -268,7 +268,7 @@ class Visit:
         self._learnt[name] = value
 
     def recall(self, name: str) -> str:
-        """Raises `Impossible` where the step that brings it failed."""
+        """Return a learnt value; raises `Impossible` if the step that learns it failed."""
         if name not in self._learnt:
             raise Impossible(f"there is no {name} to go on with")
         return self._learnt[name]
@@ -281,12 +281,12 @@ class Visit:
         return {"X-API-Key": self.recall(name)}
 
     def take(self, tokens: Json) -> None:
-        """Go on with these tokens."""
+        """Use these tokens from now on."""
         self.learn("access token", tokens["access"])
         self.learn("refresh token", tokens["refresh"])
 
     def expect(self, status: int, operation_id: str, *, code: str | None = None, **sent: Any) -> Json:
-        """Call the operation that the line is about; raises `Wrong` unless it answers so."""
+        """Call the step's operation, and keep its answer for the report; raises `Wrong` for another status or code."""
         self.last = answer = self.ask(operation_id, **sent)
         self.require(answer, status, code)
         return answer.body
@@ -302,7 +302,7 @@ class Visit:
             raise Wrong("401 lacks WWW-Authenticate")
 
     def refused_without_credentials(self, operation_id: str) -> None:
-        """What is secured must not answer to anybody."""
+        """Require that a secured operation refuses a call without credentials."""
         if self.deployment.operation(operation_id).spec.get("security"):
             self.refuse(operation_id, "credentials-missing")
 
@@ -432,7 +432,7 @@ def revoke_api_keys(visit: Visit) -> None:
     visit.refuse("verify_api_key", "key-revoked", headers=visit.key())
 
 
-# The tenant is left with nothing that opens or sends anything.
+# The last steps leave the tenant with no working key and no webhook.
 STEPS: tuple[Callable[[Visit], str | None], ...] = (
     register_tenant,
     log_in,

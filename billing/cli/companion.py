@@ -10,25 +10,25 @@ from typing import Self
 
 import structlog
 
-# A task may ask Stripe twice, eight seconds each.
+# A task may call Stripe twice, for eight seconds each.
 END_SECONDS = 20
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 30.0
 
-# `billing` of the same code as ours, where `python -m` would prefer what lies in the working directory.
+# Runs `billing` from the same code as ours; `python -m` would prefer what is in the working directory.
 AS_WE_ARE = f"import sys; sys.path[:] = {sys.path}; from billing.cli import main; main(prog_name='billing')"
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.worker")
 
 
 class Companion:
-    """A `billing worker` that lives as long as the block, and is started again if it ends before."""
+    """A `billing worker` that runs as long as the block, and is restarted if it ends earlier."""
 
     def __init__(self) -> None:
         self._stopping = threading.Event()
-        # Whether the one that runs was told to end. Who waits to start another waits no longer.
+        # Set when the running worker is told to end. It also ends the pause before the next is started.
         self._told = threading.Event()
-        # Held while one is started: it is either known when we leave, or not started any more.
+        # Held while a worker is started: when the block ends, it is either known or never started.
         self._starting = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._watcher = threading.Thread(target=self._keep_running, daemon=True)
@@ -48,7 +48,7 @@ class Companion:
             self._process.kill()
 
     def renew(self) -> None:
-        """Have it finish what is in flight and end, and another start, of the code as it is now."""
+        """Have the worker finish what is in flight and end, and start another with the current code."""
         with self._starting:
             self._tell_to_end()
 
@@ -62,7 +62,7 @@ class Companion:
         while not self._stopping.is_set():
             try:
                 said: dict[str, object] = {"exit_code": self._run()}
-            except OSError as error:  # As where there is no memory for one more process.
+            except OSError as error:  # As when there is no memory for another process.
                 said = {"cause": error.strerror}
             if not self._told.is_set():
                 log.error("the worker ended, and is started again", **said)
@@ -79,6 +79,6 @@ class Companion:
                 return None
             self._told.clear()
             command = [sys.executable, "-P", "-c", AS_WE_ARE, "worker", "--while-stdin-is-open"]
-            # In a group of its own, for Ctrl-C is ours: it works until requests in flight have finished.
+            # In a process group of its own, which Ctrl-C does not reach: it works on until our requests have finished.
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0)
             return self._process

@@ -1,4 +1,4 @@
-"""What every command shares: the database it works on, how it says what went wrong, and its tables."""
+"""What every command shares: opening the database, reporting errors, and printing tables."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from billing.tenants import Tenant
 
 
 class Commands(click.Group):
-    """A group whose commands end with one sentence, and exit code 1, for whatever can be expected."""
+    """A group whose commands report expected errors in one sentence, with exit code 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -42,7 +42,7 @@ class Commands(click.Group):
 
 
 def unreachable(error: DatabaseUnavailable) -> str:
-    """The title and the driver's first line, which names host and port and reads better than ours would."""
+    """The driver's first line, which names host and port, redacted; the error's title if there is none."""
     reason = str(getattr(error.__cause__, "orig", "")).strip().partition("\n")[0]
     return f"The database cannot be reached: {redact(reason)}." if reason else error.title()
 
@@ -52,7 +52,7 @@ def unreachable(error: DatabaseUnavailable) -> str:
 
 @contextmanager
 def opened_database(settings: Settings) -> Iterator[Database]:
-    """The database of the settings, found to be of this version and safe to work with."""
+    """The database of the settings, checked to have this version's schema and to be safe to use."""
     with closing(open_database(settings)) as database:
         with _store_on(database, settings, replica_url=database.replica_url):
             pass
@@ -72,7 +72,7 @@ def opened_store(*, connections: int = 1) -> Iterator[tuple[Settings, Store]]:
 
 @contextmanager
 def opened_as_owner() -> Iterator[Store]:
-    """A store that sees every tenant; raises `SettingsError` where the owner's address is not known."""
+    """A store that sees every tenant; raises `SettingsError` if the owner's URL is not known."""
     settings = Settings.load()
     with closing(open_database(settings)) as database, closing(new_store(settings)) as store:
         store.open(database.require_owner_url())
@@ -92,7 +92,7 @@ def _store_on(
 
 
 def new_store(settings: Settings, *, connections: int = 1) -> Store:
-    """A store that is yet to be opened, for that many questions at a time."""
+    """A store that is yet to be opened, with that many connections."""
     return Store(Vault(settings.encryption_keys), connections=connections)
 
 
@@ -114,7 +114,7 @@ def tenant_called(slug: str, store: Store) -> Tenant:
     return found
 
 
-# What is asked ------------------------------------------------------------------------------------
+# Arguments -----------------------------------------------------------------------------------------
 
 slug_argument = click.argument("slug")
 
@@ -143,7 +143,7 @@ class Moment(click.ParamType[datetime]):
 
 
 def time_of(text: str) -> datetime | None:
-    """The time in UTC, None where the text is none, or has no offset."""
+    """The time in UTC; None if the text is not a time with an offset."""
     try:
         moment = datetime.fromisoformat(text)
         return moment.astimezone(UTC) if moment.tzinfo else None
@@ -165,7 +165,7 @@ def show(rows: Sequence[Mapping[str, object]], columns: Sequence[str], *, as_jso
 
 
 def say_json(value: object) -> None:
-    """Print it for a program."""
+    """Print JSON for a program."""
     click.echo(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_UTC_Z))
 
 
@@ -177,7 +177,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def cell(value: object) -> str:
-    """The value in a few characters, none of which a terminal would obey: tenants choose their names."""
+    """The value as text without control characters, which a terminal would obey: tenants choose their names."""
     match value:
         case None | "":
             return "-"
@@ -191,11 +191,11 @@ def cell(value: object) -> str:
 
 
 def progress(label: str, length: int, *, at_once: int) -> AbstractContextManager[Any]:
-    """A bar on stderr, for people, of what takes more than one go."""
+    """A progress bar on stderr, if that is a terminal and the work takes more than one chunk."""
     hidden = length <= at_once or not sys.stderr.isatty()
     return click.progressbar(length=length, label=label, file=sys.stderr, hidden=hidden)
 
 
 def done(sentence: str) -> None:
-    """Say what was done, on stderr: stdout bears only what was asked for."""
+    """Report on stderr what was done: stdout is only for requested output."""
     click.echo(sentence, err=True)

@@ -1,4 +1,4 @@
-"""`billing migrate` and `billing secrets`: what an installation needs before it serves, and to renew its keys."""
+"""`billing migrate` and `billing secrets`: prepare an installation, and rotate its keys."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def migrate(bootstrap_sql: bool) -> None:
 
 
 def revision() -> str:
-    """What the database is brought to; raises `SettingsError` where its owner's address is not known."""
+    """Migrate the database and return its revision; raises `SettingsError` if the owner's URL is not known."""
     owner_url = migration_database_url()
     if owner_url is not None:
         return database.migrate(owner_url)
@@ -83,7 +83,7 @@ def status(as_json: bool) -> None:
 
 
 def ring_rows(settings: Settings, needed: Counter[tuple[str, str]]) -> list[dict[str, object]]:
-    """A row for each key of the rings that leave something behind, and for each that is needed and missing."""
+    """A row for each key of the rings on which stored data depend, and for each that is needed but missing."""
     rings = {
         "ENCRYPTION_KEYS": settings.encryption_keys,
         "KEY_PEPPERS": settings.key_peppers,

@@ -1,4 +1,4 @@
-"""`billing serve`: everything is checked here first, then uvicorn gets the socket."""
+"""`billing serve`: checks settings, port and database first, then hands the socket to uvicorn."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 15
 # A request may take 15 s to arrive and a test delivery 15 s to be sent; orchestrators kill after 30 s.
 DRAIN_SECONDS = 25
-# A worker answers its supervisor only once it runs, and on a busy machine importing takes seconds.
+# A worker process answers its supervisor only after its imports, which take seconds on a busy machine.
 WORKER_PATIENCE_SECONDS = 30
 
 
@@ -66,7 +66,7 @@ def serve(host: str | None, port: int | None, workers: int, reload: bool, worker
 
 
 def _settings(**options: object) -> Settings:
-    """The settings with these instead of theirs, here and in every process that we start."""
+    """Load the settings with these overrides, which apply in every process that we start too."""
     os.environ.update({name: str(value) for name, value in options.items() if value is not None})
     return Settings.load()
 
@@ -83,12 +83,12 @@ def _serve(settings: Settings, config: uvicorn.Config, companion: Companion | No
 
 
 def interrupt(_number: int, _frame: FrameType | None) -> None:
-    """SIGTERM as Ctrl-C: what is open gets closed."""
+    """Treat SIGTERM as Ctrl-C, so that everything open gets closed."""
     raise KeyboardInterrupt
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """The listening socket, which workers share; what connects before they are up waits in its queue."""
+    """Open the listening socket, which workers share; connections made before they are up wait in its queue."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=host == "::")
@@ -104,7 +104,7 @@ def _why_not(error: OSError, host: str, port: int) -> str:
 
 
 def configuration(*, workers: int = 1, reload: bool = False) -> uvicorn.Config:
-    """How uvicorn serves us. It travels to workers, and to the process that is started anew on a change."""
+    """uvicorn's configuration, which is also sent to worker processes and to the reloaded process."""
     return uvicorn.Config(
         "app:app",
         workers=workers,
@@ -129,7 +129,7 @@ def configuration(*, workers: int = 1, reload: bool = False) -> uvicorn.Config:
 
 
 async def follow_parent() -> None:
-    """End with the supervisor: workers of one that was killed would keep the port, and nobody would end them."""
+    """End with the supervisor: if that was killed, its workers would keep the port for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
         signal.raise_signal(signal.SIGTERM)
@@ -148,7 +148,7 @@ def run(config: uvicorn.Config, listener: socket.socket, companion: Companion | 
 
 
 class Reloader(WatchFilesReload):
-    """uvicorn's, that starts the worker beside the API anew as well."""
+    """uvicorn's reloader, which also restarts the worker beside the API."""
 
     companion: Companion | None = None
 
@@ -159,7 +159,7 @@ class Reloader(WatchFilesReload):
 
 
 def _run_here(server: uvicorn.Server, listener: socket.socket) -> None:
-    # From here on uvicorn answers signals: raised in its loop before it listens for them, an interrupt gets lost.
+    # From here on uvicorn handles signals: an interrupt raised in its loop before it does so would be lost.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, server.handle_exit)
     try:
@@ -175,7 +175,7 @@ def _run_workers(supervisor: Multiprocess) -> None:
 
 
 def not_started() -> click.ClickException:
-    """For what passed the checks and failed all the same."""
+    """The error of an application that passed the checks and failed all the same."""
     return click.ClickException("The application did not start: the log above says why.")
 
 
@@ -185,7 +185,7 @@ def watched_directories() -> list[str]:
 
 
 def banner(settings: Settings, database: Database) -> str:
-    """Where everything is, for whoever started it."""
+    """The lines printed at start: where everything is."""
     base = settings.public_base_url
     where = f"embedded PostgreSQL in {settings.state_dir}" if database.is_embedded else database.place
     lines = {
@@ -203,7 +203,7 @@ def banner(settings: Settings, database: Database) -> str:
 
 
 def stripe_line(settings: Settings) -> str:
-    """What connecting an account would do."""
+    """Whether Stripe is configured, in which mode, and where."""
     if settings.stripe_secret_key is None:
         return "not configured: docs/stripe-connect.md"
     mode = "live" if "_live_" in settings.stripe_secret_key else "test"
@@ -211,7 +211,7 @@ def stripe_line(settings: Settings) -> str:
 
 
 def webhooks_line(settings: Settings) -> str:
-    """Where deliveries may go."""
+    """Where webhooks may be sent, and by which schemes."""
     opened = [str(network) for network in settings.webhook_allow_cidrs]
     places = ["public addresses", *opened]
     return f"to {' and '.join(places)}, by https{' and http' if settings.webhook_allow_http else ''}"

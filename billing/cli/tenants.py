@@ -1,4 +1,4 @@
-"""`billing tenants`: which there are, their tier, and whether they are switched on."""
+"""`billing tenants`: list tenants, set their tier, disable and enable them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def list_tenants(as_json: bool) -> None:
 
 
 def shape(tenant: TenantSummary) -> dict[str, object]:
-    """The members by the names that the API gives them."""
+    """The members under the names that the API gives them."""
     return {
         "id": tenant.id,
         "slug": tenant.slug,

@@ -1,4 +1,4 @@
-"""`billing users`: the users of a tenant, whom its API does not manage."""
+"""`billing users`: the users of a tenant, whom the API does not manage."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def users() -> None:
 
 
 def with_password(command: Command) -> Command:
-    """The options that say where the password comes from."""
+    """Add the options that choose where the password comes from."""
     generate = click.option(
         "--generate-password", "generate", is_flag=True, help="Make a password and print it, this once."
     )
@@ -58,7 +58,7 @@ def with_password(command: Command) -> Command:
 
 
 def new_password(*, stdin: bool, generate: bool) -> str:
-    """Generated, piped in, or asked for twice at the terminal, unseen."""
+    """Return a password: generated, read from stdin, or prompted for twice without echo."""
     if stdin and generate:
         raise click.UsageError("--password-stdin and --generate-password exclude each other.")
     if generate:
@@ -72,10 +72,10 @@ def new_password(*, stdin: bool, generate: bool) -> str:
 
 
 def require_valid(tenant: Tenant, details: dict[str, str]) -> None:
-    """Hold the details against the document, as if they came with a registration; raises `InvalidRequest`."""
+    """Validate the details by the document, as if they came with a registration; raises `InvalidRequest`."""
     contract = document.load()
     register = next(o for o in document.operations(contract) if o.operation_id == "register_tenant")
-    # This writer escapes what was no UTF-8, and the rules refuse it.
+    # The json module escapes what was not UTF-8, and the rules then refuse it.
     body = json.dumps({"company_name": tenant.company_name, **details}).encode()
     try:
         Rules(as_json_schema(contract["components"]), register).body(body)

@@ -1,4 +1,4 @@
-"""Who watches a server: where its figures are kept and read, and who is told of its requests and its errors."""
+"""How a server is observed: where its metrics are kept and read, and where its traces and errors are sent."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LOOPBACK = "127.0.0.1"
 
 
 def begin_telemetry(settings: Settings, service: str) -> None:
-    """Trace, and report errors, if the settings say where to."""
+    """Begin tracing and error reporting, if the settings say where to."""
     if settings.otel_exporter_otlp_endpoint is not None:
         tracing.begin(settings.otel_exporter_otlp_endpoint, service)
     if settings.sentry_dsn is not None:
@@ -29,13 +29,13 @@ def begin_telemetry(settings: Settings, service: str) -> None:
 
 
 def figures_kept(settings: Settings) -> AbstractContextManager[object]:
-    """Where this process and those that it starts put their figures, if anybody may read them."""
+    """The directory for the metrics of this process and of those that it starts, if metrics are wanted."""
     return metrics.directory() if settings.are_figures_wanted else nullcontext()
 
 
 @contextmanager
 def figures_of_server(settings: Settings, database: Database) -> Iterator[None]:
-    """The port at which the figures of the API's processes and of the worker beside them are read."""
+    """Serve the metrics of the API's processes and of the worker beside them, if there is a port for it."""
     with closing(new_store(settings)) as store:
         store.open(database.app_url)
         with exposed(settings, settings.prometheus_multiproc_dir, store):
@@ -44,7 +44,7 @@ def figures_of_server(settings: Settings, database: Database) -> Iterator[None]:
 
 @contextmanager
 def figures_of_worker(settings: Settings, store: Store, *, is_companion: bool) -> Iterator[None]:
-    """The worker's figures; a companion's are read beside the API's, any other has a port of its own for them."""
+    """Keep the worker's metrics; a companion's are read with the API's, any other worker has a port of its own."""
     if not settings.are_figures_wanted:
         yield
         return
@@ -58,7 +58,7 @@ def figures_of_worker(settings: Settings, store: Store, *, is_companion: bool) -
 
 
 def exposed(settings: Settings, directory: Path | None, store: Store) -> AbstractContextManager[object]:
-    """The port of the figures, if there is to be one. Without a token it is open to this machine alone."""
+    """Serve the metrics, if there is to be a port for it. Without a token only this machine can read them."""
     if settings.metrics_port is None or directory is None:
         return nullcontext()
     host = settings.host if settings.metrics_token else LOOPBACK
@@ -69,7 +69,7 @@ def exposed(settings: Settings, directory: Path | None, store: Store) -> Abstrac
 
 
 def listening(read: Read, host: str, port: int, token: str | None) -> Exporter:
-    """The server of the figures; raises `click.ClickException` where its port is taken."""
+    """Start the metrics server; raises `click.ClickException` if it cannot listen on its port."""
     try:
         return Exporter(read, host, port, token)
     except OSError as error:

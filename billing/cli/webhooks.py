@@ -79,7 +79,7 @@ def list_deliveries(slug: str, status: Status | None, limit: int, as_json: bool)
 
 
 def health(endpoint: Endpoint, stats: Stats) -> str:
-    """Where events go, and how that has been going, in a few lines."""
+    """The endpoint's URL, state and numbers of deliveries, in a few lines."""
     lines = [f"{cell(endpoint.url)} is {'active' if endpoint.is_active else 'disabled'}."]
     if endpoint.url is None:
         lines = ["No webhook URL is configured."]
@@ -128,7 +128,7 @@ def replay(slug: str, event_ids: Sequence[UUID], failed: bool, since: datetime |
 
 
 def announced(store: Store, tenant_id: UUID, choice: Choice, *, dry_run: bool) -> Extent:
-    """How many events it will be, which the audit log says before the first of them is sent."""
+    """Count the events, and record the replay in the audit log before the first of them is sent."""
     with store.tenant(tenant_id, OPERATOR) as tx:
         found = chapter.measure(tx, choice)
         if found.events and not dry_run:
@@ -137,7 +137,7 @@ def announced(store: Store, tenant_id: UUID, choice: Choice, *, dry_run: bool) -
 
 
 def replayed(store: Store, tenant_id: UUID, choice: Choice, found: Extent) -> int:
-    """Replay chunk by chunk; returns how many events."""
+    """Replay chunk by chunk; returns the number of events."""
     total = 0
     with progress("Replaying", found.events, at_once=chapter.CHUNK) as bar:
         for size in chunks(store, tenant_id, choice, found.last):
@@ -147,7 +147,7 @@ def replayed(store: Store, tenant_id: UUID, choice: Choice, found: Extent) -> in
 
 
 def chunks(store: Store, tenant_id: UUID, choice: Choice, last: int) -> Iterator[int]:
-    """Replay, each chunk in a transaction of its own; the sizes of the chunks."""
+    """Replay each chunk in a transaction of its own, and yield its size."""
     after = 0
     while True:
         with store.tenant(tenant_id, OPERATOR) as tx:

@@ -1,4 +1,4 @@
-"""`billing worker`: what is done beside requests, in a process of its own or as the companion of `billing serve`."""
+"""`billing worker`: runs background tasks, in a process of its own or as the companion of `billing serve`."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from billing.worker import Job, Worker
 
 GENERAL_THREADS = 8
 CHECKING_THREADS = 8
-# One thread an endpoint, and more for what is in flight to it. Nearly all of them wait.
+# One thread per endpoint, and further ones for the attempts in flight to it. Nearly all of them wait.
 ENDPOINT_THREADS = 128
 SENDING_THREADS = 512
 SLOW_THREADS = 32
-# Each endpoint may have 16 connections, and each attempt in flight has its socket twice.
+# Each endpoint may have 16 connections, and each attempt in flight has two descriptors of its socket.
 DESCRIPTORS = 4096
-# Threads share them: they are in a transaction for a few milliseconds at a time.
+# Shared by the threads, which are in a transaction for only a few milliseconds at a time.
 CONNECTIONS = 16
 AWAKE_EVERY_SECONDS = 0.2
 
@@ -58,7 +58,7 @@ def worker(*, follow: bool) -> None:
         begin_telemetry(settings, "billing-worker")
         crew = Crew(settings, store)
         for number in (signal.SIGINT, signal.SIGTERM):
-            # A service manager may send it to each process: a companion goes on until the server has finished.
+            # A service manager may signal every process: a companion goes on until the server has finished.
             signal.signal(number, signal.SIG_IGN if follow else lambda *_: crew.stop())
         if follow:
             threading.Thread(target=stop_at_end_of_input, args=(crew,), daemon=True).start()
@@ -71,7 +71,7 @@ def worker(*, follow: bool) -> None:
 
 
 def allow_descriptors() -> None:
-    """Let us have as many as endpoints may keep open, where a shell's 1,024 are not all that we may have."""
+    """Raise our limit of file descriptors to what endpoints need, as far as the hard limit allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < DESCRIPTORS:
         most = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
@@ -79,7 +79,7 @@ def allow_descriptors() -> None:
 
 
 class Crew:
-    """A worker for each queue. Endpoints that fail or take long have one of their own: the others need not wait."""
+    """One worker per queue. Failing or slow endpoints have a queue of their own, and hold up no others."""
 
     def __init__(self, settings: Settings, store: Store) -> None:
         self._is_asked = False
@@ -118,10 +118,10 @@ class Crew:
         ]
 
     def run(self) -> None:
-        """Work until `stop`. If one worker fails all end, and whoever started us starts us again."""
+        """Work until `stop`. If one worker fails all end, and our parent or service manager restarts us."""
         with ThreadPoolExecutor(len(self._workers), thread_name_prefix="worker") as pool:
             running = [pool.submit(worker.run) for worker in self._workers]
-            # A signal that another thread got is handled here, and only while we are awake.
+            # Python runs signal handlers in this thread alone, and only while it is awake.
             while not self._is_asked and not wait(running, AWAKE_EVERY_SECONDS, FIRST_COMPLETED).done:
                 pass
             for dispatcher in (self._prompt, self._slow):
@@ -134,15 +134,15 @@ class Crew:
             one.result()
 
     def stop(self) -> None:
-        """Have it take nothing more, and finish what is in flight.
+        """Have the workers take nothing more, and finish what is in flight.
 
-        It only leaves word: a signal may come while a lock is held that more would need, as in a stop before it.
+        It only sets a flag: a signal handler may interrupt code that holds a lock which more work would need.
         """
         self._is_asked = True
 
 
 def stop_at_end_of_input(crew: Crew) -> None:
-    """Stop when whoever started us closes our stdin, which the kernel does for one who was killed."""
+    """Stop when our parent closes our stdin, which the kernel does if the parent was killed."""
     while os.read(sys.stdin.fileno(), 1):
         pass
     crew.stop()

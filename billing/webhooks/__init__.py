@@ -1,1 +1,1 @@
-"""Webhooks: endpoints, events, how they are signed and sent out, what became of them, and sending again."""
+"""Webhooks: endpoints, events, signing, sending, the results of attempts, and replay."""

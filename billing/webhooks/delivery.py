@@ -1,4 +1,4 @@
-"""What follows from an attempt to deliver an event: that it arrived, when to try again, or to give up."""
+"""What follows from an attempt to deliver an event: success, a retry at some time, or giving up."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from uuid import UUID
 
 from billing.ports import Tasks
 
-# The task of delivering what a tenant's endpoint is to get.
+# The task of sending a tenant's endpoint its due deliveries.
 DELIVER = "webhook.deliver"
 
-# How long before each attempt, from the attempt before it; Standard Webhooks 1.0 suggests these.
+# The delay of each attempt after the one before it; Standard Webhooks 1.0 suggests these.
 RETRY_DELAYS = (
     timedelta(0),
     timedelta(seconds=5),
@@ -49,7 +49,7 @@ Failure = Literal["refused_url", "connection_failed", "tls_failed", "timeout", "
 
 # Ten digits are three hundred years, and no overflow.
 DELAY_SECONDS = re.compile(r"[0-9]{1,10}", re.ASCII)
-# RFC 9110, 5.6.7. Its two obsolete forms are not read: who sends them loses a wish, and no event.
+# RFC 9110, 5.6.7. Its two obsolete forms are ignored: a receiver that sends them loses no event, only its wish.
 HTTP_DATE = "%a, %d %b %Y %H:%M:%S GMT"
 
 
@@ -72,7 +72,7 @@ class Delivery:
 
 @dataclass(frozen=True)
 class Begun:
-    """An attempt about to be made, the first being number 1; `body` is the event's, `request_id` what it came of."""
+    """An attempt about to be made, the first being number 1; `body` and `request_id` are the event's."""
 
     id: UUID
     event_id: UUID
@@ -84,7 +84,7 @@ class Begun:
 
 @dataclass(frozen=True)
 class Settled:
-    """How an attempt went, and what follows. `settled_at` is None while there will be another."""
+    """The result of an attempt, and what follows. `settled_at` is None if there will be another."""
 
     id: UUID
     attempt: int
@@ -98,7 +98,7 @@ class Settled:
 
 @dataclass(frozen=True)
 class Stats:
-    """Numbers of deliveries, those that ended in the last 24 hours and those that have not ended."""
+    """The numbers of deliveries that ended in the last 24 hours, and of those that are pending."""
 
     delivered_24h: int
     failed_24h: int
@@ -107,9 +107,9 @@ class Stats:
 
 @dataclass(frozen=True)
 class Attempt:
-    """What came of one sending: either `http_status` or `error` is None.
+    """The result of one attempt: either `http_status` or `error` is None.
 
-    `body` is its beginning, as it came. `retry_after` is the header as it came, if it has at most 64 characters.
+    `body` is the beginning of the response body. `retry_after` is the header as it came, if of at most 64 characters.
     """
 
     http_status: int | None
@@ -131,7 +131,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What to do next. `gone` is a receiver that wants no more events: its endpoint is disabled at once."""
+    """What to do next. `gone`: the receiver wants no more events, and its endpoint is disabled at once."""
 
     status: Status
     next_attempt_at: datetime | None = None
@@ -139,12 +139,12 @@ class Verdict:
 
 
 def judge(number: int, attempt: Attempt, now: datetime, *, jitter: float) -> Verdict:
-    """What follows from what came of an attempt, the first being number 1.
+    """Decide what follows from the result of an attempt, the first being number 1.
 
-    Any 2xx is a success, whatever became of the rest of the answer; all else, a redirect too, is a failure.
+    Any 2xx is a success, even if the rest of the response is cut off; all else, a redirect too, is a failure.
     The next attempt is due after the longest of three waits: the delay of `RETRY_DELAYS`, changed by jitter;
-    what `Retry-After` asks for, held between one and two of those delays; and, after 429 or a timeout, 60
-    seconds. So jitter brings nothing forward that was asked for, and Retry-After never shortens a wait.
+    what `Retry-After` asks for, clamped to between one and two of those delays; and, after 429 or a timeout,
+    60 seconds. So jitter never shortens what the receiver asked for, and Retry-After never shortens a delay.
     `jitter` is from -1 to 1, and stands for up to 20 % less or more.
     """
     if attempt.is_success:
@@ -159,7 +159,7 @@ def judge(number: int, attempt: Attempt, now: datetime, *, jitter: float) -> Ver
 
 
 def wake(tasks: Tasks, tenant_id: UUID, now: datetime, *, anew: bool = False) -> None:
-    """Have the worker look now at what is due to a tenant's endpoint; `anew` if how it did before says nothing."""
+    """Have the worker send a tenant's due deliveries now; `anew` also takes the task out of the slow queue."""
     subject = str(tenant_id)
     tasks.add(DELIVER, tenant_id, subject=subject, due_at=now, now=now, queue="webhooks", moved=anew)
 
@@ -168,8 +168,8 @@ def failing_too_long(*, failing_since: datetime | None, failed_events: int, now:
     """Whether to disable an endpoint: for 5 days every attempt has failed, those of 10 events or more.
 
     `failing_since` is the first failure after the last success, None if the last attempt succeeded;
-    `failed_events` are the events that met a failure since then. Few events say little: one that cannot be
-    taken is no reason to keep the others back.
+    `failed_events` is how many events have failed since then. A few prove little: one event that a receiver cannot
+    process is no reason to withhold the others.
     """
     return failing_since is not None and now - failing_since >= TOO_LONG and failed_events >= TOO_MANY
 
@@ -189,12 +189,12 @@ def _rest(attempt: Attempt) -> timedelta:
 
 
 def _wait_of(retry_after: str, now: datetime) -> timedelta | None:
-    """What the header asks for, None where it is not exactly one of its two forms (RFC 9110, 10.2.3)."""
+    """The wait that the header asks for, None if it has neither of its two forms exactly (RFC 9110, 10.2.3)."""
     if DELAY_SECONDS.fullmatch(retry_after):
         return timedelta(seconds=int(retry_after))
     try:
         moment = datetime.strptime(retry_after, HTTP_DATE).replace(tzinfo=UTC)
     except ValueError:
         return None
-    # strptime lets a wrong weekday, single digits and small letters pass; strftime writes none of them.
+    # strptime accepts a wrong weekday, single digits and lower case; strftime writes none of them.
     return moment - now if moment.strftime(HTTP_DATE) == retry_after else None

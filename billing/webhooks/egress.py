@@ -1,6 +1,6 @@
-"""The one way out to a tenant's URL: to public addresses only, within 15 seconds and 64 KiB.
+"""The only way to call a tenant's URL: at public addresses only, within 15 seconds and 64 KiB.
 
-A tenant chooses where we call, so we are asked for what only we can reach (OWASP: server-side request forgery).
+A tenant chooses the URL, and might choose one that only we can reach (OWASP: server-side request forgery).
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from billing.webhooks.endpoints import UrlPolicy
 USER_AGENT = "billing-webhooks/1"
 # An HTTP date has 29 characters (RFC 9110, 5.6.7).
 LONGEST_RETRY_AFTER = 64
-# Above it no answer is HTTP's (RFC 9110, 15); below 100 http.client reads none.
+# Above it a status is not HTTP's (RFC 9110, 15); below 100 http.client rejects it.
 GREATEST_STATUS = 599
 
-# IANA, IPv4 Special-Purpose Address Registry; multicast; and one that is public, yet each virtual machine's own.
+# IANA, IPv4 Special-Purpose Address Registry; multicast; and Azure's, a public address that is local to each machine.
 REFUSED_IPV4 = (
     "0.0.0.0/8",  # This network
     "10.0.0.0/8",  # Private
@@ -60,10 +60,10 @@ REFUSED_IPV4 = (
     "224.0.0.0/4",  # Multicast
     "240.0.0.0/4",  # Reserved, and broadcast
 )
-# All that is global unicast (RFC 4291). Outside of it: ::1, fe80::/10, fc00::/7, ff00::/8, and IPv4 dressed up as
-# mapped (::ffff:0:0/96), translated (::ffff:0:0:0/96), compatible (::/96) and NAT64 (64:ff9b::/96, 64:ff9b:1::/48).
+# All global unicast addresses (RFC 4291). Outside of it: ::1, fe80::/10, fc00::/7, ff00::/8, and embedded IPv4: mapped
+# (::ffff:0:0/96), translated (::ffff:0:0:0/96), compatible (::/96) and NAT64 (64:ff9b::/96, 64:ff9b:1::/48).
 GLOBAL_IPV6 = "2000::/3"
-# IANA, IPv6 Special-Purpose Address Registry: what of it lies in there.
+# IANA, IPv6 Special-Purpose Address Registry: its entries within that block.
 REFUSED_IPV6 = (
     "2001::/23",  # Protocol assignments: Teredo, benchmarking, AMT, AS112, ORCHID, ORCHIDv2, drones
     "2001:db8::/32",  # Documentation
@@ -94,10 +94,10 @@ Post = Callable[[bytes, Mapping[str, str]], Attempt]
 class Egress:
     """Sends to tenants' URLs, from any number of threads.
 
-    `allow_networks` opens networks that are no public ones, for development. Each form of an address counts for itself:
-    `localhost` is `127.0.0.0/8` and mostly `::1/128` too, and either alone does not open a name that has both.
-    `connect_seconds` bounds the lookup and each connection, `total_seconds` all of a sending. Of an answer's body
-    `read_bytes` are read, so that most receivers get to its end, and `keep_bytes` kept.
+    `allow_networks` permits networks that are not public, for development. A name is called only if each of its
+    addresses is permitted: `localhost` mostly needs both `127.0.0.0/8` and `::1/128`. `connect_seconds` bounds the
+    lookup and each connection, `total_seconds` the whole attempt. Of a response's body `read_bytes` are read, so that
+    most receivers can finish sending it, and `keep_bytes` are kept.
     """
 
     def __init__(
@@ -125,9 +125,9 @@ class Egress:
 
     @contextmanager
     def to(self, url: str) -> Iterator[Post]:
-        """What posts to this URL within the block, from any number of threads.
+        """A function that posts to this URL within the block, from any number of threads.
 
-        Whatever the receiver does is in the `Attempt`, and raises nothing. Nothing of one tenant's receiver is left for
+        Whatever the receiver does is reported in the `Attempt`, never raised. No state of one tenant's receiver reaches
         another's: what is kept between two attempts ends with the block.
         """
         client = self._client_to(url)
@@ -138,7 +138,7 @@ class Egress:
             yield partial(self._attempt, client)
 
     def _client_to(self, url: str) -> PostClient | None:
-        # None, as what the block raises would have a refusal for its context.
+        # Not raised on: an exception raised in the block would carry the refusal as its context.
         try:
             return PostClient(self._policy.check(url), self._bounds, resolver=self._resolver, tls=self._tls)
         except (WebhookUrlRefused, UrlInvalid):

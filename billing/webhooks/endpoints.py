@@ -1,6 +1,6 @@
-"""A tenant's webhook endpoint: which URLs may be one, how it is configured, and when it is given up.
+"""A tenant's webhook endpoint: which URLs are allowed, how it is configured, and when it is disabled.
 
-What a name resolves to is looked at when it is called, not here: only there it cannot change in between.
+What a name resolves to is checked when it is called, not here: only there can it not change in between.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from billing.webhooks.signing import new_secret
 
 LONGEST = 2048
 LONGEST_NAME = 253
-# RFC 1123, and the underscore that some names have. Percent-encoding in a host is read in two ways.
+# RFC 1123, and the underscore that some names have. No percent-encoding, which clients interpret differently in a host.
 LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 PORTS = {None, 443, 8443}
 LOCAL_NAMES = ("localhost", "local", "internal")
@@ -33,13 +33,13 @@ LOCAL_NAMES = ("localhost", "local", "internal")
 
 @dataclass(frozen=True)
 class UrlPolicy:
-    """What development may open: plain http, and the name `localhost` with any port."""
+    """Which URLs are allowed. In development also plain http, and the name `localhost` together with any port."""
 
     allow_http: bool = False
     allow_localhost: bool = False
 
     def check(self, url: str) -> str:
-        """The URL, if deliveries may be sent to it; raises `WebhookUrlRefused` with the reason."""
+        """Return the URL, if deliveries may be sent to it; raises `WebhookUrlRefused` with the reason."""
         try:
             parts = urlsplit(url)
             port = parts.port
@@ -50,7 +50,7 @@ class UrlPolicy:
         return url
 
     def check_optional(self, url: str | None) -> None:
-        """The same for a URL that may be left out."""
+        """Check a URL unless it is None."""
         if url is not None:
             self.check(url)
 
@@ -98,7 +98,7 @@ DisabledReason = Literal["failing", "gone"]
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a tenant's events go, which (none named means all), and how it has been going."""
+    """Where a tenant's events go, which types (none means all), and how deliveries have been going."""
 
     url: str | None
     event_types: tuple[str, ...] = ()
@@ -112,16 +112,16 @@ class Endpoint:
 
     @property
     def host(self) -> str | None:
-        """Of the URL what may be kept for ever: the rest of it may be a secret."""
+        """The part of the URL that may be kept for ever: the rest may contain a secret."""
         return urlsplit(self.url).hostname if self.url else None
 
     @property
     def wanted(self) -> tuple[str, ...]:
-        """The types of events that are sent, none for all. That it is disabled an endpoint is always told."""
+        """The types of events that are sent, none for all. `webhook.disabled` is always among them."""
         return (*self.event_types, DISABLED) if self.event_types else ()
 
     def after(self, *, delivered: int, failed: int, first_failures: int, now: datetime) -> Endpoint:
-        """The endpoint after some attempts: one that succeeds forgives all before it."""
+        """The endpoint after some attempts: one success among them clears its failures."""
         if delivered:
             return replace(self, failing_since=None, failed_events=0)
         if not failed:
@@ -133,7 +133,7 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Secret:
-    """One that signs what is sent, without its text; `expires_at` is None for the current one."""
+    """A secret that signs deliveries, without its text; `expires_at` is None for the current one."""
 
     id: UUID
     last4: str
@@ -142,7 +142,7 @@ class Secret:
 
 @dataclass(frozen=True)
 class Configured:
-    """The endpoint as it is now. A secret just made is shown now and never again."""
+    """The endpoint as configured. A new secret is shown this once and never again."""
 
     endpoint: Endpoint
     new_secret: str | None = field(repr=False)
@@ -160,8 +160,8 @@ def configure(
 ) -> Configured:
     """Send the tenant's events to this URL from now on; what was pending goes there too.
 
-    An endpoint that was disabled is tried again. The secret is a new one if that is asked for; until the grace is
-    over the one before it signs too.
+    An endpoint that was disabled is tried again. The secret is renewed if that is asked for; until the grace period
+    ends, the previous one signs too.
     """
     before = tx.webhooks.find(lock=True)
     types = before.event_types if event_types is None else tuple(event_types)
@@ -191,12 +191,12 @@ def _renew_secret(tx: Storage, now: datetime, *, grace: timedelta) -> str:
 
 
 def previous_expiry(secrets: Sequence[Secret]) -> datetime | None:
-    """Until when the secret before the current one signs too, if it does."""
+    """Until when the previous secret signs too, if it does."""
     return next((secret.expires_at for secret in secrets if secret.expires_at is not None), None)
 
 
 def remove(tx: Storage, *, now: datetime) -> None:
-    """Send nothing any more, and give up what is pending. The secret is kept."""
+    """Remove the URL, and fail the pending deliveries. The secret is kept."""
     before = tx.webhooks.find(lock=True)
     if before.url is None:
         return
@@ -215,7 +215,7 @@ def require_url(endpoint: Endpoint) -> str:
 
 
 def disable(tx: Storage, endpoint: Endpoint, reason: DisabledReason, *, now: datetime) -> Endpoint:
-    """Send nothing more to an endpoint that does not take it, but for the news of that. What is pending is kept.
+    """Disable an endpoint that takes no deliveries: it gets only `webhook.disabled`. Pending ones are kept.
 
     The caller holds the endpoint's lock.
     """
@@ -229,7 +229,7 @@ def disable(tx: Storage, endpoint: Endpoint, reason: DisabledReason, *, now: dat
 
 
 def reason_to_disable(endpoint: Endpoint, *, gone: bool, now: datetime) -> DisabledReason | None:
-    """Why to give the endpoint up, if there is a reason."""
+    """Why to disable the endpoint, if there is a reason."""
     if gone:
         return "gone"
     too_long = failing_too_long(

@@ -1,4 +1,4 @@
-"""Events: which there are, and the envelope that each is stored, signed and sent in."""
+"""Events: their types, and the envelope in which each is stored, signed and sent."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from uuid import UUID
 
 import orjson
 
-# Of the envelope and of every `data`. What an older receiver could not read is another version.
+# The version of the envelope and of every `data`. A change that an older receiver could not read needs a new one.
 API_VERSION = "2026-01-15"
 
-# What can be asked for. The document's `EventType` says of each what it tells of.
+# The types that an endpoint can ask for. The document's `EventType` describes each.
 EventType = Literal[
     "tenant.registered",
     "user.password_changed",
@@ -26,7 +26,7 @@ EventType = Literal[
     "webhook.disabled",
     "webhook.test",
 ]
-# What a test is, unless it is asked for as something else.
+# The type of a test event, unless another is asked for.
 TEST: EventType = "webhook.test"
 
 
@@ -54,8 +54,8 @@ def envelope(
 ) -> bytes:
     """The event as JSON, made once: every attempt signs and sends these very bytes.
 
-    `id` is also the header `webhook-id`; `created_at` is aware; `sequence` counts the tenant's events from 1;
-    `data` is what the document's schema of that type says, its times aware.
+    `id` is also the header `webhook-id`; `created_at` has a time zone; `sequence` counts the tenant's events from 1;
+    `data` follows the document's schema of that type, its times with a time zone.
     """
     members = {
         "id": id,

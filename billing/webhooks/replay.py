@@ -1,4 +1,4 @@
-"""Replay: events sent once more, or for the first time where nobody could be told."""
+"""Replay: events sent once more, or for the first time if there was no active endpoint when they happened."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from billing.ports import Audit, Tasks
 from billing.webhooks.delivery import wake
 from billing.webhooks.endpoints import Endpoint
 
-# What is replayed in one transaction: it holds the endpoint, which deliveries that fail wait for.
+# How many events one transaction replays: meanwhile it locks the endpoint, for which settling a delivery waits.
 CHUNK = 500
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which events: those named, or else those since a time, or else those whose delivery failed; never a test."""
+    """Which events: those named, else those since a time, else those whose delivery failed; never tests."""
 
     event_ids: Sequence[UUID] = ()
     since: datetime | None = None
@@ -27,7 +27,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Extent:
-    """How many events that is, and the place of the last: what happens later is not among them."""
+    """How many events a choice has, and the last one's number: later events are not part of the replay."""
 
     events: int
     last: int
@@ -35,14 +35,14 @@ class Extent:
 
 @dataclass(frozen=True)
 class Chosen:
-    """An event to be replayed, and its place among the tenant's events."""
+    """An event to be replayed, and its number among the tenant's events."""
 
     id: UUID
     sequence: int
 
 
 def measure(tx: Storage, choice: Choice) -> Extent:
-    """How many they are; raises `WebhookNotConfigured`, `Conflict`, or `NotFound` if not all named are there."""
+    """Count the events; raises `WebhookNotConfigured`, `Conflict`, or `NotFound` if not all those named exist."""
     endpoint = _require_active(tx.webhooks.find())
     found = tx.events.measure(choice, wanted=endpoint.wanted)
     if found.events < len(set(choice.event_ids)):
@@ -53,7 +53,7 @@ def measure(tx: Storage, choice: Choice) -> Extent:
 
 
 def note(tx: Storage, choice: Choice, found: int, *, now: datetime) -> None:
-    """Keep in the audit log what is about to be replayed."""
+    """Record in the audit log what is about to be replayed."""
     tx.audit.record("webhook.replayed", now=now, details={**_details(choice), "events": found})
 
 
@@ -64,7 +64,7 @@ def _details(choice: Choice) -> dict[str, object]:
 
 
 def replay(tx: Storage, choice: Choice, *, after: int, last: int, now: datetime) -> list[Chosen]:
-    """Have the first of the events between these places delivered now, and say which; none when all are."""
+    """Make the first chunk of the events after `after`, up to `last`, due now, and return them; none at the end."""
     endpoint = _require_active(tx.webhooks.find(lock=True))
     chosen = tx.events.chosen(choice, wanted=endpoint.wanted, after=after, last=last, most=CHUNK)
     if chosen:

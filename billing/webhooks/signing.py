@@ -1,4 +1,4 @@
-"""The secret that signs deliveries, and the headers that it makes, as Standard Webhooks 1.0 writes them."""
+"""The secret that signs deliveries, and the headers with its signature, as in Standard Webhooks 1.0."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def new_secret() -> str:
 
 
 def signed_headers(secrets: Sequence[str], *, id: str, at: datetime, body: bytes) -> dict[str, str]:
-    """The four headers of one attempt: what is sent, when, and one signature a secret, in their order.
+    """The four headers of one attempt: its id, its time, and one signature per secret, in their order.
 
     `secrets` are `whsec_…`, newest first, at least one; `id` is the same on every attempt and has no dot;
-    `at` is aware and cut to whole seconds; `body` is sent as it is. Raises `ValueError` for a secret that is
-    not of the form. Source: https://github.com/standard-webhooks/standard-webhooks, version 1.0.
+    `at` has a time zone and is cut to whole seconds; `body` is sent as it is. Raises `ValueError` for a secret
+    of another form. Source: https://github.com/standard-webhooks/standard-webhooks, version 1.0.
     """
     timestamp = int(at.timestamp())
     signed = b"%s.%d.%s" % (id.encode(), timestamp, body)
@@ -32,7 +32,7 @@ def signed_headers(secrets: Sequence[str], *, id: str, at: datetime, body: bytes
         "webhook-id": id,
         "webhook-timestamp": str(timestamp),
         "webhook-signature": " ".join(f"v1,{base64.b64encode(digest).decode()}" for digest in digests),
-        # Receivers from before Standard Webhooks look here.
+        # For receivers from before Standard Webhooks.
         "X-Webhook-Signature": f"t={timestamp}" + "".join(f",v1={digest.hex()}" for digest in digests),
     }
 
@@ -41,7 +41,7 @@ def _key_of(secret: str) -> bytes:
     if not secret.startswith(PREFIX):
         raise ValueError(f"a webhook secret begins with {PREFIX}")
     key = base64.b64decode(secret.removeprefix(PREFIX), validate=True)
-    # An empty key is one that everybody has.
+    # Anybody could sign with an empty key.
     if not key:
         raise ValueError("a webhook secret is not empty")
     return key
