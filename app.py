@@ -1,4 +1,4 @@
-"""The only place that knows everyone: settings → store, clock, services → `app`."""
+"""The composition root, the only module that knows all others: settings → store, clock, services → `app`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing")
 
 NOTES_FLUSHED_EVERY_SECONDS = 1
 SHARED_CONNECTIONS = 4
-# For each of the last things, and for the threads that then still run.
+# For each step of the shutdown, and for the threads that still run after it.
 FAREWELL_SECONDS = 3
 POLICIES = Policies()
 
@@ -66,7 +66,7 @@ def create_app(
     policies: Policies = POLICIES,
     counters: Counters | None = None,
 ) -> ASGIApp:
-    """The application for these settings. The database is opened by its lifespan."""
+    """Build the application for these settings. Its lifespan opens the database."""
     problems.configure(settings.public_base_url)
     contract = document.load()
     store = Store(Vault(settings.encryption_keys), connections=pool_size(settings))
@@ -124,9 +124,9 @@ def threads_of(settings: Settings) -> dict[Lane, int]:
 
 
 def pool_size(settings: Settings) -> int:
-    """One for each thread that may want one, and one each for readiness and for what was noted.
+    """One connection for each thread that may need one, one for readiness, and one for flushing the notes.
 
-    Threads that wait for Stripe or for a receiver want none meanwhile, and share a few.
+    Threads that wait for Stripe or for a webhook receiver hold none meanwhile, and share a few.
     """
     waiting = (Lane.STRIPE, Lane.WEBHOOKS)
     threads = threads_of(settings)
@@ -134,11 +134,11 @@ def pool_size(settings: Settings) -> int:
 
 
 def counters_for(settings: Settings) -> Counters:
-    """Where this installation counts: in its processes, unless the settings name a place that they share."""
+    """The rate limits' counters: each process's own, or those in Redis if the settings name it."""
     url = settings.rate_limit_storage_url
     if url is None:
         return InProcess()
-    # Importing Redis's client takes longer than all the rest of the server.
+    # Imported here, as importing the client of Redis takes longer than all the rest of the server.
     from billing.shared_counters import InRedis
 
     return InRedis(url, known=InProcess())
@@ -154,7 +154,7 @@ async def running(
     lanes: Lanes,
     samples: Sequence[Callable[[], None]],
 ) -> AsyncIterator[None]:
-    """Everything that lives as long as the server: the database, the pool, the counts, what is to be written down."""
+    """The server's lifespan: open the database, flush notes and metrics while it runs, and close everything."""
     database = await to_thread.run_sync(open_database, settings)
     try:
         store.open(database.app_url, replica_url=database.replica_url)
@@ -178,30 +178,30 @@ async def running(
 
 
 async def farewell(call: Callable[[], None]) -> None:
-    """Do one of the last things, and wait for it no longer than makes sense."""
+    """Make one blocking call of the shutdown, and wait at most `FAREWELL_SECONDS` for it."""
     with anyio.move_on_after(FAREWELL_SECONDS, shield=True):
         await to_thread.run_sync(call, abandon_on_cancel=True)
 
 
 class Notes(Protocol):
-    """What requests leave behind in memory, to be written down outside of them."""
+    """What requests note in memory, to be written to the database outside of them."""
 
     def flush(self, store: Store) -> None: ...
 
 
 async def keep_flushing(notes: Sequence[Notes], store: Store) -> None:
-    """Write down what was noted, once a second and a last time at the end."""
+    """Flush the notes once a second, and a last time at the end."""
     try:
         while True:
             await anyio.sleep(NOTES_FLUSHED_EVERY_SECONDS)
-            with suppress(RuntimeError):  # No thread can be started: the next time there may be one.
+            with suppress(RuntimeError):  # No thread can be started; the next time one may.
                 await to_thread.run_sync(flush, notes, store, abandon_on_cancel=True)
     finally:
         await farewell(partial(flush, notes, store))
 
 
 def flush(notes: Sequence[Notes], store: Store) -> None:
-    """A note that cannot be written must not end the server, whatever the reason: its pool would go with it."""
+    """Write the notes to the database. Failures are only reported: raised, they would end the server and its pool."""
     for noted in notes:
         try:
             noted.flush(store)
@@ -213,9 +213,9 @@ def flush(notes: Sequence[Notes], store: Store) -> None:
 
 
 def readiness(store: Store) -> Callable[[], Awaitable[None]]:
-    """What `/readyz` asks: one look at a time, and whoever asks meanwhile gets its answer.
+    """The check behind `/readyz`: one runs at a time, and requests that come meanwhile share its result.
 
-    Raises `DatabaseUnavailable`. Anybody may ask, and a flood must not make a server look unready.
+    It raises `DatabaseUnavailable`. `/readyz` is public, and a flood of requests must not make a server look unready.
     """
     thread = BoundedThreads("readiness", 1)
     looking: asyncio.Task[None] | None = None
@@ -238,5 +238,5 @@ def readiness(store: Store) -> Callable[[], Awaitable[None]]:
 logs.configure(tty=sys.stderr.isatty())
 if __name__ == "__main__":
     main(["serve", *sys.argv[1:]], prog_name="billing")  # Which imports this file again, by its name.
-elif __name__ != "__mp_main__":  # A worker's look at what its parent was started with.
+elif __name__ != "__mp_main__":  # A spawned process imports its parent's main module under this.
     app = create_app(Settings.load())

@@ -1,1 +1,1 @@
-"""The contract, proven by tools that nobody here wrote: `make contract`."""
+"""Checks of the contract, mostly by third-party tools: `make contract`."""

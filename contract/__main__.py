@@ -1,4 +1,4 @@
-"""`python -m contract`: everything that judges the contract, a line each, and a count."""
+"""`python -m contract`: runs every check of the contract, and prints a line for each and a count."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Check = tuple[str, Callable[[], str]]
 
 
 def checks() -> list[Check]:
-    """All of them, the quick ones first."""
+    """All checks, the quick ones first."""
     return [
         *lint.checks(),
         ("breaking changes, planted", breaking.check),
@@ -27,7 +27,7 @@ def checks() -> list[Check]:
 
 
 def run(chosen: Sequence[Check]) -> int:
-    """How many failed; each is told as it ends."""
+    """Run the checks, and print each result as it comes; returns how many failed."""
     failed = 0
     for name, check in chosen:
         began = time.monotonic()

@@ -1,7 +1,7 @@
-"""What of a change to the document breaks a client that was written for an earlier one.
+"""Changes to the document that break a client written for an earlier one.
 
-`python -m contract.breaking REVISION` compares the working tree with it. Redocly judges all but who may call, which
-the document says in its own words (`x-roles`), and which of several ways in are left.
+`python -m contract.breaking REVISION` compares the working tree with a revision. Redocly judges all changes but those
+of access: the roles, which are in an extension of ours (`x-roles`), and which alternative credentials still work.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class NoBase(Exception):
 
 
 def breaks_between(base: Path, revision: Path) -> list[str]:
-    """What breaks, a sentence each; none if nothing does."""
+    """The breaking changes, a sentence each."""
     before, after = load(base), load(revision)
     return sorted({*_of_redocly(base, revision), *_of_access(before, after)})
 
@@ -47,7 +47,7 @@ def _of_redocly(base: Path, revision: Path) -> Iterator[str]:
     for change in changes:
         where = change["path"].removeprefix("#/").replace("~1", "/").replace("paths//", "/")
         for verdict in change["verdicts"]:
-            # Who may call is said below, of every operation alike.
+            # Access is judged below, for all operations alike.
             if verdict["impact"] == "major" and verdict["ruleId"] != "security-requirement-changed":
                 yield f"{where}: {verdict['message']}"
 
@@ -63,7 +63,7 @@ def _of_access(before: Json, after: Json) -> Iterator[str]:
 
 
 def _operations(document: Json) -> Iterator[tuple[str, Json]]:
-    """Each as `METHOD /path/`, by which a client calls it."""
+    """The operations under `METHOD /path/`, by which a client calls them."""
     for path, item in document["paths"].items():
         for method in METHODS:
             if method in item:
@@ -75,7 +75,7 @@ def _access_lost(said: Json, now: Json, before: Json, after: Json) -> Iterator[s
     if ANYBODY in old and ANYBODY not in new:
         yield "it needs credentials now."
     else:
-        # A way in that asks for no more than an old one serves those who had that.
+        # A new way in that needs a subset of an old one's schemes still works for its clients.
         lost = [way for way in old if not any(other <= way for other in new)]
         yield from (f"it no longer takes {' with '.join(sorted(way))}." for way in lost)
     if roles := _roles(said) - _roles(now):
@@ -83,7 +83,7 @@ def _access_lost(said: Json, now: Json, before: Json, after: Json) -> Iterator[s
 
 
 def _ways_in(said: Json, document: Json) -> list[frozenset[str]]:
-    """The sets of schemes of which one is enough; the empty one is anybody's."""
+    """The alternative sets of security schemes; the empty set lets anybody in."""
     security: list[Json] = (said if "security" in said else document).get("security", [])
     return [frozenset(way) for way in security] or [ANYBODY]
 
@@ -96,7 +96,7 @@ def _roles(said: Json) -> set[str]:
 
 
 def check() -> str:
-    """Raises `AssertionError` unless every break that the tests plant is named, and nothing harmless is."""
+    """Raise `AssertionError` unless the tests' breaking changes are all reported, and their harmless ones are not."""
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "tests/contract/test_breaking.py"]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False
@@ -110,7 +110,7 @@ def check() -> str:
 
 
 def document_of(revision: str) -> bytes:
-    """The document as it was; raises `NoBase`."""
+    """The document at that revision; raises `NoBase`."""
     command = ["git", "show", f"{revision}:{DOCUMENT.relative_to(ROOT)}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
     if done.returncode:
@@ -119,7 +119,7 @@ def document_of(revision: str) -> bytes:
 
 
 def main(arguments: list[str]) -> int:
-    """1 if something breaks, 2 if there is nothing to compare with."""
+    """Return 1 if something breaks, 2 if there is nothing to compare with."""
     if len(arguments) != 1 or not arguments[0]:
         print("usage: make diff BASE=<revision>", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""As whom the API is fuzzed."""
+"""The callers as whom the API is fuzzed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Caller:
-    """The security scheme somebody uses, and their headers, made from the answer of `register_tenant`."""
+    """The security scheme that a caller uses, and its headers, made from the answer of `register_tenant`."""
 
     scheme: str | None
     credentials: Callable[[dict[str, Any]], dict[str, str]]

@@ -1,10 +1,10 @@
-"""What of the document the fuzzers have exercised: operations, parameters, keywords and statuses, each by name.
+"""Coverage of the document by the fuzzers: operations, parameters, keywords and statuses, each by name.
 
-A name is `operation kind detail`. An operation is exercised once it answered 2xx; a parameter when it was sent, and
-when it was left out if it may be; a status when it was answered. A keyword of what clients send counts twice: it is
-`kept` in a request that was not refused as malformed, and `broken` in one that was. A request that was turned away for
-who sent it says nothing of its parameters and keywords. Keywords of answers are not counted, because every answer is
-held against all of its schema.
+A name is `operation kind detail`. An operation is covered once it answered 2xx; a parameter when it was sent, and, if
+it is optional, when it was left out; a status when it was answered. A schema keyword of a request counts twice: as
+`kept` in a request that was not refused as malformed, and as `broken` in one that was. A request that was refused for
+its credentials, or before its parameters were read, covers no parameter and no keyword. Keywords of answers are not
+counted, because every answer is validated against its whole schema.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ Json = dict[str, Any]
 
 GAPS = ROOT / "contract/gaps.toml"
 KINDS = ("operation", "parameter", "keyword", "status")
-# Before anybody looked at the parameters and the body. A public operation's own 401 comes after that.
+# Statuses that come before the parameters and the body are validated. A public operation's own 401 comes after.
 TURNED_AWAY = {404, 405, 413, 415, 429}
 TURNED_AWAY_BY_NAME = {401, 403}
 MALFORMED = 400
-# What a value of any other type keeps without being asked.
+# The types to which each keyword applies: a value of any other type keeps it trivially.
 TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("minLength", "maxLength", "pattern", "format"), (str,)),
     **dict.fromkeys(("minimum", "maximum", "multipleOf"), (int, float)),
@@ -40,7 +40,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("minProperties", "maxProperties", "required", "additionalProperties"), (dict,)),
     **dict.fromkeys(("type", "enum"), (object,)),
 }
-# They say something of a keyword above, lead to other schemas, or ask nothing.
+# Keywords that modify one above, contain other schemas, or constrain nothing.
 SILENT = {"properties", "items", "nullable", "exclusiveMinimum", "exclusiveMaximum", "x-secret"}
 SILENT |= {
     "title",
@@ -59,7 +59,7 @@ FORMATS = {"date", "date-time", "email", "hostname", "ipv4", "ipv6", "uri", "uui
 
 @dataclass(frozen=True)
 class Input:
-    """A parameter, or the body: where it is, its schema with all references followed, whether it must be there."""
+    """A parameter, or the body: where it is, its schema with all references resolved, whether it is required."""
 
     place: str
     name: str
@@ -72,7 +72,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Described:
-    """An operation of the document, as far as it can be exercised."""
+    """What can be exercised of an operation of the document."""
 
     name: str
     method: str
@@ -119,12 +119,12 @@ def _described(document: Json, method: str, item: Json, said: Json) -> Described
 
 
 def _as_text(schema: Json) -> Json:
-    """The schema of a parameter: it comes as text, so nothing can be sent that is none."""
+    """A parameter's schema without `type: string`, which every parameter keeps, as it is sent as text."""
     return {k: v for k, v in schema.items() if k != "type"} if schema.get("type") == "string" else schema
 
 
 def _whole(document: Json, node: Any) -> Any:
-    """The schema with its references followed, and those in it."""
+    """The schema with all references in it resolved."""
     if isinstance(node, dict):
         return {name: _whole(document, part) for name, part in resolve(document, node).items()}
     return [_whole(document, part) for part in node] if isinstance(node, list) else node
@@ -135,7 +135,7 @@ def _whole(document: Json, node: Any) -> Any:
 
 @dataclass(frozen=True)
 class Asked:
-    """One thing that a schema asks of a value: its name, the rest of the schema gone, and how it can end."""
+    """One constraint of a schema: its name, a schema of it alone, and the outcomes that are counted."""
 
     name: str
     keyword: str
@@ -156,7 +156,7 @@ def _compiled(schema: str) -> Draft4Validator:
 
 
 def _all_asked(schema: Json, at: str) -> Iterator[Asked]:
-    """What a schema asks, and all that is in it; `at` is where, as the document would say it."""
+    """The constraints of a schema and of those in it; `at` is its place, as in the document."""
     yield from _asked(schema, at)
     for inner, place in _inner(schema, at):
         yield from _all_asked(inner, place)
@@ -172,7 +172,7 @@ def _asked(schema: Json, at: str) -> Iterator[Asked]:
     for keyword, said in schema.items():
         if keyword in SILENT or _asks_nothing(keyword, said):
             continue
-        # Better none than one that is passed over: what is new in the document has to be counted too.
+        # Better to fail than to skip a keyword that is new in the document, and has to be counted too.
         assert keyword in TYPES, f"{at}: it is not known how to count {keyword}"
         yield from _asked_by(schema, keyword, said, at)
 
@@ -214,7 +214,7 @@ def _one(schema: Json, keyword: str, said: Any, at: str) -> Asked:
 
 
 def _ends(schema: Json, value: Any, at: str) -> Iterator[tuple[str, str]]:
-    """Each thing that was asked of a value, or of what is in it, and how it ended."""
+    """Each constraint on a value, or on a part of it, and its outcome."""
     for asked in _asked(schema, at):
         if end := asked.end(value):
             yield asked.name, end
@@ -235,14 +235,14 @@ def _parts(value: Any, place: str) -> Iterable[Any]:
 
 @dataclass(frozen=True)
 class Sent:
-    """A request as it went out. `body` is empty where there was none, or none that is JSON."""
+    """A request as it was sent. `body` is empty if there was none, or none that is JSON."""
 
     query: Mapping[str, str] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     body: tuple[Any, ...] = ()
 
     def values(self, one: Input) -> tuple[Any, ...]:
-        """What was sent for an input: nothing, or one value."""
+        """The values sent for an input: none, or one."""
         if one.place == "body":
             return self.body
         texts = {"query": self.query, "header": self.headers}.get(one.place, {})
@@ -276,7 +276,7 @@ def exercised(operation: Described, sent: Sent, status: int) -> Iterator[str]:
 
 @dataclass
 class Ledger:
-    """What runs have done so far: the names of what they exercised, and how often each status came."""
+    """The names of what the runs have exercised so far, and how often each status was answered."""
 
     names: set[str] = field(default_factory=set)
     statuses: Counter[str] = field(default_factory=Counter)
@@ -305,7 +305,7 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Reason:
-    """Why what a pattern covers is exercised by no run. What only luck may reach is never held against anybody."""
+    """Why no run exercises what a pattern covers. With `is_luck` a run may exercise it, by chance, or not."""
 
     pattern: str
     why: str
@@ -323,7 +323,7 @@ def reasons(path: Path = GAPS) -> list[Reason]:
 
 @dataclass(frozen=True)
 class Account:
-    """What of the document was exercised, and what is wrong with the reasons for the rest."""
+    """How much of the document was exercised, and what is wrong with the reasons for the rest."""
 
     counted: dict[str, tuple[int, int]]
     gaps: dict[Reason, list[str]]
@@ -376,5 +376,5 @@ def _is_stale(reason: Reason, items: list[str], done: set[str]) -> bool:
 
 
 def account_of(ledger: Ledger) -> Account:
-    """By our document and our table."""
+    """The account of a ledger, by our document and our table of reasons."""
     return account(load(), ledger.names, reasons())

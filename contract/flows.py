@@ -20,7 +20,7 @@ Json = dict[str, Any]
 
 
 def check() -> str:
-    """How many steps and checks passed; raises `AssertionError` with what failed."""
+    """Run the flows, and count their steps and checks; raises `AssertionError` with what failed."""
     with opened_place() as place, state_directory() as directory:
         done, report = respected(place, directory / "report.json")
     steps = [

@@ -1,8 +1,8 @@
-"""Schemathesis by every caller, and beside other tenants, in a time that is shared out among them.
+"""Runs Schemathesis as every caller, and beside other tenants, in a time that the runs share.
 
 Each run begins with the few cases that `make test` has, of all phases and always the same, and goes on with new ones,
-by chance and along links, until its time is up. `python -m contract.fuzz --minutes 15` says what each tried, with the
-seed that repeats it, and in the end what of the document was exercised.
+random and along links, until its time is up. `python -m contract.fuzz --minutes 15` reports what each tried, with the
+seed that repeats it, and at the end how much of the document was exercised.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ Json = dict[str, Any]
 
 MINUTES = 15
 MINUTES_IN_CONTRACT = 4
-# With less it is not worth to begin.
+# With less it is not worth starting.
 LEAST_SECONDS = 5
 DELIVERED_WITHIN_SECONDS = 60
 # What the start, the last case and the report may take beyond the time box, on a busy machine.
 GRACE_SECONDS = 120
 EXAMPLES = 10
 SHOWN = 12_000
-# That most of what is valid was refused. Each refusal is judged by itself, by `positive_data_acceptance`.
+# Schemathesis's warning that most valid data were refused. `positive_data_acceptance` judges each refusal by itself.
 CHANCE = "validation_mismatch"
 STRIPE = "Stripe Connect"
 TEST = "webhook.test"
@@ -57,7 +57,7 @@ OPERATIONS = operations(load())
 
 @dataclass(frozen=True)
 class Run:
-    """One run of `st`: as whom, with how much of the time, and where."""
+    """One run of `st`: as which caller, with which share of the time, and in which setting."""
 
     name: str
     caller: str
@@ -85,7 +85,7 @@ RUNS = (
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is tried: the few cases that are always the same, or new ones for so many seconds."""
+    """How much is tried: the few cases that are always the same, or new ones for `seconds`."""
 
     seconds: float | None = None
     seed: int = 0
@@ -117,7 +117,7 @@ FEW = Effort()
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a run: what it said, what Schemathesis reported, what it exercised, what is wrong."""
+    """The result of a run: its output, Schemathesis's report, what it exercised, and what is wrong."""
 
     run: Run
     output: str
@@ -136,7 +136,7 @@ class Outcome:
 
 
 def fuzz(run: Run, server: Server, effort: Effort) -> Outcome:
-    """Run `st` against a server; what it finds, and what it should have found, are complaints."""
+    """Run `st` against a server; what it finds, and what it failed to reach, are complaints."""
     with ExitStack() as stack:
         directory = stack.enter_context(fresh_state())
         receiver = stack.enter_context(receiving(answers(204)))
@@ -152,7 +152,7 @@ def fuzz(run: Run, server: Server, effort: Effort) -> Outcome:
             return Outcome(run, output, {}, Ledger(), ["Schemathesis did not finish"])
         report = json.loads((directory / "report").read_bytes())
         complaints = [f"Schemathesis ended with {done.returncode}"] if done.returncode else []
-        # A time box may end before everything had its turn.
+        # A timed run may end before it has reached everything.
         complaints += [*missed(run, report), *_of_webhooks(run, receiver)] if effort is FEW else []
         complaints += beside.complaints() if beside else []
         return Outcome(run, output, report, Ledger.read(directory / "ledger"), complaints)
@@ -168,7 +168,7 @@ def _ran(
         "URL": url,
         "AS": run.caller,
         "STRIPE": "sandbox" if run.has_stripe else "none",
-        # By the one name that development opens.
+        # `localhost` is the only local name that development allows.
         "RECEIVER": f"http://localhost:{receiver.port}/in",
         "NEIGHBOURS": str(directory / "neighbours"),
         "LEDGER": str(directory / "ledger"),
@@ -186,16 +186,16 @@ def _ran(
     )
 
 
-# What must be so ---------------------------------------------------------------------------------
+# What a run must reach ---------------------------------------------------------------------------
 
 
 def missed(run: Run, report: Json) -> Iterator[str]:
-    """What a run left out that it should have reached, or reached in vain."""
+    """What a run should have reached and did not, or got nothing accepted by."""
     if unfinished := [name for name, phase in report["phases"].items() if phase["status"] != "success"]:
         yield f"phases without success: {', '.join(unfinished)}"
     if report["operations"]["tested"] != len(run.operations):
         yield f"{report['operations']['tested']} operations tested, not {len(run.operations)}"
-    # Some of what is valid was accepted: refusing everything would look as clean.
+    # Some valid data must be accepted: a server that refused everything would look as clean.
     if refused := _must_accept(run) - _accepted(report):
         yield f"nothing valid was accepted: {', '.join(sorted(refused))}"
     warnings = {
@@ -206,7 +206,7 @@ def missed(run: Run, report: Json) -> Iterator[str]:
 
 
 def _must_accept(run: Run) -> set[str]:
-    """The operations that the caller can use. Without Stripe none can begin, so there is nothing to finish."""
+    """The operations that must accept something of the caller's. Without Stripe no connection can be started."""
     return _labels(
         o for o in run.operations if run.may_call(o) and (run.has_stripe or o.operation_id in NEEDS_NO_STRIPE)
     )
@@ -222,7 +222,7 @@ def _accepted(report: Json) -> set[str]:
 
 
 def _closed_to(run: Run) -> dict[str, list[str]]:
-    """The warnings there must be: of 401 to everything, where the operation is not open to the caller."""
+    """The warnings that must be there: 401 to everything, for the operations that the caller may not call."""
     closed = sorted(_labels(o for o in run.operations if not run.may_call(o)))
     return {"missing_auth": closed} if closed else {}
 
@@ -232,10 +232,10 @@ def _labels(listed: Iterator[Operation]) -> set[str]:
 
 
 def _of_webhooks(run: Run, receiver: Receiver) -> Iterator[str]:
-    """The worker delivers whoever calls: anybody may register with a URL. Tests are an owner's to send."""
+    """Events must be delivered to any caller's URL, as anybody may register; test events only to an owner's."""
     if not run.has_stripe:
         return
-    # Those of the last moments are on their way, and a busy machine's worker may be at its first.
+    # On a busy machine the worker may not have delivered its first event yet.
     deadline = time.monotonic() + DELIVERED_WITHIN_SECONDS
     while not (events := [kind for kind in _kinds(receiver) if kind != TEST]) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -255,7 +255,7 @@ def _kinds(receiver: Receiver) -> list[str]:
 
 @dataclass(frozen=True)
 class Server:
-    """A running server, what it takes for Stripe, and how the rows of its database can be seen."""
+    """A running server, the sandbox that it uses as Stripe, and the superuser's URL of its database."""
 
     url: str
     stripe: Sandbox
@@ -266,7 +266,7 @@ class Server:
 def serving(
     cluster: embedded.Cluster, name: str, environ: dict[str, str], *, has_stripe: bool, log: Any = None
 ) -> Iterator[Server]:
-    """A server on this database, with a sandbox for Stripe or without any, that sends webhooks to this machine."""
+    """A server on this database, with a sandbox as Stripe or without Stripe, that may send webhooks to this machine."""
     # Limits would answer most cases with 429.
     own = {
         "DATABASE_URL": database.url(cluster, database.APP, name),
@@ -298,7 +298,7 @@ def opened_server(*, has_stripe: bool) -> Iterator[Server]:
 def fuzzed(
     runs: Sequence[Run], seconds: float, seed: int, tell: Callable[[str], None]
 ) -> tuple[list[Outcome], list[str]]:
-    """What came of the runs, within so many seconds, and what is wrong; each is told as it ends."""
+    """Do the runs within `seconds`, and report each as it ends; returns their outcomes, and what is wrong."""
     deadline = time.monotonic() + seconds
     outcomes: list[Outcome] = []
     left = list(runs)
@@ -314,7 +314,7 @@ def fuzzed(
 def _fuzzed(
     run: Run, server: Server, until: float, seed: int, tell: Callable[[str], None]
 ) -> Iterator[Outcome]:
-    """The few cases first, and others until the time is up."""
+    """The few fixed cases first, then new ones until the time is up."""
     few = fuzz(run, server, FEW)
     tell(_told(few, FEW))
     yield few
@@ -327,7 +327,7 @@ def _fuzzed(
 
 
 def share(runs: Sequence[Run], seconds: float) -> float:
-    """How many of the seconds that are left the first of the runs may have."""
+    """How many of the remaining seconds the first of the remaining runs may take."""
     return max(0, seconds * runs[0].share / sum(run.share for run in runs))
 
 
@@ -336,14 +336,14 @@ def _told(outcome: Outcome, effort: Effort) -> str:
     line = f"{verdict}  {outcome.run.name:<28} {outcome.told}, {effort.told}"
     if not outcome.complaints:
         return line
-    # The few cases come first, and take some of it.
+    # With a minute more for the few cases, which come first.
     minutes = 0 if effort.seconds is None else effort.seconds / 60 + 1
     again = f'Again: make fuzz ONLY="{outcome.run.name}" SEED={effort.seed} MINUTES={minutes:.1f}'
     return "\n".join([outcome.output[-SHOWN:], *outcome.complaints, again, line])
 
 
 def summary(outcomes: Sequence[Outcome]) -> tuple[Ledger, str]:
-    """All that was exercised, and the count of cases, operations and statuses in a line."""
+    """The ledger of all runs together, and a line that counts cases, operations and statuses."""
     whole = Ledger()
     for outcome in outcomes:
         whole.add(outcome.ledger)
@@ -355,7 +355,7 @@ def summary(outcomes: Sequence[Outcome]) -> tuple[Ledger, str]:
 
 
 def check() -> str:
-    """What was tried and exercised; raises `AssertionError` with what was found."""
+    """Do all runs, and report what was tried and exercised; raises `AssertionError` with what was found."""
     said: list[str] = []
     outcomes, complaints = fuzzed(RUNS, MINUTES_IN_CONTRACT * 60, secrets.randbits(32), said.append)
     ledger, told = summary(outcomes)
@@ -365,7 +365,7 @@ def check() -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """1 if anything was found, or a gap has no reason."""
+    """Return 1 if anything was found, or if a gap has no reason."""
     parser = argparse.ArgumentParser("python -m contract.fuzz", description=__doc__)
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all runs together")
     parser.add_argument("--seed", type=int, help="what a finding was printed with, to repeat it")

@@ -1,4 +1,4 @@
-"""The document as linters see it: no error and no warning, by the rules in `contract/lint`."""
+"""Linters of the document, which must find no error and no warning by the rules in `contract/lint`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHOWN = 5
 
 
 def checks() -> list[tuple[str, Callable[[], str]]]:
-    """What is checked, and how; each answers its figure or raises `AssertionError`."""
+    """The checks by name; each returns a summary or raises `AssertionError`."""
     return [
         ("lint openapi-spec-validator", specification),
         ("lint spectral, oas and owasp", spectral),
@@ -35,7 +35,7 @@ def specification(document: Path = DOCUMENT) -> str:
 
 
 def spectral(document: Path = DOCUMENT) -> str:
-    """The sets at their widest: what is only recommended there counts here."""
+    """Lint with all rules of the rule sets: even a hint is a failure."""
     done = ran(
         "spectral",
         "lint",
@@ -46,7 +46,7 @@ def spectral(document: Path = DOCUMENT) -> str:
     )
     counted = re.search(r"Found \d+ rules \((\d+) enabled\)", done.stdout)
     assert counted, done.stderr[-500:] or done.stdout[-500:]
-    # The list of findings stands between sentences.
+    # The JSON list of findings is surrounded by text.
     found = [f"{one['code']} at {'/'.join(map(str, one['path']))}" for one in _first_list(done.stdout)]
     assert done.returncode == 0 and not found, _told(found)
     return f"{counted[1]} rules, 0 errors, 0 warnings"

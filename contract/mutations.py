@@ -1,6 +1,6 @@
-"""Does small wrongs to a copy of the repository, one at a time, and sees whether the tests notice.
+"""Mutation testing: makes one small wrong at a time in a copy of the repository, and checks that tests notice it.
 
-`python -m contract.mutations` does all of them; names, or parts of names, choose some.
+`python -m contract.mutations` makes all of them; names, or parts of names, choose some.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Verdict:
 
 
 class Copy:
-    """A copy of the repository that can be spoilt, and a PostgreSQL for its tests."""
+    """A copy of the repository to be changed, and a PostgreSQL for its tests."""
 
     def __init__(self, root: Path, state: Path) -> None:
         self._root = root
@@ -66,7 +66,7 @@ class Copy:
         """Run tests in the copy, until the first that fails."""
         environ = {
             **os.environ,
-            # Before the checkout, which is installed in place.
+            # Ahead of the checkout, which is installed in editable mode.
             "PYTHONPATH": str(self._root),
             "PYTHONDONTWRITEBYTECODE": "1",
             "BILLING_TEST_STATE": str(state or self._state),
@@ -94,7 +94,7 @@ class Copy:
         )
 
     def judge(self, wrong: Wrong) -> Verdict:
-        """Do a wrong, run what should notice, and put everything back."""
+        """Make a wrong, run the tests that should notice, and restore the file."""
         path = self._root / wrong.file
         good, began = path.read_text(), time.monotonic()
         path.write_text(wrong.applied(good))
@@ -105,7 +105,7 @@ class Copy:
         return Verdict(wrong, is_killed, time.monotonic() - began)
 
     def _is_noticed(self, wrong: Wrong) -> bool:
-        # What the migrations make is made once a cluster.
+        # Migrations run once per cluster, so that a wrong in one needs a new cluster.
         with fresh_state() if "/migrations/" in wrong.file else _same(self._state) as state:
             try:
                 done = self.test(wrong.tests, state=state)
@@ -130,7 +130,7 @@ def copied() -> Iterator[Copy]:
 
 @contextmanager
 def fresh_state() -> Iterator[Path]:
-    """A state directory, in memory where possible; anybody may pass, since root gives PostgreSQL away."""
+    """A state directory, in memory if possible; passable for all, as root runs PostgreSQL as another user."""
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     made = Path(tempfile.mkdtemp(prefix="billing-mutations-", dir=memory))
     made.chmod(0o711)
@@ -146,9 +146,9 @@ def _same(state: Path) -> Iterator[Path]:
 
 
 def judged(wrongs: Sequence[Wrong], *, together: int = TOGETHER) -> Iterator[Verdict]:
-    """Each wrong's verdict, in their order, so many at a time.
+    """The verdicts in the order of the wrongs, `together` of which are judged at a time.
 
-    Raises `AssertionError` if what should notice fails without any wrong.
+    Raises `AssertionError` if the tests fail without any wrong.
     """
     with ExitStack() as stack:
         copies = SimpleQueue[Copy]()
@@ -176,7 +176,7 @@ def _require_good(copies: SimpleQueue[Copy], tests: Sequence[str], together: int
 
 
 def check() -> str:
-    """How many wrongs were noticed; raises `AssertionError` with those that were not."""
+    """Judge all wrongs; raises `AssertionError` with those that were not noticed."""
     verdicts = list(judged(WRONGS))
     survivors = [verdict.wrong.name for verdict in verdicts if not verdict.is_killed]
     assert not survivors, f"{len(survivors)} of {len(verdicts)} wrongs survived: {', '.join(survivors)}"
@@ -184,7 +184,7 @@ def check() -> str:
 
 
 def main(chosen: Sequence[str]) -> int:
-    """1 if a wrong survived."""
+    """Return 1 if a wrong survived."""
     wrongs = [wrong for wrong in WRONGS if not chosen or any(part in wrong.name for part in chosen)]
     survived = 0
     for verdict in judged(wrongs):

@@ -1,4 +1,4 @@
-"""Tenants beside the one that fuzzes: it knows all of theirs but what proves who they are, sends it, and gets nothing.
+"""Tenants beside the one that fuzzes. It knows and sends their data, except tokens and passwords, and gets nothing.
 
 Schemathesis has a check of its own, `object_level_authorization`. It repeats, as a peer, reads of an object that a
 path or a query names. No operation here names its object so: the caller is the tenant. Hence this one.
@@ -25,11 +25,11 @@ from tests.receivers import Receiver
 Json = dict[str, Any]
 
 BASE = "/api/v1/auth/tenants"
-# Whoever has them is the neighbour.
+# Members that authenticate the neighbour, and so are not told.
 PROOFS = {"access", "refresh", "password"}
 TELLING_LENGTH = 8
 TIME = re.compile(r"\d{4}-\d\d-\d\dT")
-# A state that another browser brings back is refused, and the tenant can read that in its log.
+# Tables that others may change: a state brought back by another browser is refused, and that is in the tenant's log.
 TOLD_OF_OTHERS = {"audit_log", "audit_heads"}
 PATIENCE_SECONDS = 20
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -39,8 +39,8 @@ SECONDS_BETWEEN_LOOKS = 0.2
 class Neighbour:
     """A tenant that another one must not reach.
 
-    `mark` is in its names and addresses, which nobody else is told. `told` are ids, keys, states and emails by
-    the name of their member: what the other tenant knows.
+    `mark` is in its names and URLs, which no other tenant may see. `told` has the ids, keys, states and emails that
+    the fuzzing tenant knows, by the name of their member.
     """
 
     id: str
@@ -77,7 +77,7 @@ class Neighbourhood:
         self._before = self._seen()
 
     def complaints(self) -> list[str]:
-        """What has changed since, or reached their receiver."""
+        """The changes to their rows since, and new webhooks to them."""
         after = self._seen()
         self._engine.dispose()
         return [f"changed at a neighbour: {what}" for what in after if after[what] != self._before[what]]
@@ -90,7 +90,7 @@ class Neighbourhood:
         return {**_rows(self._engine, ids), "webhooks received": came}
 
     def _await_calm(self) -> None:
-        """Until the worker has sent them all that it will."""
+        """Wait until the worker has sent all their webhooks."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         ids = [one.id for one in self.neighbours]
         pending = select(deliveries.c.id).where(
@@ -121,7 +121,7 @@ def _rows(engine: Engine, ids: list[str]) -> dict[str, list[str]]:
 
 
 class _Caller:
-    """The owner of a neighbour, who uses the API until there is something of everything."""
+    """The owner of a neighbour, who uses the API to make something of every kind."""
 
     def __init__(self, url: str, receiver: Receiver) -> None:
         self.mark = uuid4().hex
@@ -153,17 +153,17 @@ class _Caller:
         requests.get(stripe.approve(started["url"]), timeout=10).raise_for_status()
 
     def begin_to_connect(self) -> None:
-        """As a page of the API's own origin does: the state is then bound to this browser."""
+        """Start connecting as a page of the API's own origin would, which binds the state to this browser."""
         self._post("stripe/connect", {"flow": "oauth"}, {"Sec-Fetch-Site": "same-origin"})
 
     def said(self) -> list[Any]:
-        """All that the API has ever answered to this tenant."""
+        """All answers of the API to this tenant so far."""
         for path in ("me", "details", "api-keys", "stripe/status", "webhooks/config"):
             self._noted(self._session.get(f"{self._base}/{path}/", timeout=10))
         return self._answers
 
     def _post(self, path: str, body: Json, headers: Mapping[str, str] | None = None) -> Json:
-        # Where the document knows it, another tenant may send the same one, and must not get our answer.
+        # Another tenant may send the same key to an operation that takes one, and must not get our answer.
         key = {"Idempotency-Key": str(uuid4())}
         self._answers.append(key)
         sent = {**key, **(headers or {})}
@@ -177,7 +177,7 @@ class _Caller:
 
 
 def _told(mine: list[Any], *, but: list[Any], mark: str) -> dict[str, list[str]]:
-    """What only this tenant was answered, by the name of its member."""
+    """The texts that only this tenant was answered, by the name of their member."""
     known = {text for _, text in _texts(but)}
     told: dict[str, set[str]] = {}
     for name, text in _texts(mine):
@@ -187,7 +187,7 @@ def _told(mine: list[Any], *, but: list[Any], mark: str) -> dict[str, list[str]]
 
 
 def _is_common(text: str) -> bool:
-    """Whether others may be answered the same: words, sentences, times. What names one thing has a digit in it."""
+    """Whether others may be answered the same: words, sentences, times. An identifier has a digit in it."""
     return len(text) < TELLING_LENGTH or " " in text or not re.search(r"\d", text) or bool(TIME.match(text))
 
 
@@ -207,10 +207,10 @@ def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def seen_in(answer: str, neighbours: list[Neighbour], *, own: str, lent: set[str]) -> list[str]:
-    """What of a neighbour's stands in an answer.
+    """The neighbours' data in an answer that must not be there.
 
-    Its mark may never. What the caller knows may, if it stands in the request itself (`own`), or in an earlier
-    one that the API took (`lent`).
+    A mark never may. What the caller was told may, if it is in the request itself (`own`), or in an earlier one
+    that the API accepted (`lent`).
     """
     found = [one.mark for one in neighbours if one.mark in answer]
     return found + [

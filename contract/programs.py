@@ -1,4 +1,4 @@
-"""The programs of `contract/node`, and servers for them to talk to."""
+"""The programs of `contract/node`, and servers for them to call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.receivers import Receiver, answers, receiving
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "openapi/billing.yaml"
 BIN = ROOT / "contract/node/node_modules/.bin"
-# They say nothing to anybody, and look for no newer version.
+# No telemetry, and no search for updates.
 QUIET = {"REDOCLY_TELEMETRY": "off", "REDOCLY_SUPPRESS_UPDATE_NOTICE": "true", "NO_COLOR": "1", "CI": "true"}
 OPEN = {
     "WEBHOOK_ALLOW_CIDRS": "127.0.0.0/8,::1/128",
@@ -29,7 +29,7 @@ OPEN = {
 
 @dataclass(frozen=True)
 class Place:
-    """A server that takes the sandbox for Stripe, and a receiver on this machine that it may send to."""
+    """A server that uses the sandbox as Stripe, and a local receiver to which it may send webhooks."""
 
     url: str
     stripe: Sandbox
@@ -41,19 +41,19 @@ class Place:
 
 
 def program(name: str) -> str:
-    """Where a program of `contract/node` is; raises `AssertionError` before `make` has installed it."""
+    """The path of a program of `contract/node`; raises `AssertionError` if it is not installed."""
     path = BIN / name
     assert path.exists(), f"{path.relative_to(ROOT)} is missing: `make contract` installs it"
     return str(path)
 
 
 def environ_for(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment of such a program."""
+    """The environment for such a program."""
     return {**os.environ, **QUIET, **(environ or {})}
 
 
 def ran(name: str, *arguments: str, seconds: float, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """A program, run to its end."""
+    """Run a program to its end."""
     return subprocess.run(
         [program(name), *arguments],
         cwd=cwd,
@@ -80,7 +80,7 @@ def opened_place() -> Iterator[Place]:
 
 @contextmanager
 def state_directory() -> Iterator[Path]:
-    """A directory of the block's own; anybody may pass, since root gives PostgreSQL away."""
+    """A temporary directory; passable for all, as root runs PostgreSQL as another user."""
     with tempfile.TemporaryDirectory(prefix="billing-contract-", ignore_cleanup_errors=True) as name:
         Path(name).chmod(0o711)
         yield Path(name)

@@ -1,4 +1,4 @@
-"""Prism stands between a client and a server, and holds every request and every answer against the document."""
+"""Prism as a proxy between a client and a server, where it validates every request and answer by the document."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Json = dict[str, Any]
 
 @dataclass
 class Calls:
-    """What went through the proxy, by operation and status, and what it complained of."""
+    """The calls through the proxy, by operation and status, and its complaints."""
 
     statuses: dict[str, set[int]] = field(default_factory=dict)
     number: int = 0
@@ -42,7 +42,7 @@ class Calls:
         self.statuses.setdefault(operation, set()).add(response.status_code)
         for one in json.loads(response.headers.get(VIOLATIONS, "[]")):
             where = ".".join(map(str, one["location"]))
-            # What was refused for what the proxy sees too is no disagreement.
+            # A request that the server refused too is no disagreement.
             if one["location"][0] != "request" or response.status_code not in (400, 401):
                 self.complaints.append(f"{operation} {response.status_code}: {where} {one['message']}")
             else:
@@ -50,7 +50,7 @@ class Calls:
 
 
 class Watched(requests.Session):
-    """A session whose calls all go through the proxy, and are noted."""
+    """A session that notes the proxy's verdict on each call."""
 
     def __init__(self, calls: Calls) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Watched(requests.Session):
 
 
 class Proxied(Deployment):
-    """The API by the proxy's address. The document is the server's own: the proxy serves none."""
+    """The API at the proxy's URL. The document is read from the server, as the proxy serves none."""
 
     def __init__(self, session: requests.Session, proxy_url: str, server_url: str) -> None:
         super().__init__(session, server_url)
@@ -76,7 +76,7 @@ class Proxied(Deployment):
 
 @contextmanager
 def prism(upstream: str, log: Path) -> Iterator[str]:
-    """The address of a Prism that hands on to a server."""
+    """Run Prism as a proxy for a server, and yield its URL."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [program("prism"), "proxy", str(DOCUMENT), upstream, "--port", str(port), "--host", "127.0.0.1"]
@@ -109,7 +109,7 @@ def _await_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
 
 
 class Trip:
-    """What the check does not call: Stripe to its end, and what is refused."""
+    """Calls that `billing check` does not make: a completed Stripe connection, and refusals."""
 
     def __init__(self, deployment: Deployment, place: Place) -> None:
         self._deployment = deployment
@@ -225,7 +225,7 @@ def _query(url: str) -> Json:
 
 
 def check() -> str:
-    """How many calls the proxy saw without a complaint; raises `AssertionError` with its complaints."""
+    """Make the calls, and count them; raises `AssertionError` with the proxy's complaints."""
     calls = Calls()
     with ExitStack() as stack:
         place, directory = stack.enter_context(opened_place()), stack.enter_context(state_directory())

@@ -1,4 +1,4 @@
-"""SDKs made from the document, judged by the strictest type checks that their languages have, and tried.
+"""SDKs generated from the document, checked as strictly as their languages allow, and tried.
 
 `python -m contract.sdks` writes them to `dist/sdk`.
 """
@@ -35,10 +35,10 @@ Command = Sequence[str]
 
 @dataclass(frozen=True)
 class Sdk:
-    """What one generator makes, and who judges it; commands run in the SDK's own directory."""
+    """What one generator makes, and what checks it; commands run in the SDK's own directory."""
 
     name: str
-    # What counts as a file of it, as a glob.
+    # A glob of the files that are counted.
     files: str
     generate: Callable[[], Command]
     judge: Callable[[Path], Command]
@@ -50,7 +50,7 @@ class Sdk:
         return DIST / self.name
 
     def make(self) -> str:
-        """Generate it anew, and have it judged; the figure."""
+        """Generate the SDK anew and check it; returns a summary."""
         shutil.rmtree(self.place, ignore_errors=True)
         self.place.mkdir(parents=True)
         _must_pass(self.generate(), self.place, self.environ)
@@ -61,7 +61,7 @@ class Sdk:
 
 
 def checks() -> list[tuple[str, Callable[[], str]]]:
-    """What is checked, and how; each answers its figure or raises `AssertionError`."""
+    """The checks by name; each returns a summary or raises `AssertionError`."""
     return [
         *((f"sdk {sdk.name}", sdk.make) for sdk in SDKS),
         ("sdk names", names),
@@ -97,7 +97,7 @@ def openapi_python_client() -> Command:
 
 
 def openapi_typescript() -> Command:
-    """Members with a default may be left out of a request, which it does not believe by itself."""
+    """Generate types in which members with a default are optional, which is not this generator's default."""
     defaults = ["--default-non-nullable", "false"]
     return [program("openapi-typescript"), str(DOCUMENT), "--output", "schema.d.ts", *defaults]
 
@@ -115,7 +115,7 @@ def tsc(*arguments: str) -> Callable[[Path], Command]:
 
 
 def javac(place: Path) -> Command:
-    """All warnings are errors, but for Jackson's deprecations: the generator carries a newer one than it asks for."""
+    """Treat all warnings but deprecations as errors: the generator bundles a newer Jackson than its code is for."""
     assert JAKARTA.exists(), f"{JAKARTA} is missing: `make compilers` installs it on Debian"
     [jackson] = PYTHON_BIN.parent.glob("lib/*/site-packages/openapi_generator_cli/openapi-generator.jar")
     sources = map(str, (place / "src/main").rglob("*.java"))
@@ -179,11 +179,11 @@ SDKS = [
     Sdk(
         "go-openapi-generator",
         files="*.go",
-        # Constants are not told apart by their type: two enums have a LIVE.
+        # Go's constants are not scoped by their type, and two enums have a LIVE.
         generate=openapi_generator("go", packageName="billing", enumClassPrefix="true"),
         judge=lambda _place: ["go", "vet", "."],
         judged_by="go vet",
-        # It needs the standard library alone, and asks nobody for more.
+        # It needs only the standard library, and downloads nothing.
         environ={"GOFLAGS": "-mod=mod", "GOPROXY": "off", "GOTOOLCHAIN": "local"},
     ),
 ]
@@ -193,7 +193,7 @@ SDKS = [
 
 
 def names() -> str:
-    """Every model has the name of a component: none was made up, such as `Keys200ResponseInner`."""
+    """Require that every model has the name of a component, and none an invented one, as `Keys200ResponseInner`."""
     models = DIST / "python-openapi-generator/billing_client/models"
     assert models.is_dir(), "the Python SDK of openapi-generator was not generated"
     found = re.findall(r"^class (\w+)\(", "\n".join(_texts(models)), re.MULTILINE)
@@ -216,7 +216,7 @@ def python_flow() -> str:
 
 
 def typescript_flow() -> str:
-    """As an integrator would have it: the flow beside the types, its packages above both."""
+    """Run the flow as in an integrator's project: beside the types, with the packages in `node_modules`."""
     with tempfile.TemporaryDirectory(prefix="billing-flow-") as name:
         project = Path(name)
         for file in (
@@ -243,7 +243,7 @@ def _run_flow(command: Command, cwd: Path, environ: Mapping[str, str], place: Pl
 
 
 def _must_pass(command: Command, cwd: Path, environ: Mapping[str, str] | None = None) -> str:
-    """What it printed; raises `AssertionError` with the end of what it said if it failed."""
+    """Run a command and return its stdout; raises `AssertionError` with the end of its output if it fails."""
     try:
         done = subprocess.run(
             list(command),

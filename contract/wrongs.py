@@ -1,4 +1,4 @@
-"""Small wrongs, one of which at a time somebody could do to the document or to the server, and who should notice."""
+"""The mutations: small wrongs in the document or in the server, one at a time, and the tests that should notice."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ MEMBERS = "tests/contract/test_members.py"
 
 @dataclass(frozen=True)
 class Wrong:
-    """One change: `old` becomes `new` in the file, where it stands first behind `after`.
+    """One change: the first `old` in the file after the text `after` becomes `new`.
 
-    `tests` is what should notice: files, or the names of tests in them.
+    `tests` are those that should notice: files, or the names of tests in them.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Wrong:
 
 
 class Stale(Exception):
-    """The code that a wrong is done to has changed: write the wrong anew."""
+    """The text that a wrong changes is no longer there: write the wrong anew."""
 
 
 IN_THE_DOCUMENT = (

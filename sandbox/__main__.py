@@ -1,4 +1,4 @@
-"""`python -m sandbox serve …`: `billing serve …` with a sandbox in the place of Stripe."""
+"""`python -m sandbox serve …`: `billing serve …` with a sandbox in place of Stripe."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Stripe is a SANDBOX at {url}: nothing in it is real, and it forgets everything w
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The exit code of `billing serve`; 1 where a sandbox must not be, 2 for other arguments."""
+    """Return the exit code of `billing serve`; 1 outside development, 2 for other arguments."""
     if list(arguments[:1]) != ["serve"]:
         print(USAGE, file=sys.stderr)
         return 2
-    # As the settings are read: the environment counts, then `.env`.
+    # As the settings are read: the environment first, then `.env`.
     environment = {**dotenv_values(".env", interpolate=False), **os.environ}.get("ENVIRONMENT")
     if environment not in (None, "", "development"):
         print(f"ENVIRONMENT is {environment}: the Stripe sandbox is for development only.", file=sys.stderr)
@@ -36,11 +36,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def serve(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Run `billing serve` to its end, handing on SIGINT and SIGTERM."""
+    """Run `billing serve` to its end, forwarding SIGINT and SIGTERM."""
     server = subprocess.Popen(
         [*bound_to_parent(), sys.executable, "-m", "billing.cli", "serve", *arguments],
         env={**os.environ, **environ},
-        # In a group of its own, or Ctrl-C would reach it twice, and the second time means at once.
+        # In a process group of its own, or Ctrl-C would reach it twice, and the second would stop it at once.
         process_group=0,
     )
 
@@ -55,9 +55,9 @@ def serve(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
 
 
 def bound_to_parent() -> list[str]:
-    """What makes a command end with us even if we are killed; nothing where there is no such thing."""
+    """The prefix that makes a command end with us even if we are killed; empty if the system has none."""
     binding = ["setpriv", "--pdeathsig", "TERM"]
-    # BusyBox has a setpriv that cannot.
+    # BusyBox's setpriv lacks the option.
     can = (
         shutil.which("setpriv")
         and not subprocess.run([*binding, "true"], stderr=subprocess.DEVNULL).returncode

@@ -17,12 +17,12 @@ EXPIRED = {
     "requirement": DOCUMENT,
 }
 
-# As Stripe has it where one currency is usual; the rest of our examples is in the euro area.
+# Stripe's default currencies; our other examples are in the euro area.
 CURRENCIES = {"AU": "aud", "CA": "cad", "CH": "chf", "GB": "gbp", "JP": "jpy", "US": "usd"}
 
 
 class Status(StrEnum):
-    """What a platform would say of an account, had it read the whole object."""
+    """The status that a platform derives from an account object."""
 
     ACTIVE = "active"
     INCOMPLETE = "incomplete"
@@ -42,7 +42,7 @@ class Account:
 
     body: dict[str, Any]
     is_connected: bool = False
-    # An account that the platform made has no authorization that it could give back.
+    # An account that the platform created has no authorization to revoke.
     is_by_oauth: bool = field(default=True, kw_only=True)
 
     @property
@@ -53,7 +53,7 @@ class Account:
         self.body.update(_fields(status))
 
     def change(self, **fields: Any) -> None:
-        """Set members of the object; a mapping changes those that it names within the member."""
+        """Set members of the object; a mapping is merged into the member's."""
         for name, value in fields.items():
             held = self.body.get(name)
             if isinstance(held, dict) and isinstance(value, Mapping):
@@ -69,7 +69,7 @@ def new_id(prefix: str, length: int = 16) -> str:
 
 
 def authorized(status: Status, *, created: int, prefill: Mapping[str, str]) -> Account:
-    """An account of its owner's own, made of what the platform put into the form for him."""
+    """An account that its owner controls, made of the form's values as the platform prefilled them."""
     return Account(
         {
             **_blank(created),
@@ -82,7 +82,7 @@ def authorized(status: Status, *, created: int, prefill: Mapping[str, str]) -> A
 
 
 def controlled(*, created: int, form: Mapping[str, str]) -> Account:
-    """An account that the platform makes, by the parameters of its call; its owner has still to fill it."""
+    """An account that the platform creates, by the parameters of its call; its owner has yet to complete it."""
     profile = members(form, "business_profile")
     body = {
         **_blank(created),
@@ -96,7 +96,7 @@ def controlled(*, created: int, form: Mapping[str, str]) -> Account:
 
 
 def members(form: Mapping[str, str], name: str) -> dict[str, str]:
-    """What a form writes as `name[member]`, by member."""
+    """The form's fields `name[member]`, by member."""
     start = f"{name}["
     return {
         key.removeprefix(start).removesuffix("]"): value
@@ -106,7 +106,7 @@ def members(form: Mapping[str, str], name: str) -> dict[str, str]:
 
 
 def requirements(**named: Any) -> dict[str, Any]:
-    """A `requirements` member with nothing due but what is named."""
+    """A `requirements` member in which nothing is due but what is given."""
     return {
         "alternatives": [],
         "current_deadline": None,
@@ -121,7 +121,7 @@ def requirements(**named: Any) -> dict[str, Any]:
 
 
 def _blank(created: int) -> dict[str, Any]:
-    account_id = new_id("acct_1", 15)  # As Stripe's begin: with a digit in each.
+    account_id = new_id("acct_1", 15)  # Stripe's ids begin so, and have at least one digit.
     return {
         "id": account_id,
         "object": "account",
@@ -149,7 +149,7 @@ def _profile(given: Mapping[str, str], *, name: str | None, url: str | None) -> 
 
 
 def _fields(status: Status) -> dict[str, Any]:
-    """The members that change with the state, anew each time, for they are changed in place."""
+    """The members that depend on the status, made anew each time, as callers change them in place."""
     charges, payouts, submitted, capability = _SWITCHES[status]
     return {
         "capabilities": {"card_payments": capability, "transfers": capability},

@@ -1,4 +1,4 @@
-"""The addresses of connect.stripe.com and api.stripe.com that Connect needs, at one host."""
+"""The endpoints of connect.stripe.com and api.stripe.com that Connect needs, on one host."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ Json = Callable[[Call], Mapping[str, Any]]
 
 
 class Api:
-    """The HTTP side: `app` serves the platform, `calls` has every request to a known address, in order."""
+    """The HTTP side: `app` serves the platform, `calls` has every request to a known path, in order."""
 
     def __init__(self, platform: Platform, faults: Faults) -> None:
         self.platform = platform
@@ -106,7 +106,7 @@ class Api:
         return checked
 
     def _once(self, answer: Json, call: Call) -> Mapping[str, Any]:
-        """What was answered to the first call with this Idempotency-Key."""
+        """The answer to the first call with this Idempotency-Key."""
         key = call.headers.get("idempotency-key")
         if key is None or call.method != "POST":
             return answer(call)

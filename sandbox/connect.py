@@ -22,7 +22,7 @@ def utc_now() -> datetime:
 
 
 class Refusal(Exception):
-    """A call is answered with this status and this JSON body."""
+    """An error answer to a call: this status and this JSON body."""
 
     def __init__(self, status: int, body: dict[str, Any]) -> None:
         super().__init__(status, body)
@@ -45,7 +45,7 @@ def api_error(status: int, message: str, **more: str) -> Refusal:
 
 @dataclass(frozen=True)
 class Authorization:
-    """What an authorize address asks for, once it has been found valid."""
+    """What a valid authorize URL asks for."""
 
     redirect_uri: str
     scope: str
@@ -65,7 +65,7 @@ class Code:
 
 @dataclass
 class Link:
-    """An account link, good for one visit that is brought to an end."""
+    """An account link, good for one completed visit."""
 
     account: Account
     return_url: str
@@ -80,7 +80,7 @@ class Link:
 class Platform:
     """What Stripe knows of one platform.
 
-    With `redirect_uris` only these are registered, compared exactly as Stripe does; without, any http address is.
+    With `redirect_uris` only these are registered, compared exactly as Stripe does; without, any http(s) URL is.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Platform:
         self.forget()
 
     def forget(self) -> None:
-        """As at the start, with the same keys."""
+        """Return to the initial state, with the same keys."""
         self.accounts: dict[str, Account] = {}
         self.codes: dict[str, Code] = {}
         self.links: dict[str, Link] = {}
@@ -106,26 +106,26 @@ class Platform:
     # What tests do at Stripe's dashboard ---------------------------------------------------------
 
     def revoke(self, account_id: str) -> None:
-        """The account's owner takes the platform's access away."""
+        """Withdraw the platform's access, as the account's owner."""
         self.accounts[account_id].is_connected = False
 
     def become(self, account_id: str, status: str) -> None:
-        """The account is in this state from now on."""
+        """Put the account into this status."""
         self.accounts[account_id].become(Status(status))
 
     def change(self, account_id: str, **fields: Any) -> None:
-        """Set members of the account object; a mapping, such as `requirements`, changes what it names."""
+        """Set members of the account object; a mapping, such as `requirements`, is merged."""
         self.accounts[account_id].change(**fields)
 
     # OAuth ---------------------------------------------------------------------------------------
 
     def authorization(self, query: Mapping[str, str]) -> Authorization:
-        """What the address asks for; raises `PageRefused`."""
+        """Parse an authorize URL's query; raises `PageRefused`."""
         if query.get("client_id") != self.client_id:
             raise PageRefused("No application matches the supplied client identifier.")
         if query.get("response_type") != "code":
             raise PageRefused("The response_type must be: code.")
-        # Stripe's default; a platform that forgets to ask for more gets no more.
+        # Stripe's default scope, for a platform that asks for none.
         scope = query.get("scope", "read_only")
         if scope not in SCOPES:
             raise PageRefused(f"The scope must be one of: {', '.join(SCOPES)}.")
@@ -133,7 +133,7 @@ class Platform:
         return Authorization(redirect_uri, scope, query.get("state"), members(query, "stripe_user"))
 
     def connect(self, authorization: Authorization, choice: str) -> str:
-        """The code for an account that is there, or for a new one in this state."""
+        """A code for an existing account, or for a new one in this status."""
         account = self.accounts.get(choice) or self._add(
             authorized(_chosen(choice), created=self._created(), prefill=authorization.prefill)
         )
@@ -177,7 +177,7 @@ class Platform:
         return self._add(controlled(created=self._created(), form=form)).body
 
     def account(self, account_id: str) -> Account:
-        """An account to which there is access; raises `Refusal`."""
+        """An account to which the platform has access; raises `Refusal`."""
         account = self.accounts.get(account_id)
         if account is None or not account.is_connected:
             raise api_error(
@@ -194,7 +194,7 @@ class Platform:
             if not form.get(name):
                 raise api_error(400, f"Missing required param: {name}.", code="parameter_missing", param=name)
         if form["type"] != "account_onboarding":
-            # An update is for accounts without a dashboard of their own, which we never make.
+            # `account_update` is for accounts without a dashboard of their own, which we never make.
             raise api_error(400, 'Invalid type: must be one of ["account_onboarding"]', param="type")
         account, expires_at = self.account(form["account"]), self.clock() + LINK_LIFETIME
         secret = new_id("", 24)
@@ -213,7 +213,7 @@ class Platform:
         return self.links[secret]
 
     def visit(self, link: Link, *, finished: str | None = None) -> str:
-        """End the visit; where the browser goes then. `finished` is the state in which the account is left."""
+        """End the visit; returns where the browser goes next. `finished` is the account's new status."""
         if not link.works_at(self.clock()):
             return link.refresh_url
         if finished is not None:
@@ -221,7 +221,7 @@ class Platform:
         link.is_used = True
         return link.return_url
 
-    # What these share ----------------------------------------------------------------------------
+    # Shared by the above -------------------------------------------------------------------------
 
     def _registered(self, uri: str) -> str:
         if not _is_absolute(uri) or (self.redirect_uris is not None and uri not in self.redirect_uris):
@@ -230,7 +230,7 @@ class Platform:
 
     def _redeemed(self, text: str) -> Code:
         code = self.codes.get(text)
-        # Each sentence has the code in it, as Stripe's do: whoever logs the message logs the code.
+        # Each message contains the code, as Stripe's do: a platform that logs the message logs the code.
         if code is None:
             raise oauth_error(400, "invalid_grant", f"Authorization code does not exist: {text}")
         if code.is_used:

@@ -1,4 +1,4 @@
-"""What can go wrong with Stripe, by script."""
+"""Scripted faults of Stripe."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ POLL_SECONDS = 0.02
 
 
 class Operation(StrEnum):
-    """What can be called, and so can fail."""
+    """The operations that can be called, and so can fail."""
 
     AUTHORIZE = "authorize"  # the page is opened
     DECIDE = "decide"  # its form is sent: connect, or decline
@@ -33,10 +33,10 @@ class Operation(StrEnum):
 
 
 class Fault(Enum):
-    """What happens instead of, or beside, the proper answer."""
+    """What happens instead of the proper answer, or to it."""
 
-    HANG = auto()  # nothing is done, and nothing answered
-    HANG_AFTER = auto()  # all is done, and nothing answered
+    HANG = auto()  # the call is not carried out, and not answered
+    HANG_AFTER = auto()  # the call is carried out, and not answered
     SERVER_ERROR = auto()
     BAD_GATEWAY = auto()  # in HTML
     RATE_LIMIT = auto()
@@ -51,7 +51,7 @@ class Fault(Enum):
 
 
 PAGES = {Operation.AUTHORIZE, Operation.DECIDE, Operation.ONBOARD, Operation.RETURN}
-# The others can befall every operation.
+# Faults that apply to some operations only; the others apply to all.
 ONLY = {
     Fault.DRIP: set(Operation) - PAGES,
     Fault.UNKNOWN_OAUTH_ERROR: {Operation.TOKEN, Operation.DEAUTHORIZE},
@@ -83,9 +83,9 @@ ALTERED: dict[Fault, Callable[[dict[str, Any]], dict[str, Any]]] = {
 
 
 class Faults:
-    """The script: what befalls an operation's next calls, and what befalls all of them.
+    """The script: the faults of each operation's next calls, and of all its calls.
 
-    A hang lasts `hang_seconds` and ends with 504; a dripping answer takes `drip_seconds` a byte.
+    A hang lasts `hang_seconds` and ends with 504; a dripping answer takes `drip_seconds` per byte.
     """
 
     def __init__(self) -> None:
@@ -99,11 +99,11 @@ class Faults:
         self._always: dict[Operation, Fault] = {}
 
     def once(self, operation: str, fault: Fault) -> None:
-        """For the next call; said again, for the one after that."""
+        """Add a fault for the next call that has none yet."""
         self._next[_checked(operation, fault)].append(fault)
 
     def always(self, operation: str, fault: Fault) -> None:
-        """For each call, until `clear`."""
+        """Set the fault of every other call, until `clear`."""
         self._always[_checked(operation, fault)] = fault
 
     def take(self, operation: Operation) -> Fault | None:
@@ -111,7 +111,7 @@ class Faults:
         return waiting.popleft() if waiting else self._always.get(operation)
 
     async def play(self, fault: Fault | None, request: Request, proper: Callable[[], Response]) -> Response:
-        """The answer with the fault; `proper` carries the call out."""
+        """Answer with the fault; `proper` carries the call out."""
         if fault is None:
             return proper()
         if fault in INSTEAD:
@@ -132,7 +132,7 @@ class Faults:
         return response if response.status_code >= 400 else _altered(response, ALTERED[fault])
 
     async def _silence(self, request: Request) -> Response:
-        # Cut into pieces, so that neither a client that has given up nor the end of the sandbox is kept waiting.
+        # In short sleeps, to end soon after the client has given up or the sandbox is closing.
         end = monotonic() + self.hang_seconds
         while monotonic() < end and not self.is_closing and not await request.is_disconnected():
             await anyio.sleep(POLL_SECONDS)
@@ -147,7 +147,7 @@ class Faults:
 
 
 def _checked(operation: str, fault: Fault) -> Operation:
-    # A fault that can never happen would leave a test that cannot fail.
+    # A test with a fault that never happens would prove nothing.
     known = Operation(operation)
     if known not in ONLY.get(fault, Operation):
         raise ValueError(f"{fault.name} cannot befall {known}")

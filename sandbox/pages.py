@@ -1,4 +1,4 @@
-"""The pages that a person sees in place of Stripe's, each saying that it is not Stripe's."""
+"""The pages shown in place of Stripe's, each saying that it is not Stripe's."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _ENVIRONMENT = Environment(
 )
 _ENVIRONMENT.globals.update(statuses=list(Status))
 
-# No `form-action`: Chromium holds every redirect that follows a form to it, and the platform may send the
-# browser on to wherever its own client wants it.
+# No `form-action`: Chromium applies it to every redirect after a form is submitted, and the platform may redirect
+# the browser to any URL of its client's choice.
 HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": (

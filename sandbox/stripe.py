@@ -1,4 +1,4 @@
-"""The sandbox itself: a platform's Stripe, served at a loopback address for as long as a block runs."""
+"""The sandbox itself: one platform's Stripe, served at a loopback address for the length of a `with` block."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ CALL_SECONDS = 10
 
 
 class Sandbox(Platform):
-    """Stripe for one platform, and what a test does in the place of a person at the browser.
+    """Stripe for one platform, with methods by which a test acts as the person at the browser.
 
-    `faults` is the script of what goes wrong; `calls` has what was asked of the sandbox so far.
+    `faults` is the script of what goes wrong; `calls` has the requests to the sandbox so far.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Sandbox(Platform):
         self._api = Api(self, self.faults)
 
     def __enter__(self) -> Self:
-        # It listens from here on: what connects before the thread is ready waits in the queue.
+        # It listens from here on: connections made before the thread is ready wait in the queue.
         listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         self._server = uvicorn.Server(
@@ -53,7 +53,7 @@ class Sandbox(Platform):
 
     @property
     def environ(self) -> dict[str, str]:
-        """The settings of a platform that takes the sandbox for Stripe."""
+        """The settings that make a platform use the sandbox as Stripe."""
         return {
             "STRIPE_SECRET_KEY": self.secret_key,
             "STRIPE_CONNECT_CLIENT_ID": self.client_id,
@@ -71,31 +71,31 @@ class Sandbox(Platform):
         return [call for call in self.calls if call.operation == known]
 
     def reset(self) -> None:
-        """As new, with the same address and keys: no accounts, no calls, no faults, the time of day."""
+        """Return to the initial state, with the same URL and keys: no accounts, calls or faults, and the real clock."""
         self.forget()
         self.faults.clear()
         self._api.forget()
         self.clock = utc_now
 
-    # In the place of a browser -------------------------------------------------------------------
+    # In place of a browser -----------------------------------------------------------------------
 
     def approve(
         self, authorize_url: str, state_of_account: str = "active", *, account_id: str | None = None
     ) -> str:
-        """The callback address after *Connect*, with a new account, or with one that is there."""
+        """The callback URL after *Connect*, with a new account or an existing one."""
         account = account_id or Status(state_of_account).value
         return self._submit(authorize_url, decision="connect", account=account)
 
     def decline(self, authorize_url: str) -> str:
-        """The callback address after *Decline*."""
+        """The callback URL after *Decline*."""
         return self._submit(authorize_url, decision="decline")
 
     def finish(self, link_url: str, state_of_account: str = "active") -> str:
-        """The address after *Finish*: the link's `return_url`, or its `refresh_url` if it no longer works."""
+        """The URL after *Finish*: the link's `return_url`, or its `refresh_url` if it no longer works."""
         return self._submit(link_url, decision="finish", account=Status(state_of_account).value)
 
     def leave(self, link_url: str) -> str:
-        """The address after *Leave unfinished*, as `finish`."""
+        """The URL after *Leave unfinished*, as for `finish`."""
         return self._submit(link_url, decision="leave")
 
     def _submit(self, url: str, **form: str) -> str:
