@@ -1,1 +1,1 @@
-"""What it costs: measurements on real processes, each with a table of its own."""
+"""Benchmarks: measurements on real processes, each with a table of its own."""

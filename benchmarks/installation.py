@@ -1,4 +1,4 @@
-"""A platform that nobody else uses, on a PostgreSQL of its own; and what processes have spent."""
+"""A private installation on a PostgreSQL of its own; and the CPU time and memory of processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STOP_SECONDS = 30
 
 @dataclass(frozen=True)
 class Installation:
-    """A platform that nobody else uses: its store, and how its processes are started and watched."""
+    """A private installation: its store, and what is needed to start and observe its processes."""
 
     store: Store
     settings: Settings
@@ -38,13 +38,13 @@ class Installation:
         return [self.postmaster, *children_of(self.postmaster)]
 
     def postgres_seconds(self) -> float:
-        """The CPU time of PostgreSQL, with that of connections that have ended."""
+        """The CPU time of PostgreSQL, including closed connections."""
         return sum(cpu_seconds(pid, ended=True) for pid in self.postgres_processes)
 
 
 @contextmanager
 def installed(postgres: Mapping[str, str] = {}, /, **variables: str) -> Iterator[Installation]:
-    """An installation on disk, as durable as any, with these settings, of PostgreSQL too; removed with the block."""
+    """An installation on disk, fully durable, with these settings of PostgreSQL and of ours; removed with the block."""
     with state_directory() as state_dir:
         given = {"ENVIRONMENT": "development", "RATE_LIMITS": "off", **variables}
         environ = {"BILLING_STATE_DIR": str(state_dir), **given}
@@ -62,9 +62,9 @@ def installed(postgres: Mapping[str, str] = {}, /, **variables: str) -> Iterator
 
 @contextmanager
 def state_directory() -> Iterator[Path]:
-    """A directory on disk, removed when PostgreSQL has let go of it."""
+    """A directory on disk, removed once PostgreSQL no longer uses it."""
     made = Path(tempfile.mkdtemp(prefix="billing-benchmark-"))
-    made.chmod(0o711)  # Root gives PostgreSQL away, and its owner must get in.
+    made.chmod(0o711)  # Root runs PostgreSQL as another user, who must get in.
     try:
         yield made
     finally:
@@ -85,7 +85,7 @@ def version_of(url: str) -> str:
 
 
 def cpu_seconds(pid: int, *, ended: bool = False) -> float:
-    """The CPU time of a process, perhaps with that of its children that have ended; 0 if it is gone itself."""
+    """The CPU time of a process, with `ended` also that of its ended children; 0 if it is gone itself."""
     times = fields_of(pid)[11:15]
     return sum(map(int, times if ended else times[:2])) / TICKS_A_SECOND
 
@@ -96,7 +96,7 @@ def children_of(parent: int) -> list[int]:
 
 
 def fields_of(pid: int) -> list[str]:
-    """What proc(5) says of a process, from its state on."""
+    """The fields of a process's `stat` in proc(5), from its state on."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -104,7 +104,7 @@ def fields_of(pid: int) -> list[str]:
 
 
 def megabytes(pid: int) -> float:
-    """The proportional set size."""
+    """The proportional set size of a process."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
 

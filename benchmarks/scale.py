@@ -25,12 +25,12 @@ from billing.tokens import TokenPair, Tokens
 
 PASSWORD = "correct horse battery staple"
 SIZES, WORKERS = (10, 10_000, 1_000_000), (1, 2, 4)
-# Room for what is asked for: the 128 MB that PostgreSQL has by default hold less than half of it.
+# Room for the rows that are read: PostgreSQL's default of 128 MB holds less than half of them.
 POSTGRES = {"shared_buffers": "2GB"}
-# Enough of them, spread over all, that most are not in the cache of a processor; of these, so many log in.
+# Enough tenants, spread over all, that most rows are not in a processor's cache; and how many of them get sessions.
 KNOWN, LOGGED_IN = 5_000, 1_500
 ROUNDS = 3
-# The nth tenant, its owner and its keys have ids that sort as they were made, as ours do.
+# The nth tenant, its owner and its keys have ids in the order in which they were made, as ours have.
 ID = "('01900000-0000-7000-8{}00-' || lpad(to_hex({}), 12, '0'))::uuid"
 TENANT, USER, KEY = ID.format(0, "n"), ID.format(1, "n"), ID.format(2, "n * 4 + k")
 EMAIL = "'ada-' || n || '@scale.example'"
@@ -38,7 +38,7 @@ DIGEST = "'scale:' || encode(sha256(int8send(n * 4 + k)), 'hex')"
 TYPES = "(ARRAY['live_public', 'live_secret', 'test_public', 'test_secret'])[k + 1]"
 NUMBERS = "generate_series(:above + 1, :size) n"
 FOUR_KEYS = f"{NUMBERS}, generate_series(0, 3) k"
-# As a migration would fill tables: who writes is trusted, and the rows are what registering leaves.
+# Fills the tables in bulk, without checks; the rows are those that a registration leaves.
 FILL = (
     f"""INSERT INTO tenants (id, company_name, slug, email, domain, stripe_status, tier, is_active,
             created_at, updated_at)
@@ -59,7 +59,7 @@ FILL = (
     f"""INSERT INTO directory (kind, name, tenant_id, id)
         SELECT 'slug', 'scale-' || n, {TENANT}, {TENANT} FROM {NUMBERS}""",
 )
-# The live secret keys of some get a text that we know.
+# Gives a tenant's live secret key a text that we know.
 LIVE_SECRET = f"tenant_id = {ID.format(0, ':n')} AND type = 'live_secret'"
 RENAME = (
     f"""UPDATE directory SET name = :digest WHERE kind = 'api_key'
@@ -72,7 +72,7 @@ WORKER_COLUMNS = ("workers", "requests/s", "p50 ms", "p99 ms", "cpu us", "MB a p
 
 @dataclass(frozen=True)
 class Known:
-    """A tenant among the many of which we know a key and tokens."""
+    """One of the tenants of which we know a key, and perhaps tokens."""
 
     number: int
     key: str
@@ -86,7 +86,7 @@ class Kind:
     name: str
     clients: int
     requests: Sequence[Request]
-    # A window of it is so many times as long as others.
+    # Its windows are this many times as long as those of others.
     longer: int = 1
     rounds: int = ROUNDS
 
@@ -124,14 +124,14 @@ def main(sizes: Sequence[int], workers: Sequence[int], seconds: int) -> None:
 
 
 def fill(installation: Installation, above: int, size: int) -> None:
-    """Rows of tenants from the one after `above` to the last."""
+    """Insert the rows of the tenants after number `above`, up to number `size`."""
     settings = installation.settings
     hashed = Passwords(settings.password_peppers, settings.password_cost).hash(PASSWORD)
     engine = create_engine(installation.cluster.url(NAME))
     with engine.begin() as connection:
         connection.execute(
             text("SET LOCAL session_replication_role = replica")
-        )  # No foreign key is looked up.
+        )  # Foreign keys are not checked.
         for statement in FILL:
             values = {"above": above, "size": size, "password_hash": hashed}
             connection.execute(
@@ -144,7 +144,7 @@ def fill(installation: Installation, above: int, size: int) -> None:
 
 
 def made_known(installation: Installation, size: int) -> list[Known]:
-    """Some tenants, spread evenly at random, with a key of a known text; the first of them with tokens."""
+    """Give a random sample of the tenants a key of a known text, and some of them tokens."""
     chosen = random.Random(size).sample(range(1, size + 1), min(size, KNOWN))
     engine = create_engine(installation.cluster.url(NAME))
     digests = KeyDigests(installation.settings.key_peppers)
@@ -181,7 +181,7 @@ def id_of(number: int, kind: int) -> UUID:
 
 
 def kinds(known: Sequence[Known]) -> Iterator[Kind]:
-    """Logins are few a second, and take longer; a refresh token is good once, and there is one round of them."""
+    """The kinds of requests. Logins are few per second, so get longer; refresh tokens work once, so get one round."""
     pairs = [each.pair for each in known if each.pair is not None]
     yield Kind("verify", 16, [Request("GET", f"{BASE}/verify/", {"X-API-Key": each.key}) for each in known])
     wanted = {"key_type": "test", "confirm": True}
@@ -226,7 +226,7 @@ def rates(counted: Counted) -> list[str]:
 
 
 def of_workers(installation: Installation, port: int, count: int, kind: Kind, seconds: int) -> list[str]:
-    """What so many processes answer, and the memory of each: shared pages are divided among those that share."""
+    """The throughput of `count` processes, and the memory of each, in which shared pages count in proportion."""
     script = script_of(Path(installation.environ["BILLING_STATE_DIR"], "scale.lua"), kind.requests)
     with ours(installation, port, "--workers", str(count)) as server:
         wrk(server, script, clients=64, seconds=2)

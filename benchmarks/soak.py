@@ -1,6 +1,6 @@
-"""`python -m benchmarks.soak`: ten minutes at the highest rate that two processes and their worker answer.
+"""`python -m benchmarks.soak`: ten minutes at the highest rate that two processes and their worker can serve.
 
-Every default is on, limits too. Nothing may be refused or break; what the processes hold is said each minute.
+All defaults are on, limits too. Nothing may be refused or break; the memory of the processes is noted each minute.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COLUMNS = ("minute", "requests/s", "p50 ms", "p99 ms", "refused", "broken", "ser
 
 @dataclass(frozen=True)
 class Minute:
-    """What was answered, and what the server's processes then held."""
+    """What was answered, and the memory of the server's processes afterwards."""
 
     counted: Counted
     megabytes: float
@@ -51,7 +51,7 @@ def main(minutes: int, clients: int, seconds: int) -> None:
 
 
 def mixed(population: Population) -> list[Request]:
-    """One request of each kind for each tenant in turn; tokens made now, for they live no longer than a soak."""
+    """The mix of requests for each tenant in turn, with new tokens, as a soak may last longer than their 15 minutes."""
     tokens = population.our_tokens()
     requests = {name: CASES[name].requests(population, tokens) for name in set(MIX)}
     rounds = range(max(map(len, requests.values())))

@@ -21,13 +21,13 @@ from billing.cli.console import table
 
 LINE = re.compile(r"import time:\s+(?P<own>\d+) \|\s+(?P<whole>\d+) \| (?P<indent> *)(?P<module>\S+)")
 SHOWN = 15
-# As a user has it: where Python may keep nothing, our own modules are compiled at every start.
+# Byte code is cached, as for users; else our own modules would be compiled at every start.
 KEPT = {"PYTHONDONTWRITEBYTECODE": ""}
 
 
 @dataclass(frozen=True)
 class Taken:
-    """Seconds on the clock, and of the CPU of the one process: others on the machine lengthen the first alone."""
+    """Elapsed seconds, which other load on the machine lengthens, and CPU seconds of the process alone."""
 
     seconds: float
     cpu: float
@@ -64,7 +64,7 @@ def main(times: int) -> None:
 
 
 def starts_after_pauses(environ: Mapping[str, str], times: int) -> list[Taken]:
-    """Starts that find a PostgreSQL that has ended, as it does when nobody uses it."""
+    """Starts after PostgreSQL has stopped, as it does when no process uses it."""
     found = []
     for _ in range(times):
         await_idle(environ)
@@ -81,7 +81,7 @@ def await_idle(environ: Mapping[str, str]) -> None:
 
 
 def start(environ: Mapping[str, str]) -> Taken:
-    """From the start of the process to the first answer over HTTP."""
+    """Measure from the start of the process to the first answer over HTTP."""
     port = free_port()
     command = [sys.executable, "-m", "billing.cli", "serve", "--no-worker", "--port", str(port)]
     quiet = subprocess.DEVNULL
@@ -107,13 +107,13 @@ def importing_app(environ: Mapping[str, str]) -> Taken:
 
 
 def children_cpu() -> float:
-    """Of the children that have ended, in seconds."""
+    """The CPU seconds of the children that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def imported(installation: Installation) -> list[Import]:
-    """Each module that `import app` imports, as `-X importtime` says."""
+    """Each module that `import app` imports, as reported by `-X importtime`."""
     said = import_app(installation.environ, "-X", "importtime")
     return [
         Import(found["module"], int(found["own"]) / 1000, int(found["whole"]) / 1000)

@@ -1,6 +1,6 @@
-"""`python -m benchmarks.storm`: 32 clients log in while 16 call `verify`; what each does to the other.
+"""`python -m benchmarks.storm`: 32 clients log in while 16 call `verify`; how each affects the other.
 
-What bcrypt could do at best beside `verify` is measured by bcrypt itself, in a process of its own beside the same load.
+The best possible rate of logins beside `verify` is that of bcrypt alone, in a process of its own beside the same load.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from billing.storage.database import NAME
 
 PASSWORD = "correct horse battery staple"
 VERIFYING, LOGGING_IN = 16, 32
-# Logins of one wave wait for each other: the storm has risen when the first of them have been answered.
+# The first logins all queue at once: the load is steady only when some of them have been answered.
 RISING_SECONDS = 3
 CHECKS = """
 import sys, threading, time, bcrypt
@@ -59,7 +59,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Storm:
-    """What was counted: `verify` quiet, beside bcrypt alone, and beside logins; checks and logins a second."""
+    """The results: `verify` alone, beside bcrypt, and beside logins; and the rates of bcrypt checks and logins."""
 
     bcrypt_alone: float
     quiet: Counted
@@ -112,7 +112,7 @@ def measured(installation: Installation, server: Server, population: Population,
 
 
 def both(server: Server, verifying: Path, logging_in: Path, seconds: int) -> tuple[Counted, Counted]:
-    """What `verify` and logins did while both went on."""
+    """The counts of `verify` and of logins, sent at the same time."""
     found: list[Counted] = []
     wrk(server, logging_in, clients=LOGGING_IN, seconds=RISING_SECONDS)
     storm = threading.Thread(
@@ -135,7 +135,7 @@ def logins(population: Population) -> list[Request]:
 
 
 def bcrypt_rate(seconds: int, cost: int) -> float:
-    """Checks a second in as many threads as we give it, with nothing beside them."""
+    """bcrypt checks per second in as many threads as the server has for passwords, with no other load."""
     with bcrypt_running(seconds, cost) as rate:
         pass
     return rate[0]
@@ -143,7 +143,7 @@ def bcrypt_rate(seconds: int, cost: int) -> float:
 
 @contextmanager
 def bcrypt_running(seconds: int, cost: int) -> Iterator[Sequence[float]]:
-    """bcrypt in a process of its own; its rate is there after the block."""
+    """Run bcrypt in a process of its own; its rate is in the list after the block."""
     arguments = [str(each) for each in (PASSWORD_THREADS, seconds, cost)]
     command = [sys.executable, "-c", CHECKS, *arguments]
     rate: list[float] = []
@@ -170,7 +170,7 @@ def verifying_cells(counted: Counted) -> list[str]:
 
 
 def login_cells(counted: Counted) -> list[str]:
-    """wrk counts what was refused among the requests."""
+    """Logins and refusals per second: wrk counts refused requests among the requests."""
     refused = counted.refused / counted.seconds
     return [f"{counted.a_second - refused:.1f}", f"{refused:.1f}"]
 

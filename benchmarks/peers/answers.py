@@ -1,4 +1,4 @@
-"""The answers of the FastAPI peers, as models: what their document and their filtering are made from."""
+"""The answers of the FastAPI peers, as the models from which FastAPI makes its document and filters answers."""
 
 from __future__ import annotations
 

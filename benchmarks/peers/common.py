@@ -1,4 +1,4 @@
-"""What all peers have in common: the digest of a key, the reading of a token, what is asked, what is answered."""
+"""What peers share: the digest of a key, the decoding of a token, queries, answers and the models of requests."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def digest(key: str) -> str:
 
 
 def read_token(authorization: str | None) -> tuple[UUID, UUID] | None:
-    """The ids of tenant and user, or None for a token that is no good."""
+    """The ids of tenant and user, or None if the token is invalid."""
     scheme, _, token = (authorization or "").partition(" ")
     if scheme.lower() != "bearer":
         return None

@@ -1,4 +1,4 @@
-"""FastAPI and asyncpg: dependencies for credentials, models for what comes and goes."""
+"""FastAPI and asyncpg: dependencies for credentials, models for requests and answers."""
 
 from __future__ import annotations
 

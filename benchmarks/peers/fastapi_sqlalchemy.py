@@ -23,8 +23,8 @@ from sqlalchemy.orm import (
 
 from benchmarks.peers import answers, common
 
-# A connection for each of the threads. With the pool's own 15, requests that hold one wait for a thread, and threads
-# for a connection: at 64 clients nothing is answered until they give up.
+# A connection for each of the threads. With the pool's default of 15, requests that hold one wait for a thread, and
+# threads for a connection: at 64 clients nothing is answered until they time out.
 opened = sessionmaker(create_engine("postgresql+psycopg2://", pool_size=40))
 app = FastAPI()
 

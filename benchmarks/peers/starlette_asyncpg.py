@@ -1,4 +1,4 @@
-"""Bare Starlette and asyncpg: the least that a Python service can be."""
+"""Bare Starlette and asyncpg: a minimal Python service."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
 
 
 def plain(value: Any) -> Any:
-    """What the standard library's JSON can write."""
+    """Convert a value to what the standard library's JSON can write."""
     if isinstance(value, dict):
         return {name: plain(member) for name, member in value.items()}
     if isinstance(value, datetime):

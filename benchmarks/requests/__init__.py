@@ -1,1 +1,1 @@
-"""Requests: what one costs us, and what it costs those whom a user would take instead."""
+"""Requests: what one costs on our server, and on the alternatives that a user might choose."""

@@ -58,7 +58,7 @@ def main(
         seconds=seconds,
     )
     port = free_port()
-    # As in production: behind a proxy that says who asks, and with limits.
+    # As in production: behind a proxy that forwards the client's address, and with limits.
     with installed(PORT=str(port), RATE_LIMITS="on", TRUSTED_PROXIES="127.0.0.1/32") as installation:
         population = Population(installation)
         admit_peers(installation)

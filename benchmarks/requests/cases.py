@@ -1,4 +1,4 @@
-"""What is asked of every server: the same four operations, as raw requests that wrk sends in turn."""
+"""The requests to every server: the same four operations, as raw requests that wrk sends in turn."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ipaddress import IPv4Address
 from benchmarks.requests.population import Population
 
 BASE = "/api/v1/auth/tenants"
-# Six fields, of which the fourth and the last are wrong: nobody gets as far as the password or the database.
+# Six fields, of which the fourth and the last are wrong: no server gets as far as the password or the database.
 REFUSED = {
     "company_name": "Acme Inc.",
     "email": "ada@acme.example",
@@ -19,7 +19,7 @@ REFUSED = {
     "last_name": "Example",
     "domain": "-",
 }
-# Registering is limited by address: so many that no address is over its limit before the end.
+# Registrations are limited by address: with so many, none exceeds its limit before the end.
 ADDRESSES = [IPv4Address("10.0.0.0") + n for n in range(60_000)]
 WEBHOOK_URLS = ("https://hooks.acme.example/billing", "https://hooks.acme.example/other")
 EVENT_TYPES = ["api_key.regenerated", "api_key.revoked"]
@@ -27,7 +27,7 @@ EVENT_TYPES = ["api_key.regenerated", "api_key.revoked"]
 
 @dataclass(frozen=True)
 class Request:
-    """One request, before it is bytes."""
+    """One request, before it is serialised."""
 
     method: str
     path: str
@@ -72,7 +72,7 @@ def _register(_population: Population, _tokens: list[str]) -> list[Request]:
 
 
 def _configure(_population: Population, tokens: list[str]) -> list[Request]:
-    # Each tenant's URL changes every time, so that there is something to write.
+    # Each tenant's URL changes every time, so that there is something to store.
     bodies = [{"webhook_url": url, "event_types": EVENT_TYPES} for url in reversed(WEBHOOK_URLS)]
     return [
         Request("POST", f"{BASE}/webhooks/config/", _bearer(token), body)

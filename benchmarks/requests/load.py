@@ -1,4 +1,4 @@
-"""The load: wrk, which is told each request as bytes; and what a window of it cost."""
+"""The load: wrk, which sends prepared requests; and what a window of it costs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from benchmarks.installation import Installation
 from benchmarks.requests.cases import Case, Request
 from benchmarks.requests.servers import Server
 
-# The requests in turn, from any of them on. What comes back is counted by wrk itself: reading answers here would cost
-# it more than sending.
+# Sends the requests in turn, beginning at a random one. wrk itself counts the answers: reading them in the script would
+# cost it more than sending.
 SCRIPT = """
 local requests = {%(requests)s}
 math.randomseed(os.time())
@@ -38,7 +38,7 @@ CORES = sorted(os.sched_getaffinity(0))
 
 @dataclass(frozen=True)
 class Window:
-    """What one server did in a few seconds: CPU in µs a request, latencies in ms."""
+    """The figures of one server over a few seconds: CPU in µs per request, latencies in ms."""
 
     requests_a_second: float
     server_micros: float
@@ -49,7 +49,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Counted:
-    """What wrk counted: how many, of them refused with 4xx or 5xx, and connections that broke."""
+    """wrk's counts: requests, those of them refused with 4xx or 5xx, and connections that broke."""
 
     requests: int
     micros: int
@@ -77,11 +77,11 @@ class Counted:
 
 
 class WrongAnswer(Exception):
-    """A server answered what it should not: its figures would mean nothing."""
+    """A server gave an unexpected answer: its figures would mean nothing."""
 
 
 def apart(installation: Installation, servers: Iterable[Server]) -> None:
-    """Give the servers one core, and PostgreSQL and ourselves, who start wrk, the others, if there are any."""
+    """Pin the servers to one core, and PostgreSQL, ourselves and so wrk to the others, if there are any."""
     if len(CORES) > 1:
         for pid in [pid for server in servers for pid in server.pids]:
             pin(pid, CORES[:1])
@@ -90,7 +90,7 @@ def apart(installation: Installation, servers: Iterable[Server]) -> None:
 
 
 def pin(pid: int, cores: Sequence[int]) -> None:
-    """With all of its threads."""
+    """Pin a process to cores, with all of its threads."""
     for thread in Path(f"/proc/{pid}/task").iterdir():
         os.sched_setaffinity(int(thread.name), cores)
 
@@ -124,7 +124,7 @@ def measure(
 
 
 def script_of(path: Path, requests: Iterable[Request]) -> Path:
-    """What wrk is to send, written down for it."""
+    """Write the script by which wrk sends these requests."""
     path.write_text(SCRIPT % {"requests": ",\n".join(json.dumps(each.raw()) for each in requests)})
     return path
 

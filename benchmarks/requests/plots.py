@@ -1,4 +1,4 @@
-"""The figures of docs/performance.md: bars as SVG, legible on light and on dark."""
+"""The figures of docs/performance.md: bars as SVG, legible on a light and a dark background."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEXT, OUR_COLOUR, THEIR_COLOUR = "#7d8590", "#2f81f7", "#9aa4af"
 
 
 def write(results: Results, directory: Path = FIGURES) -> list[Path]:
-    """One figure a case and number of clients: CPU a request of each server."""
+    """Write a figure for each case and number of clients: the CPU per request of each server."""
     directory.mkdir(parents=True, exist_ok=True)
     return [
         _written(results, case, clients, directory / f"cpu-{case}-{clients}.svg")
@@ -37,7 +37,7 @@ def _written(results: Results, case: str, clients: int, path: Path) -> Path:
 
 
 def drawing(title: str, bars: Sequence[tuple[str, Spread]]) -> Iterator[str]:
-    """A bar for each median, and a line from the least to the most of it."""
+    """A bar for each median, and a line from its least to its most."""
     height = ROW * (len(bars) + 1)
     per_micro = (WIDTH - LABEL - NUMBER) / max(spread.most for _, spread in bars)
     font = f'font-family="sans-serif" font-size="13" fill="{TEXT}"'

@@ -1,4 +1,4 @@
-"""Who sends the requests: tenants with keys and tokens, and the role and the indexes that the peers get."""
+"""The callers: tenants with keys and tokens; and the role and the indexes that the peers get."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from billing.storage.database import NAME
 from billing.storage.store import Store
 from billing.tokens import Holder, Tokens
 
-# Enough of them that no tenant's limit is in the way, and that a lookup is not always of the same row.
+# Enough that no tenant reaches its limits, and that look-ups are not always of the same row.
 TENANTS = 100
 PEER = "peer"
 # Peers have no directory: a key is found by an index of its own, a user by its id alone.
@@ -44,7 +44,7 @@ class Member:
 
 
 class Population:
-    """The tenants of a benchmark, and what they show at a door: ours, or a peer's."""
+    """The tenants of a benchmark, with credentials for our server and for the peers."""
 
     def __init__(self, installation: Installation) -> None:
         self.jwt_secret = secrets.token_hex(32)
@@ -52,12 +52,12 @@ class Population:
         self.members = [_registered(installation.store, installation.settings) for _ in range(TENANTS)]
 
     def our_tokens(self) -> list[str]:
-        """An access token for each, good for 15 minutes."""
+        """An access token for each tenant, good for 15 minutes."""
         now = utc_now()
         return [self._tokens.access(_holder(member), now) for member in self.members]
 
     def peers_tokens(self) -> list[str]:
-        """The same as Django's simplejwt makes them, and with the tenant for the others."""
+        """Such tokens as Django's simplejwt makes, with the tenant's id added for the other peers."""
         return [self._peers_token(member) for member in self.members]
 
     def _peers_token(self, member: Member) -> str:
@@ -100,7 +100,7 @@ def _holder(member: Member) -> Holder:
 
 
 def admit_peers(installation: Installation) -> None:
-    """Make the role that row security does not bind, and the indexes by which peers look things up."""
+    """Make the peers' role, which row security does not bind, and the indexes for their look-ups."""
     engine = create_engine(installation.cluster.url(NAME))
     with engine.begin() as connection:
         connection.exec_driver_sql(FOR_PEERS)

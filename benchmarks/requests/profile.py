@@ -1,4 +1,4 @@
-"""A profile of our server under one case: what runs, sampled from outside by py-spy."""
+"""A profile of our server under one case, sampled from outside by py-spy."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from benchmarks.requests.servers import BENCH_BIN, Server
 from billing.cli.console import table
 
 RATE = 200
-# Below it is only what starts the server.
+# The frames that lead to it only start the server.
 TRUNK = "asyncio/runners.py:Runner.run"
 SHOWN = 45
 
 
 def record(server: Server, seconds: int, folded: Path, *, native: bool) -> subprocess.Popen[bytes]:
-    """Start sampling who holds the interpreter's lock; the stacks are in the file when the process has ended.
+    """Start sampling the thread that holds the GIL; the stacks are in the file when py-spy has ended.
 
-    Threads that wait would be most of what is seen otherwise.
+    Otherwise most samples would be of waiting threads.
     """
     command = [str(BENCH_BIN / "py-spy"), "record", "--pid", str(server.process.pid), "--gil"]
     command += ["--format", "raw", "--rate", str(RATE), "--duration", str(seconds), "--output", str(folded)]
@@ -28,7 +28,7 @@ def record(server: Server, seconds: int, folded: Path, *, native: bool) -> subpr
 
 
 def tables(folded: Path) -> str:
-    """Where the samples fell: by function, itself and with what it calls; then by line, itself."""
+    """The samples by function, by itself and with what it calls, and by line."""
     stacks = [stack_of(line) for line in folded.read_text().splitlines()]
     total = sum(count for _, count in stacks)
     own, within, lines = Counter[str](), Counter[str](), Counter[str]()
@@ -55,7 +55,7 @@ def stack_of(line: str) -> tuple[Sequence[str], int]:
 
 
 def shortened(frame: str) -> str:
-    """`function (file:line)` as `package/file:function:line`: so it sorts and reads."""
+    """`function (file:line)` as `package/file:function:line`, which sorts and reads better."""
     function, _, place = frame.partition(" (")
     path, _, line = place.rstrip(")").rpartition(":")
     return f"{'/'.join(Path(path).parts[-3:])}:{function}:{line}" if path else f"{frame}:"

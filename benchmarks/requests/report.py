@@ -39,7 +39,7 @@ RATIO_COLUMNS = ("cpu, ours to theirs", "clients", "server", "least", "median", 
 
 @dataclass(frozen=True)
 class Target:
-    """At most such a share of a peer's CPU a request."""
+    """A target: at most this share of a peer's CPU per request."""
 
     case: str
     peer: str
@@ -58,7 +58,7 @@ TARGETS = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a median stands to its target."""
+    """A median, compared with its target."""
 
     target: Target
     clients: int
@@ -75,7 +75,7 @@ class Verdict:
 
 
 def surroundings(installation: Installation, *, pinned: bool, quiet: bool) -> Iterator[str]:
-    """What it was measured on, and how."""
+    """The machine, the versions, and the setup of the measurement."""
     machine = f"{os.cpu_count()} cores, {processor()}, {platform.system()} {platform.release()}"
     yield f"{machine}; load before {os.getloadavg()[0]:.1f}"
     yield f"PostgreSQL {installation.postgres_version}, on disk, fsync on, by its unix socket; {wrk_version()}"
@@ -171,7 +171,7 @@ def worst(results: Results) -> Verdict | None:
 
 
 def conclusion(results: Results) -> str:
-    """Ratios, and the worst of them last; or why there are none."""
+    """The ratios, and last the worst verdict; or why there are none."""
     if OURS not in results.plan.servers:
         return "We were not measured."
     if results.plan.rounds < FEWEST_ROUNDS:

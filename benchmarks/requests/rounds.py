@@ -13,7 +13,7 @@ from benchmarks.requests.load import Window, WrongAnswer, measure, require_right
 from benchmarks.requests.population import Population
 from benchmarks.requests.servers import OURS, Server
 
-# Fewer rounds say nothing that the next run would not contradict.
+# The next run may contradict the results of fewer rounds.
 FEWEST_ROUNDS = 5
 
 
@@ -61,7 +61,7 @@ class Results:
         return Spread.of([figure(window) for window in self.windows[case, clients, server]])
 
     def ratio(self, case: str, clients: int, peer: str) -> Spread:
-        """Our CPU a request in shares of the peer's, round by round; raises `ValueError` for too few rounds."""
+        """Our CPU per request divided by the peer's, round by round; raises `ValueError` for too few rounds."""
         if self.plan.rounds < FEWEST_ROUNDS:
             raise ValueError(f"A ratio wants {FEWEST_ROUNDS} rounds.")
         pairs = zip(self.windows[case, clients, OURS], self.windows[case, clients, peer], strict=True)
@@ -75,7 +75,7 @@ def run(
     plan: Plan,
     progress: Callable[[str], None],
 ) -> Results:
-    """Measure all of it; raises `WrongAnswer` when a server does not answer as it should."""
+    """Measure all of the plan; raises `WrongAnswer` when a server does not answer as it should."""
     results = Results(plan)
     require_alike(population, servers, plan)
     for number in range(1, plan.rounds + 1):
@@ -91,7 +91,7 @@ def run(
 
 
 def requests_for(server: Server, case: Case, population: Population) -> list[Request]:
-    """With tokens that are fresh, and the server's own."""
+    """The requests of a case, with new tokens, which are the server's own."""
     tokens = population.our_tokens() if server.name == OURS else population.peers_tokens()
     return case.requests(population, tokens)
 
@@ -107,5 +107,5 @@ def require_alike(population: Population, servers: Sequence[Server], plan: Plan)
 
 
 def names_in(answer: object) -> object:
-    """An answer's members, without what is in them."""
+    """The names of an answer's members, without their values."""
     return {name: names_in(said) for name, said in answer.items()} if isinstance(answer, dict) else None

@@ -31,7 +31,7 @@ GUNICORN = ("-m", "gunicorn", "--bind", "127.0.0.1:{port}", "--workers", "1", "-
 
 @dataclass(frozen=True)
 class Peer:
-    """An alternative: its name in the tables, how it is started, and without lines for requests in its log."""
+    """An alternative: its name in the tables, its arguments, and further ones that turn its access log off."""
 
     title: str
     arguments: Sequence[str]
@@ -59,7 +59,7 @@ TITLES = {OURS: "ours", **{name: peer.title for name, peer in PEERS.items()}}
 
 @dataclass(frozen=True)
 class Server:
-    """One that runs: its process, port and log."""
+    """A running server: its process, port and log."""
 
     name: str
     process: subprocess.Popen[bytes]
@@ -72,14 +72,14 @@ class Server:
 
     @property
     def pids(self) -> list[int]:
-        """Its process, and those that it has started."""
+        """Its process and all its descendants."""
         return descendants(self.process.pid)
 
     def cpu_seconds(self) -> float:
         return sum(cpu_seconds(pid) for pid in self.pids)
 
     def forget_log(self) -> None:
-        """So that a long run does not fill the disk."""
+        """Empty the log, so that a long run does not fill the disk."""
         os.truncate(self.log, 0)
 
 
@@ -96,7 +96,7 @@ def running(
     port: int,
     quiet: bool = False,
 ) -> Iterator[list[Server]]:
-    """The servers of these names, each of them answering; ours at the port that the tokens were made for."""
+    """Start the servers of these names, and wait until each answers; ours at the port that its tokens name."""
     with ExitStack() as stack:
         yield [
             stack.enter_context(
@@ -110,7 +110,7 @@ def running(
 
 @contextmanager
 def ours(installation: Installation, port: int, *options: str) -> Iterator[Server]:
-    """`billing serve`, with every default but where it listens; its worker is no part of a request."""
+    """Run `billing serve` with its defaults but for the port, and without its worker, which answers no requests."""
     command = [sys.executable, "-m", "billing.cli", "serve", "--no-worker", "--port", str(port), *options]
     log = Path(installation.environ["BILLING_STATE_DIR"], f"server-{port}.log")
     with started(OURS, command, installation.environ, port=port, log=log) as server:
@@ -151,7 +151,7 @@ def environ_of_peers(installation: Installation, population: Population) -> dict
 def started(
     name: str, command: Sequence[str], environ: Mapping[str, str], *, port: int, log: Path
 ) -> Iterator[Server]:
-    """A process that listens at the port, until the end of the block."""
+    """Run a process that listens at the port, until the end of the block."""
     with (
         open(log, "ab") as sink,
         subprocess.Popen(
@@ -173,9 +173,9 @@ def started(
 
 
 def await_answer(server: Server) -> None:
-    """Until it answers anything; raises `RuntimeError` with what it said if it ends before.
+    """Wait until the server answers anything; raises `RuntimeError` with its log if it ends before, or takes too long.
 
-    Ours listens before it can answer: who connects meanwhile waits.
+    Ours listens before it can answer: connections made meanwhile wait.
     """
     deadline = time.monotonic() + START_SECONDS
     while not answers(server.port):
@@ -185,7 +185,7 @@ def await_answer(server: Server) -> None:
 
 
 def answers(port: int) -> bool:
-    """Whether somebody who listens there answers, whatever it is."""
+    """Whether a server at the port answers, with whatever status."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=START_SECONDS)
     try:
         connection.request("GET", "/healthz")

@@ -21,7 +21,7 @@ CASES: tuple[dict[str, Any], ...] = (
     {"endpoints": 100},
     {"endpoints": 100, "ending": True},
     {"endpoints": 4},
-    # What many tenants look like: each turn is one delivery.
+    # As with many tenants: each batch is one delivery.
     {"endpoints": 2000, "events": 2000},
 )
 

@@ -1,4 +1,4 @@
-"""The measurements: how many deliveries in a second, what each costs, and how soon an event arrives."""
+"""The measurements: deliveries per second, the cost of each, and the latency of an event."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EVENT: EventType = "webhook.test"
 
 @dataclass(frozen=True)
 class Throughput:
-    """What one worker made of what was pending; CPU in µs a delivery."""
+    """How one worker delivered what was pending; CPU in µs per delivery."""
 
     endpoints: int
     ending: bool
@@ -52,9 +52,9 @@ class Latency:
 def throughput(
     installation: Installation, *, endpoints: int, events: int, ending: bool = False
 ) -> Throughput:
-    """Have one worker deliver what was recorded before it started, spread over so many endpoints.
+    """Have one worker deliver events recorded before it started, spread over so many endpoints.
 
-    They keep their connections, or are `ending` each.
+    The receiver keeps its connections open, or closes each after its answer (`ending`).
     """
     with receiving() as receivers:
         url = receivers.ending if ending else receivers.keeping
@@ -96,13 +96,13 @@ def add_dead(installation: Installation, url: str | None) -> None:
 
 
 def await_worker(installation: Installation, tenant_id: UUID, receivers: Receivers) -> None:
-    """Until the worker has started, and found all that was pending."""
+    """Wait until the worker has started, and delivered a first event."""
     record(installation, tenant_id, [0])
     eventually(lambda: 0 in receivers.seen().numbered)
 
 
 def at_an_even_pace(installation: Installation, tenant_id: UUID, events: int) -> dict[int, float]:
-    """Record events one by one; when each was committed, by its number."""
+    """Record events one by one; returns when each was committed, by its number."""
     committed = {}
     began = time.monotonic()
     for number in range(1, events + 1):

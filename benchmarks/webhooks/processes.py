@@ -1,4 +1,4 @@
-"""What is measured: a worker, and receivers."""
+"""The processes of a measurement: a worker, and receivers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from benchmarks.installation import STOP_SECONDS, Installation
 from benchmarks.webhooks.receiver import Seen
 
-# Loopback is opened as development may.
+# Allows loopback, as development may.
 OPENED = {"WEBHOOK_ALLOW_CIDRS": "127.0.0.0/8,::1/128", "WEBHOOK_ALLOW_HTTP": "on"}
 
 
 @contextmanager
 def working(installation: Installation) -> Iterator[int]:
-    """A `billing worker`, ended with the block; its process id."""
+    """Run a `billing worker` for the length of the block; yields its process id."""
     command = [sys.executable, "-m", "billing.cli", "worker", "--while-stdin-is-open"]
     environ = {**os.environ, **installation.environ}
     with subprocess.Popen(command, env=environ, stdin=subprocess.PIPE) as process:
@@ -33,9 +33,9 @@ def working(installation: Installation) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class Receivers:
-    """The URLs of two that answer, one that never does, one that refuses; and what the first two have seen.
+    """The URLs of two receivers that answer, one that never does, one that refuses; and what the first two have seen.
 
-    `keeping` keeps its connections, `ending` ends each with its answer.
+    `keeping` keeps its connections open, `ending` closes each after its answer.
     """
 
     keeping: str
@@ -47,7 +47,7 @@ class Receivers:
 
 @contextmanager
 def receiving() -> Iterator[Receivers]:
-    """Receivers as long as the block."""
+    """Run receivers for the length of the block."""
     command = [sys.executable, "-m", "benchmarks.webhooks.receiver"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         questions, answers = process.stdin, process.stdout

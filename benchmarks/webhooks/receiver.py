@@ -1,7 +1,7 @@
 """Receivers in a process of their own: two that take 50 ms and answer, one that never answers, one that refuses.
 
-The first keeps its connections, the second ends each. Prints their four ports as JSON. A line on stdin is answered by
-what has been seen so far. It ends with its stdin.
+The first keeps its connections open, the second closes each after its answer. The process prints their four ports as
+JSON, answers each line on stdin with what has been seen so far, and ends with its stdin.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BACKLOG = 4096
 
 @dataclass
 class Seen:
-    """Requests that arrived: how many, when the first and the last, and when each that bears a number; monotonic."""
+    """Requests received: their count, and the monotonic times of the first, the last, and each that has a number."""
 
     count: int = 0
     first: float = 0.0
@@ -44,7 +44,7 @@ class Seen:
 
 
 class Healthy(asyncio.Protocol):
-    """Answers each request after a while, and may end the connection then."""
+    """Answers each request after 50 ms, and then may close the connection."""
 
     def __init__(self, seen: Seen, *, keeps: bool) -> None:
         self._seen = seen
@@ -52,7 +52,7 @@ class Healthy(asyncio.Protocol):
         self._data = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's is one in all but its class.
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's has its methods, not its class.
 
     def data_received(self, data: bytes) -> None:
         self._data += data
@@ -70,7 +70,7 @@ class Healthy(asyncio.Protocol):
 
 
 def listening() -> list[socket.socket]:
-    """A port of loopback, of both kinds where there are two: a name is called at all of its addresses."""
+    """Sockets at one loopback port, on IPv4 and if possible IPv6, as `localhost` may be called at both."""
     first = socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)
     found = [first]
     with suppress(OSError):
@@ -80,7 +80,7 @@ def listening() -> list[socket.socket]:
 
 
 def refusing() -> socket.socket:
-    """A port that is taken, and at which nobody listens."""
+    """A socket that is bound and does not listen, so that connections to its port are refused."""
     taken = socket.socket()
     taken.bind(("127.0.0.1", 0))
     return taken

@@ -1,1 +1,1 @@
-"""Django REST Framework with simplejwt, as its guides have it, behind gunicorn's threads."""
+"""Django REST Framework with simplejwt, as in its guides, in gunicorn's threads."""

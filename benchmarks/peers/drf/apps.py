@@ -1,4 +1,4 @@
-"""The application that Django is told of."""
+"""Django's configuration of the application."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""API keys and tokens, as Django REST Framework finds the caller."""
+"""Authentication by API key and by token, in Django REST Framework's classes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class KeyAuthentication(BaseAuthentication):
 
 
 class TokenAuthentication(JWTAuthentication):
-    """simplejwt's, with the tenant in the same query."""
+    """simplejwt's authentication, with the tenant in the same query."""
 
     def __init__(self, *arguments: object, **options: object) -> None:
         super().__init__(*arguments, **options)

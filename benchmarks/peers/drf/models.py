@@ -1,4 +1,4 @@
-"""The tables that are there, as models that Django does not manage."""
+"""The existing tables, as models that Django does not manage."""
 
 from __future__ import annotations
 

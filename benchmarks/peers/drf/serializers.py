@@ -1,4 +1,4 @@
-"""What comes in and goes out, as ModelSerializers where that can be."""
+"""The serializers of requests and answers, ModelSerializers where possible."""
 
 from __future__ import annotations
 

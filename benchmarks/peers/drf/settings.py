@@ -1,4 +1,4 @@
-"""A production's settings: no debug, connections kept, the middleware that `startproject` puts there."""
+"""Production settings: no debug, persistent connections, and the part of `startproject`'s middleware for an API."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INSTALLED_APPS = [
     "benchmarks.peers.drf.apps.Peer",
 ]
 AUTH_USER_MODEL = "peer.User"
-# What `startproject` has, without what serves its HTML: sessions, CSRF, messages, frames.
+# That of `startproject`, without what is for HTML: sessions, CSRF, authentication, messages, frames.
 MIDDLEWARE = [
     "django.middleware.security.SecurityMiddleware",
     "django.middleware.common.CommonMiddleware",

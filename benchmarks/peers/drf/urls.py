@@ -1,4 +1,4 @@
-"""Where the operations are."""
+"""The URLs of the operations."""
 
 from __future__ import annotations
 
