@@ -167,6 +167,8 @@ def _altered(response: Response, alter: Callable[[dict[str, Any]], dict[str, Any
 
 
 def _without_state(response: Response) -> Response:
+    if "location" not in response.headers:
+        return response
     place, _, query = response.headers["location"].partition("?")
     kept = [(name, value) for name, value in parse_qsl(query) if name != "state"]
     response.headers["location"] = f"{place}?{urlencode(kept)}"

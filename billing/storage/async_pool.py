@@ -113,6 +113,9 @@ class AsyncPool:
             if not self._connections:
                 self._refuse_all_who_wait(error)
             return
+        if self._url is None:  # The pool was closed meanwhile.
+            opened.close()
+            return
         connection = AsyncConnection(self, opened, self._loop, is_prepared=is_prepared)
         self._connections.add(connection)
         self.freed(connection)

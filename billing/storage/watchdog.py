@@ -97,7 +97,7 @@ class _WatchedSocket:
     def cut(self) -> None:
         """Shut the connection down; the thread that waits for its answer gets an `OperationalError`."""
         with self._lock:
-            if self._socket is None:
+            if self._socket is None or self.overdue_at > time.monotonic():  # It was answered just now.
                 return
             log.warning("a statement took too long: its connection is cut", seconds=self._seconds)
             self.overdue_at = NEVER

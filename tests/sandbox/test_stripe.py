@@ -693,6 +693,12 @@ def test_refusal_can_come_without_state(sandbox: Sandbox, address: str) -> None:
     }
 
 
+def test_a_page_that_is_refused_has_no_state_to_leave_out(sandbox: Sandbox, address: str) -> None:
+    sandbox.faults.once("decide", Fault.NO_STATE)
+    refused = requests.post(address.partition("?")[0], timeout=10, allow_redirects=False)
+    assert refused.status_code == 400
+
+
 def test_altered_answer_leaves_a_refusal_alone(sandbox: Sandbox, client: StripeClient) -> None:
     sandbox.faults.once("token", Fault.WRONG_LIVEMODE)
     with pytest.raises(oauth_error.InvalidGrantError):

@@ -413,6 +413,15 @@ def test_a_state_directory_that_is_none_is_named(state_dir: Path) -> None:
         embedded.start(state_dir / "file")
 
 
+@pytest.mark.parametrize("script", ["exit 1", "echo no number"])
+def test_binaries_that_do_not_run_are_none(tmp_path: Path, script: str) -> None:
+    postgres = tmp_path / "postgres"
+    postgres.write_text(f"#!/bin/sh\n{script}\n")
+    postgres.chmod(0o755)
+    with pytest.raises(EmbeddedPostgresError, match="No PostgreSQL was found"):
+        binaries.find(tmp_path / "data", tmp_path)
+
+
 def test_named_binaries_are_the_only_ones(state_dir: Path) -> None:
     with pytest.raises(EmbeddedPostgresError, match=r"No PostgreSQL was found.*BILLING_PG_BIN"):
         embedded.start(state_dir, bin_dir=state_dir / "nowhere")

@@ -375,6 +375,23 @@ def test_before_it_is_opened_and_after_it_is_closed_there_is_none() -> None:
     asyncio.run(story())
 
 
+def test_a_connection_that_is_made_after_the_end_is_closed(test_database: TestDatabase) -> None:
+    async def story() -> None:
+        asked = Lookups()
+        asked.open(test_database.app_url)
+        waiting = asyncio.ensure_future(asked.find_key(["a"]))
+        await asyncio.sleep(0)
+        asked.close()
+        with pytest.raises(DatabaseUnavailable):
+            await waiting
+        opening = list(asked._pool._opening)
+        assert opening
+        await asyncio.gather(*opening)
+        assert not asked._pool._connections
+
+    asyncio.run(story())
+
+
 def test_who_does_not_wait_any_more_leaves_the_connection_in_order(
     test_database: TestDatabase, two: list[Registered], digests: KeyDigests
 ) -> None:

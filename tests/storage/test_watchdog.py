@@ -112,6 +112,18 @@ def test_what_was_closed_in_the_meantime_is_cut_no_more() -> None:
         assert ours.recv(100) == b"still there"
 
 
+def test_what_was_answered_in_the_meantime_is_not_cut() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        watched = watchdog._WatchedSocket(ours.fileno(), STATEMENT_SECONDS)
+        with watched:
+            pass
+        watched.cut()
+        theirs.sendall(b"still there")
+        assert ours.recv(100) == b"still there"
+        watched.close()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_no_socket_is_left_behind(impatient: Store) -> None:
     impatient.require_ready()
