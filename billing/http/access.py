@@ -1,4 +1,4 @@
-"""Access: two schemes that find the caller, and what a caller may do; also as Connexion asks for them."""
+"""Access: two security schemes that find the caller, what a caller may do, and adapters for Connexion."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ Verify = Callable[[ConnexionRequest], Awaitable[Any]]
 
 
 class Access:
-    """Who sends a request, and whether they may."""
+    """Authenticates requests, and authorises their callers."""
 
     def __init__(self, authenticator: Authenticator, limits: Limits) -> None:
         self._authenticator = authenticator
         self._limits = limits
 
     async def admit(self, scope: Scope, operation: Operation) -> None:
-        """Leave the caller in the state; raises `Unauthenticated`, or `Forbidden` for one who may not do this.
+        """Store the caller in the request's state; raises `Unauthenticated`, or `Forbidden` if not allowed.
 
-        For too many requests of either it raises `RateLimited` instead.
+        Raises `RateLimited` instead after too many bad credentials of an address, or requests of a caller.
         """
         try:
             await self._find(scope, operation)
         except TokenExpired:
-            raise  # No stranger: it was ours, and its client has to hear that it must be renewed.
+            raise  # Not counted: the token was ours, and its client must learn to renew it.
         except Unauthenticated:
             await self._limits.note_stranger(scope)
             raise
@@ -50,7 +50,7 @@ class Access:
     async def by_bearer(self, scope: Scope) -> bool:
         """Find the caller by `Authorization`; False where there is no such header.
 
-        If it is present it alone counts: Connexion would let a good key make up for a bad token
+        Where it is present it alone counts: Connexion would accept a good key beside a bad token
         (spec-first/connexion#1767).
         """
         credential = bearer_credential(texts(scope["headers"], b"authorization"))
@@ -62,7 +62,7 @@ class Access:
         return True
 
     async def by_api_key(self, scope: Scope) -> bool:
-        """Find the caller by `X-API-Key`; False where it is absent, or does not count."""
+        """Find the caller by `X-API-Key`; False where it is absent, or `Authorization` is present."""
         given = texts(scope["headers"], b"x-api-key")
         if not given or texts(scope["headers"], b"authorization"):
             return False
@@ -72,12 +72,12 @@ class Access:
 
 
 def remember(scope: Scope, caller: Caller) -> None:
-    """Leave the caller where everyone looks."""
+    """Store the caller in the request's state."""
     scope["state"].update(caller=caller, tenant_id=caller.tenant_id)
 
 
 async def let_in(scope: Scope, operation: Operation, limits: Limits) -> None:
-    """May this caller do this, and not too often? What the document says of it, and the limits."""
+    """Raise unless the document allows the caller this operation, and the limits allow one more request."""
     caller = scope["state"]["caller"]
     await limits.admit_caller(scope)
     require_allowed(caller, roles=operation.roles, keys_allowed=API_KEY in operation.schemes)
@@ -97,11 +97,11 @@ def bearer_credential(authorization: Sequence[str]) -> str | None:
     return credential.strip()
 
 
-# As Connexion's stack asks for it -----------------------------------------------------------------
+# Adapters for Connexion's stack -------------------------------------------------------------------
 
 
 def security_map(access: Access) -> dict[str, type]:
-    """Connexion's handler classes by scheme. Nothing of Python stands in the document."""
+    """Connexion's handler classes by scheme, so that the document names no Python function."""
     return {
         "bearer": _handler(BearerSecurityHandler, access.by_bearer),
         "apiKey": _handler(ApiKeySecurityHandler, access.by_api_key),
@@ -120,9 +120,9 @@ def _handler(base: type, find: Callable[[Scope], Awaitable[bool]]) -> type:
 
 
 class AuthorizationMiddleware:
-    """ASGI middleware between Connexion's security and its validation: may this caller do this, and not too often?
+    """ASGI middleware between Connexion's security and its validation: authorises and limits the caller.
 
-    Here, and not in a security function: an error raised there is swallowed when another scheme passes.
+    Not done in a security function: an error raised there is swallowed when another scheme passes.
     """
 
     def __init__(self, app: ASGIApp, *, operations: Mapping[str, Operation], limits: Limits) -> None:
@@ -137,9 +137,9 @@ class AuthorizationMiddleware:
 
 
 class LimitMiddleware:
-    """ASGI middleware around Connexion's security: counts public operations, and whoever is not let in.
+    """ASGI middleware around Connexion's security: counts public operations, and failed authentication.
 
-    It leaves the operationId where the log looks for it.
+    It stores the operationId in the request's state, for the log.
     """
 
     def __init__(self, app: ASGIApp, *, operations: Mapping[str, Operation], limits: Limits) -> None:
@@ -166,7 +166,7 @@ class LimitMiddleware:
 
 
 def is_about_credentials(error: Unauthenticated | ProblemException) -> bool:
-    """Whether they were bad, or missing, for which Connexion has an error of its own; not only too old."""
+    """Whether credentials were bad, or missing (Connexion's own error), and not merely expired."""
     if isinstance(error, TokenExpired):
         return False
     return isinstance(error, Unauthenticated) or error.status == HTTPStatus.UNAUTHORIZED

@@ -1,4 +1,4 @@
-"""Where a request comes from: its client's address, and the network that stands for it."""
+"""Where a request comes from: its client's address, and the network that limits count it under."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ IPV6_HOST_BITS = 64
 
 
 def client_address(scope: Scope, trusted_proxies: Sequence[Network]) -> str | None:
-    """Who is asking: the peer, or what trusted proxies say of it, read from the right; None on a Unix socket.
+    """The client's address: the peer's, or that reported by trusted proxies; None on a Unix socket.
 
-    Each trusted proxy appended the address it was asked from; what stands left of the first untrusted
-    address is the client's own invention.
+    X-Forwarded-For is read from the right: each trusted proxy appended its own peer's address. The client may
+    have forged anything to the left of the first untrusted address.
     """
     if not scope.get("client"):
         return None
@@ -57,7 +57,7 @@ def parse_address(text: str) -> IPv4Address | IPv6Address | None:
 
 @lru_cache(maxsize=1024)
 def network_of(address: str) -> str:
-    """The address itself; of IPv6 the /64, which is one customer's, who may take any address in it."""
+    """The address itself; for IPv6 its /64, as one customer has all of it and may use any address in it."""
     parsed = parse_address(address)
     if parsed is None or parsed.version == 4:
         return address

@@ -1,4 +1,4 @@
-"""Connexion, cured: our guard, errors, security, validation and pages around its routing; and a way past it."""
+"""Our guard, errors, security, validation and pages around Connexion's routing, and a way past it."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from billing.settings import Network
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.http")
 
-# Without the one that answers in text/plain when an error handler fails: the edge does that.
+# Without ServerErrorMiddleware, which answers in text/plain when an error handler fails: the edge does that.
 MIDDLEWARES = [m for m in ConnexionMiddleware.default_middlewares if m is not ServerErrorMiddleware]
 
-# What Connexion and Starlette raise themselves, said in our words; theirs repeat what the client sent.
+# Our errors for those that Connexion and Starlette raise: their messages repeat what the client sent.
 BY_STATUS: dict[int, type[BillingError]] = {
     400: errors.InvalidRequest,
     401: errors.CredentialsMissing,
@@ -65,7 +65,7 @@ def build(
     https_only: bool,
     compiled: bool = True,
 ) -> Edge:
-    """The whole ASGI application; raises at once what is wrong with the document or a handler."""
+    """Build the whole ASGI application; raises at once for a fault in the document or a handler."""
     listed = operations(document)
     by_id = {o.operation_id: o for o in listed}
     components = as_json_schema(document.get("components", {}))
@@ -112,7 +112,7 @@ def start(app: connexion.AsyncApp) -> None:
 
 
 def keep_slashes(router: object) -> None:
-    """No redirect for a missing slash: its address is made from the Host header."""
+    """Disable redirects for a missing slash: their Location is made from the Host header."""
     if isinstance(router, Router):
         router.redirect_slashes = False
         for route in router.routes:
@@ -120,7 +120,7 @@ def keep_slashes(router: object) -> None:
 
 
 def allowed_methods(listed: Sequence[Operation]) -> dict[str, str]:
-    """What `Allow` says of each path; HEAD goes with GET."""
+    """The value of `Allow` by path; GET implies HEAD, except where the document excludes it."""
     by_path: dict[str, set[str]] = {}
     for operation in listed:
         has_head = operation.method == "GET" and not operation.no_head
@@ -130,7 +130,7 @@ def allowed_methods(listed: Sequence[Operation]) -> dict[str, str]:
 
 
 def answer_with(allow: Mapping[str, str]) -> Callable[..., Any]:
-    """The handler of every error."""
+    """Make the handler of every error."""
 
     async def answer(request: ConnexionRequest, error: Exception) -> ConnexionResponse:
         ours = in_our_words(error)
@@ -146,13 +146,13 @@ def answer_with(allow: Mapping[str, str]) -> Callable[..., Any]:
 
 
 def allow_of(error: Exception) -> str:
-    """What the router that refused the method would allow: the pages' own."""
+    """The methods allowed by the router that refused this one: the pages' own."""
     headers = getattr(error, "headers", None) or {}
     return str(headers.get("Allow", "GET, HEAD"))
 
 
 def in_our_words(error: Exception) -> BillingError:
-    """The error as a fact of ours. What is none of ours is logged, and told as an internal error."""
+    """The error as one of ours; an unexpected one is logged and reported, and becomes an internal error."""
     if isinstance(error, BillingError):
         return error
     status = getattr(error, "status", None) or getattr(error, "status_code", None)

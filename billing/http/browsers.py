@@ -1,4 +1,4 @@
-"""The browser behind a request: whether a person is waiting, and what ties the end of a journey to its start."""
+"""The browser behind a request: whether it wants a page, and the cookie that ties a callback to its start."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from werkzeug.datastructures import MIMEAccept
 from werkzeug.http import parse_accept_header
 
 # The prefix keeps a neighbouring subdomain from setting it (RFC 6265bis, section 4.1.3.2). Lax, because it
-# has to come along when Stripe sends the browser back.
+# must be sent when Stripe redirects the browser back.
 COOKIE = "__Host-connect"
-# As long as the state: ten minutes.
+# Max-Age is the state's lifetime: ten minutes.
 ATTRIBUTES = "; Secure; HttpOnly; SameSite=Lax; Path=/; Max-Age=600"
 BINDING_BYTES = 32
-# A browser's is a hundred or two; it takes werkzeug 60 ms to find the best of thousands.
+# A browser sends 100 to 200 characters; werkzeug takes 60 ms to choose among thousands of media types.
 LONGEST_ACCEPT = 1024
 BINDING = re.compile(r"[A-Za-z0-9_-]{43}")
 
 
 @dataclass(frozen=True)
 class Browser:
-    """What a browser says of itself. `host` is that of the page which asks, if it is a page of our own origin."""
+    """What a browser says of itself. `host` is that of the requesting page, if the request is same-origin."""
 
     prefers_html: bool = False
     host: str | None = None
     binding: str | None = None
 
     def bind_at(self, base_url: str) -> str | None:
-        """What to bind a journey to that comes back to `base_url`; None where the cookie would not come along.
+        """What to bind a flow to that returns to `base_url`; None where the cookie would not be sent there.
 
-        A fetch from another origin loses the cookie, and so would an honest owner the way back.
+        A fetch from another origin discards the cookie: a bound state would then refuse its honest owner.
         """
         if self.host != urlsplit(base_url).netloc:
             return None
@@ -41,12 +41,12 @@ class Browser:
 
 
 def browser_of(headers: Headers) -> Browser:
-    """The browser that sent these headers, or whatever else did."""
+    """The browser, or any other client, that sent these headers."""
     accepted = parse_accept_header(headers.get("accept", "")[:LONGEST_ACCEPT], MIMEAccept)
     preferred = accepted.best_match(["application/json", "text/html"])
     is_our_page = headers.get("sec-fetch-site") == "same-origin"
     origin = headers.get("origin")
-    # The standard library takes a second over the quotes of a long cookie (CVE-2024-7592), and ours has none.
+    # Not http.cookies, which takes a second to unquote a long cookie (CVE-2024-7592): ours has no quotes.
     cookies = dict(pair.strip().partition("=")[::2] for pair in headers.get("cookie", "").split(";"))
     binding = cookies.get(COOKIE, "")
     return Browser(

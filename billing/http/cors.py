@@ -28,11 +28,11 @@ FOR_ANSWER = [WITH_CREDENTIALS, (b"access-control-expose-headers", EXPOSED)]
 
 
 class Cors:
-    """ASGI middleware inside `Edge`, which puts what is said here on every answer, a 500 too.
+    """ASGI middleware inside `Edge`, which puts the headers set here on every answer, a 500 too.
 
     Starlette's refuses a preflight with a 400 in text/plain, tells unknown origins what it exposes, and costs
-    a request without Origin as much as one with it. Here a preflight is always 204: the refusing is the
-    browser's part, by what the answer allows or does not mention.
+    a request without Origin as much as one with it. Here a preflight is always 204: the browser refuses, by
+    what the answer allows or omits.
     """
 
     def __init__(self, app: ASGIApp, allowed_origins: Collection[str]) -> None:
@@ -60,7 +60,7 @@ class Cors:
 
 
 def is_preflight(scope: Scope) -> bool:
-    """Whether a browser asks what it may send; any other OPTIONS is a request."""
+    """Whether the request is a preflight; any other OPTIONS is an ordinary request."""
     return (
         scope["method"] == "OPTIONS" and first(scope["headers"], b"access-control-request-method") is not None
     )

@@ -1,4 +1,4 @@
-"""A deadline for each request: whoever asks is answered in time, whatever it is that hangs."""
+"""A deadline for each request: the client is answered in time, whatever hangs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.http"
 
 
 class Deadline:
-    """ASGI middleware that answers for an application which has not begun to answer in time.
+    """ASGI middleware that answers in place of an application that has not begun its answer in time.
 
-    A thread that hangs cannot be ended from here. It keeps its place in its lane until a watchdog, of storage or of
-    calls to the outside, sets it free.
+    A hanging thread cannot be ended from here. It keeps its place in its lane until a watchdog, of storage or
+    of outbound calls, frees it.
     """
 
     def __init__(self, app: ASGIApp, *, seconds: float) -> None:
@@ -25,7 +25,7 @@ class Deadline:
         self.seconds = seconds
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_watching = False
-        # In the order of their deadlines, for all have the same time: only the first need be looked at.
+        # In the order of their deadlines, as all have the same allowance: only the first need be checked.
         self._expected: dict[PendingAnswer, float] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -37,7 +37,7 @@ class Deadline:
             await self.app(scope, receive, answer.send)
             return
         except asyncio.CancelledError:
-            # Past its deadline; or given up by a server that drains no longer, whose client is owed an answer too.
+            # Past its deadline; or cancelled by a server done draining, whose client is owed an answer too.
             if answer.has_begun:
                 raise
         finally:
@@ -58,7 +58,7 @@ class Deadline:
         return answer
 
     def _cancel_overdue(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Cancel what is late, and look again at the next deadline: one timer costs less than one for each."""
+        """Cancel what is overdue, and check again at the next deadline: one timer is cheaper than many."""
         self._is_watching = False
         for answer, due in list(self._expected.items()):
             if due > loop.time():
@@ -83,12 +83,12 @@ class PendingAnswer:
         await self._send(message)
 
     def cancel(self) -> None:
-        """End it, unless it has begun: then its client may read as slowly as they like."""
+        """Cancel the task, unless the answer has begun: then its client may read as slowly as it likes."""
         if self._task is not None and not self.has_begun:
             self._is_late = True
             self._task.cancel()
 
     def settle(self) -> None:
-        """The task has been cancelled, and goes on: to tell why."""
+        """Clear the cancellation made by `cancel`: the task goes on, to send the error."""
         if self._task is not None and self._is_late:
             self._task.uncancel()

@@ -1,4 +1,4 @@
-"""The contract as the program reads it: loaded strictly, listed by operation, served as bytes made once."""
+"""The OpenAPI document: loaded strictly, listed by operation, served as bytes made once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PLACES = (_PACKAGE.parent / "openapi/billing.yaml", _PACKAGE / "openapi/billing
 
 
 class DocumentError(Exception):
-    """The OpenAPI document says something that it cannot mean."""
+    """The OpenAPI document is invalid, or ambiguous."""
 
 
 # Loading -----------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ def _parse(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.CSafeLoader):
-    """YAML as OpenAPI allows it (3.0.3, Format): JSON's types only, and no key twice."""
+    """YAML as OpenAPI allows it (3.0.3, Format): JSON's types only, and no duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -65,7 +65,7 @@ def _line(node: yaml.Node) -> int:
     return node.start_mark.line + 1
 
 
-# YAML 1.2's plain words, not 1.1's: `no`, `on`, 1:30 and 2026-01-01 are text, as other tools read them.
+# YAML 1.2's plain scalars, not 1.1's: `no`, `on`, 1:30 and 2026-01-01 are text, as other tools read them.
 _Loader.yaml_implicit_resolvers = {}
 for _kind, _pattern, _first in (
     ("null", "null|Null|NULL|~|", ["n", "N", "~", ""]),
@@ -78,7 +78,7 @@ for _kind, _pattern, _first in (
 
 
 def _refuse_duplicate_operation_ids(document: dict[str, Any]) -> None:
-    # Connexion keeps the last of them, and answers it with the security of the first.
+    # Connexion keeps the last of them, with the security of the first.
     counted = Counter(operation.operation_id for operation in operations(document))
     twice = sorted(name for name, times in counted.items() if times > 1)
     if twice:
@@ -103,13 +103,13 @@ def _template(path: str) -> re.Pattern[str]:
 
 @dataclass(frozen=True)
 class Operation:
-    """One method of one path, as far as anything but Connexion needs to know it.
+    """One method of one path, as our own code needs it.
 
-    `roles` are those a user must have one of; none means that any user may. `schemes` are the names of the
-    security schemes offered; none means that the operation is public. `query` are its query parameters,
-    resolved; an `open_query` may have others too. `request` is the JSON schema of the body as it stands in
-    the document, `None` where there is no body. `no_head` is a GET that acts: its path has no HEAD. `headers`
-    are its header parameters.
+    `roles` are those of which a user must have one; without any, no user is admitted. `schemes` are the names
+    of the security schemes offered; without any, the operation is public. `query` holds its query parameters,
+    resolved; an `open_query` accepts others too. `request` is the JSON schema of the body as in the document,
+    `None` where there is no body. `no_head` marks a GET with side effects: its path has no HEAD. `headers`
+    holds its header parameters.
     """
 
     operation_id: str
@@ -182,7 +182,7 @@ def _operation(document: dict[str, Any], method: str, path: str, spec: dict[str,
 
 @dataclass(frozen=True)
 class Representation:
-    """Bytes made once, with what HTTP says about them."""
+    """Bytes made once, with their media type and entity tag."""
 
     body: bytes
     media_type: str
@@ -196,7 +196,7 @@ class Representation:
 
 @dataclass(frozen=True)
 class Served:
-    """The document as clients fetch it, and what our own pages say about it."""
+    """The document as clients fetch it, and what our own pages show of it."""
 
     public_base_url: str
     operations: tuple[Operation, ...]
@@ -207,7 +207,7 @@ class Served:
 def served(document: dict[str, Any], public_base_url: str) -> Served:
     """The document with this server first in `servers`, once as JSON and once as YAML.
 
-    Connexion's own copy is dereferenced, so SDK generators lose the names of the models, and made anew on
+    Connexion's own copy is dereferenced, so that SDK generators lose the models' names, and is rebuilt on
     every request, on the event loop.
     """
     public_base_url = public_base_url.rstrip("/")
@@ -234,7 +234,7 @@ def _dump(document: dict[str, Any]) -> bytes:
 
 
 class _Dumper(yaml.CSafeDumper):
-    """YAML for people: paragraphs as blocks, and no anchors where one object stands in two places."""
+    """YAML for people: paragraphs as blocks, and no anchors where one object occurs twice."""
 
     def ignore_aliases(self, _data: Any) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""The outermost layer: a name for each request, an answer to each, and one line in the log."""
+"""The outermost layer: gives each request an id, an answer, and one log line."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from billing.http.headers import Header, Headers, texts, values
 from billing.ids import new_name
 from billing.settings import Network
 
-# What is no page of ours loads nothing and stands in no frame, should a browser be made to show it.
+# A response that is not one of our pages may load nothing and may not be framed, should a browser render it.
 NO_CONTENT = b"default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 SECURITY_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
     (b"content-security-policy", NO_CONTENT),
 ]
-# A year, and names below this one too (RFC 6797). Said only where clients come by https.
+# A year, subdomains included (RFC 6797). Sent only where clients use https.
 STRICT_TRANSPORT = (b"strict-transport-security", b"max-age=31536000; includeSubDomains")
 VARY = b"vary"
 SAFE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{8,64}")
-CLIENT_CLOSED_REQUEST = 499  # nginx's word for a client that left before its answer; never sent.
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that left before its answer; never sent.
 MAX_LOGGED_PATH = 200
-# What is none of the document's operations: pages, health, and paths that there are not.
+# Stands for requests outside the document's operations: pages, health checks, unknown paths.
 OUTSIDE = "none"
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
@@ -41,9 +41,9 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.http"
 class Edge:
     """ASGI middleware around everything else.
 
-    It leaves `request_id` and `client_address` in `scope["state"]`, and reads for its log line what others
-    leave there: `operation_id`, `tenant_id` and `problem`. What they add to `answer_headers` the answer bears,
-    whatever it is, in the place of its own; only `Vary` may stand in it twice.
+    It sets `request_id` and `client_address` in `scope["state"]`, and logs what inner layers set there:
+    `operation_id`, `tenant_id` and `problem`. Headers that they add to `answer_headers` go on whatever answer
+    is sent and replace its own of the same name; only `Vary` is kept beside its own.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Edge:
         self.in_flight = 0
 
     def sample(self) -> None:
-        """Say how many requests are being answered."""
+        """Set the gauge of requests in flight."""
         metrics.IN_FLIGHT.set(self.in_flight)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -98,7 +98,7 @@ class Edge:
             log.info("request", **summary(scope, exchange.status, seconds))
 
     async def _answer_somehow(self, scope: Scope, exchange: Exchange) -> None:
-        # Whatever it was, the client is owed an answer and the operator a line; nothing is carried on with.
+        # Whatever failed, the client is owed an answer and the operator a log line; nothing goes on after it.
         try:
             await self.app(scope, exchange.receive, exchange.send)
         except Exception as error:
@@ -112,7 +112,7 @@ class Edge:
 
 
 class Exchange:
-    """A request and its answer: watched, and signed with what every answer bears."""
+    """A request and its answer: keeps the answer's status, and adds the headers that every answer has."""
 
     def __init__(self, receive: Receive, send: Send, headers: Headers) -> None:
         self._receive = receive
@@ -123,7 +123,7 @@ class Exchange:
 
     @property
     def is_unanswered(self) -> bool:
-        """Whether somebody still waits for an answer."""
+        """Whether the client still waits for an answer."""
         return self.status is None and not self._is_abandoned
 
     async def receive(self) -> Message:
@@ -143,18 +143,18 @@ class Exchange:
         others = [header for header in headers if header[0].lower() not in ours]
         present = {name.lower() for name, _ in others}
         missing = [header for header in SECURITY_HEADERS if header[0] not in present]
-        # RFC 9110, section 15.5.9: the rest of the slow request is not waited for.
+        # RFC 9110, section 15.5.9: we do not wait for the rest of the slow request.
         closing = [(b"connection", b"close")] if self.status == 408 else []
         return [*others, *missing, *closing, *self._headers]
 
 
 async def apologise(send: Send, scope: Scope, error: BillingError) -> None:
-    """Send the problem, in the stead of an application that does not."""
+    """Send the error in place of an application that sent no answer."""
     await problems.answer_to(error, scope).send(send)
 
 
 def request_id_of(headers: Headers) -> str:
-    """The client's X-Request-Id when it is one and safe to repeat and to log, else a new UUIDv7."""
+    """The client's X-Request-Id if it sent exactly one that is safe to echo and log, else a new UUIDv7."""
     offered = values(headers, b"x-request-id")
     if len(offered) == 1 and SAFE_REQUEST_ID.fullmatch(offered[0]):
         return offered[0].decode()
@@ -162,7 +162,7 @@ def request_id_of(headers: Headers) -> str:
 
 
 def summary(scope: Scope, status: int | None, seconds: float) -> dict[str, Any]:
-    """What the log says of a request: never its query, body or credentials."""
+    """The log fields of a request: never its query, body or credentials."""
     state = scope["state"]
     fields = {"method": scope["method"], "status": status or CLIENT_CLOSED_REQUEST}
     fields["duration_ms"] = round(seconds * 1000, 2)
@@ -178,7 +178,7 @@ def summary(scope: Scope, status: int | None, seconds: float) -> dict[str, Any]:
 
 
 def measure(scope: Scope, status: int | None, seconds: float) -> None:
-    """Count a request, under words of ours alone: what a client can choose would make a figure of each choice."""
+    """Count a request under labels of our own: each value chosen by a client would make a new series."""
     state = scope["state"]
     operation = state.get("operation_id") or OUTSIDE
     method = scope["method"] if scope["method"] in METHODS else "other"
@@ -189,12 +189,12 @@ def measure(scope: Scope, status: int | None, seconds: float) -> None:
 
 
 def span_name(scope: Scope) -> str:
-    """What a trace calls a request."""
+    """The name of a request's span."""
     return f"{span_method(scope)} {scope['state'].get('operation_id') or OUTSIDE}"
 
 
 def span_attributes(scope: Scope, status: int | None) -> tracing.Attributes:
-    """What a trace says of a request: no path but that of an operation, and no query."""
+    """The attributes of a request's span: no path but an operation's, and no query."""
     state = scope["state"]
     operation_id = state.get("operation_id")
     return {

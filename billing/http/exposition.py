@@ -1,4 +1,4 @@
-"""`/metrics`: what all processes counted and what waits in the database, for a Prometheus that may see it."""
+"""`/metrics` for Prometheus: the metrics of all processes, and the backlog in the database."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from billing.storage.store import Store
 from billing.tasks import Backlog
 
 PATH = "/metrics"
-# Whoever asks so slowly is no Prometheus.
+# A client slower than this is not Prometheus.
 PATIENCE_SECONDS = 10
-# At once, on a port of its own. A Prometheus needs one.
+# Open at once on the page's own port. A Prometheus needs one.
 MOST_CONNECTIONS = 32
 
 Read = Callable[[str], tuple[bytes, str]]
 
 
 def reader(directory: Path, store: Store, clock: Clock, *, is_embedded: bool) -> Read:
-    """What makes the page, in the form that an `Accept` asks for; one page at a time, however many ask."""
+    """Make the function that renders the page in the format of an `Accept`; one page at a time for all."""
     lock = threading.Lock()
     kind = "embedded" if is_embedded else "external"
 
@@ -48,7 +48,7 @@ def reader(directory: Path, store: Store, clock: Clock, *, is_embedded: bool) ->
 
 
 def answered(store: Store, clock: Clock, kind: str) -> metrics.Answers:
-    """What the database says waits; while it does not answer, that, and no number that would pass for good news."""
+    """Whether the database answers, and only then the backlog: zeros would pass for good news."""
     try:
         backlog, offset = store.backlog(clock()), store.clock_offset(clock)
     except (DatabaseUnavailable, StorageError):
@@ -61,7 +61,7 @@ def answered(store: Store, clock: Clock, kind: str) -> metrics.Answers:
 
 
 def depths(backlog: Backlog) -> metrics.Answers:
-    """How much waits, and for how long."""
+    """The backlog as gauges: how much waits, and for how long."""
     return {
         metrics.DUE: {(name,): depth.number for name, depth in backlog.queues.items()},
         metrics.DUE_AGE: {(name,): depth.oldest_seconds for name, depth in backlog.queues.items()},
@@ -74,7 +74,7 @@ def depths(backlog: Backlog) -> metrics.Answers:
 
 
 def routes(settings: Settings, directory: Path | None, store: Store, clock: Clock) -> list[Route]:
-    """The page for whoever has the token; none where there is no token, or where it has a port of its own."""
+    """The page's route, for clients with the token; none without a token, or with a port of its own."""
     if directory is None or settings.metrics_token is None or settings.metrics_port is not None:
         return []
     read = reader(directory, store, clock, is_embedded=settings.database_url is None)
@@ -82,7 +82,7 @@ def routes(settings: Settings, directory: Path | None, store: Store, clock: Cloc
 
 
 def route(read: Read, token: str) -> Route:
-    """The page for whoever bears the token."""
+    """The page for clients that send the token."""
     thread = BoundedThreads("figures", 1)
 
     async def endpoint(request: Request) -> Response:
@@ -98,7 +98,7 @@ def route(read: Read, token: str) -> Route:
 
 
 def is_good(authorization: str, token: str) -> bool:
-    """Whether the header bears the token; found out in the same time, whatever it bears."""
+    """Whether the header has the token, compared in constant time."""
     scheme, _, given = authorization.partition(" ")
     return hmac.compare_digest(given.strip().encode(), token.encode()) and scheme.lower() == "bearer"
 
@@ -107,13 +107,14 @@ def is_good(authorization: str, token: str) -> bool:
 
 
 class Exporter(ThreadingHTTPServer):
-    """The page on a port of its own: it listens at once (`OSError`), and answers for as long as the block.
+    """The page on a port of its own: it listens once made (`OSError`), and answers within the `with` block.
 
-    Each connection has a thread. Of more than there may be, the oldest whose request has not come is closed.
+    Each connection has a thread. Beyond `MOST_CONNECTIONS` the oldest whose request has not come is closed,
+    and if there is none, the new one.
     """
 
     daemon_threads = True
-    # Of the library's five, those that wait are tried again after a second, and then two.
+    # Beyond the library's backlog of five a client's TCP retries after a second, and then two.
     request_queue_size = 128
 
     def __init__(self, read: Read, host: str, port: int, token: str | None) -> None:
@@ -121,7 +122,7 @@ class Exporter(ThreadingHTTPServer):
         self.read = read
         self.token = token
         self._lock = threading.Lock()
-        # The open connections, the oldest first, and whether their request was heard.
+        # The open connections, the oldest first, and whether their request has come.
         self._open: dict[Any, bool] = {}
         super().__init__((host, port), MetricsHandler)
 
@@ -145,7 +146,7 @@ class Exporter(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def heard(self, request: Any) -> None:
-        """From now on it is answered, and not closed for another."""
+        """Note that the request has come: its connection is no longer closed for another."""
         with self._lock:
             if request in self._open:
                 self._open[request] = True
@@ -157,8 +158,8 @@ class Exporter(ThreadingHTTPServer):
                 if silent is None:
                     return False
                 del self._open[silent]
-                with suppress(OSError):  # The other side may have ended it.
-                    silent.shutdown(SHUT_RDWR)  # Its thread reads that this is the end, and closes it.
+                with suppress(OSError):  # The client may have closed it.
+                    silent.shutdown(SHUT_RDWR)  # Its thread reads end of file, and closes it.
             self._open[request] = False
             return True
 
@@ -190,4 +191,4 @@ class MetricsHandler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Prometheus comes every few seconds: that is no news."""
+        """Log nothing: Prometheus comes every few seconds."""

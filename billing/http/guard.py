@@ -1,4 +1,4 @@
-"""The gate before everything that looks at a request: it is read whole, or refused."""
+"""The guard before everything that inspects a request: it reads it whole, or refuses it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from billing.http.headers import Header, Headers, values
 MAX_BODY_BYTES = 64 * 1024
 BODY_TIMEOUT_SECONDS = 15.0
 
-# Said anew for the buffered body, or meaningless without one.
+# Set anew for the buffered body, or meaningless without one.
 BODY_HEADERS = frozenset({b"content-type", b"content-length", b"content-encoding", b"transfer-encoding"})
 FRAMING = frozenset({b"content-length", b"transfer-encoding"})
 TOKEN = rb"[!#$%&'*+.^_`|~\w-]++"
-# application/json in UTF-8, in any case and with any other parameter (RFC 9110, section 8.3.1); a charset in RFC 2231's
-# form is of no use here. What has matched is not tried anew: the time goes with the length of the header alone. (Not so
-# the `?`: a possessive one goes on where its group broke off, in Python 3.11.2.)
+# application/json in UTF-8, in any letter case and with any other parameter (RFC 9110, section 8.3.1); a
+# charset in RFC 2231's form is refused. Possessive quantifiers keep the time linear in the header's length.
+# (All but the `?`: in Python 3.11.2 a possessive one continues where its group failed.)
 JSON_IN_UTF8 = re.compile(
     rb"""
     [ \t]*+ application/json
@@ -48,7 +48,7 @@ class Intake:
         self.body_timeout_seconds = body_timeout_seconds
 
     async def take(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The body, once the request is one that we can read; None when the client went away."""
+        """Check the request and return its body; None when the client disconnected."""
         check_target(scope)
         if not may_have_body(scope):
             return b""
@@ -65,7 +65,7 @@ class Intake:
                 raise errors.PayloadTooLarge
 
     async def _read(self, receive: Receive) -> bytes | None:
-        """The whole body, or None when the client goes away; counted while reading, whatever was declared."""
+        """The whole body, None when the client disconnects; measured while reading, whatever was declared."""
         try:
             async with asyncio.timeout(self.body_timeout_seconds):
                 return await self._read_whole(receive)
@@ -88,7 +88,7 @@ class Intake:
 class Guard:
     """ASGI middleware for `MiddlewarePosition.BEFORE_SWAGGER`, inside the error handlers: it raises errors.
 
-    As it comes, Connexion answers 500 to a body without Content-Type, to `Application/JSON` in capitals, to
+    Unguarded, Connexion answers 500 to a body without Content-Type, to `Application/JSON` in capitals, to
     other charsets and to invalid UTF-8, 400 to a chunked one (spec-first/connexion#2020), and has no limit.
     """
 
@@ -101,14 +101,14 @@ class Guard:
             case "http":
                 await self._admit(scope, receive, send)
             case "websocket":
-                # Closing before accepting is how ASGI says 403; no operation speaks websocket.
+                # Closing before accepting makes the server answer 403; no operation uses WebSocket.
                 await send({"type": "websocket.close"})
             case _:
                 await self.app(scope, receive, send)
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await self.intake.take(scope, receive)
-        if body is None:  # The client went away: nobody is left to answer.
+        if body is None:  # The client disconnected: there is nobody to answer.
             return
         headers = headers_for(scope["headers"], body)
         await self.app({**scope, "headers": headers}, replay(body, receive), send)
@@ -138,7 +138,7 @@ def is_text(raw: bytes) -> bool:
 
 
 def may_have_body(scope: Scope) -> bool:
-    """Whether there may be one: HTTP/1.1 announces it, in one of two headers (RFC 9112, section 6.3)."""
+    """Whether there may be a body: HTTP/1.1 announces it, in one of two headers (RFC 9112, section 6.3)."""
     is_announced = any(name in FRAMING for name, _ in scope["headers"])
     return is_announced or scope.get("http_version") not in ("1.1", "1.0")
 
@@ -150,7 +150,7 @@ def check_content(headers: Headers, body: bytes) -> None:
         raise errors.UnsupportedMediaType
     if any(coding.strip().lower() != b"identity" for coding in values(headers, b"content-encoding")):
         raise errors.UnsupportedMediaType
-    # The server undoes `chunked`; it hands on anything before that, as in `gzip, chunked`, still coded.
+    # The server decodes `chunked`; any coding before that, as in `gzip, chunked`, it leaves in place.
     if any(coding.strip().lower() != b"chunked" for coding in values(headers, b"transfer-encoding")):
         raise errors.UnsupportedMediaType
     try:
@@ -160,7 +160,7 @@ def check_content(headers: Headers, body: bytes) -> None:
 
 
 def headers_for(headers: Headers, body: bytes) -> list[Header]:
-    """The headers with the body described as it now is; an empty one is no body, whatever was said of it."""
+    """The headers, describing the body as it now is; an empty one is no body, whatever was declared."""
     others = [header for header in headers if header[0] not in BODY_HEADERS]
     if not body:
         return others
@@ -169,7 +169,7 @@ def headers_for(headers: Headers, body: bytes) -> list[Header]:
 
 
 def replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the body as one message, and after it what the server has to say."""
+    """A `receive` that gives the body as one message, and after it the server's own messages."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive_again() -> Message:

@@ -14,7 +14,7 @@ def values(headers: Headers, name: bytes) -> list[bytes]:
 
 
 def texts(headers: Headers, name: bytes) -> list[str]:
-    """The same as text, in which any byte is a character (RFC 9110, section 5.5)."""
+    """All values of a header as text, each byte a character (RFC 9110, section 5.5)."""
     return [value.decode("latin-1") for key, value in headers if key == name]
 
 

@@ -1,4 +1,4 @@
-"""The Idempotency-Key header: a handler runs once for each, and keeps its answer with what it changes."""
+"""The Idempotency-Key header: a handler runs once per key, and keeps its answer together with its changes."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class NotKept(Exception):
 
 
 class Once:
-    """What a handler keeps its answer with. Where the request has no key, nothing needs to be kept."""
+    """What a handler keeps its answer with; where the request has no key, nothing is kept."""
 
     def __init__(self, claim: Claim | None = None) -> None:
         self._claim = claim
         self._is_kept = claim is None
 
     def keep(self, tx: TenantTx, reply: Reply) -> Reply:
-        """The reply, kept together with what this transaction changes."""
+        """Keep the reply in the transaction of its changes, and return it."""
         if self._claim is not None:
             idempotency.keep(tx, self._claim, answer_of(reply.rendered()))
             self._is_kept = True
@@ -73,25 +73,25 @@ class Idempotency:
         except (Conflict, Refused) as refusal:
             return self._refused(claim, refusal, scope)
         except BaseException:
-            # Credentials, limits and failures may be others the next time.
+            # Credentials, limits and failures may differ at the next attempt.
             self._release(claim)
             raise
 
     def _refused(self, claim: Claim, refusal: BillingError, scope: Scope) -> Rendered:
-        """A refusal by the state of things or by a rule: kept afterwards, as nothing was changed."""
+        """Keep a 409 or a 422, in a transaction of its own, as the handler changed nothing."""
         rendered = problems.answer_to(refusal, scope)
         with suppress(DatabaseUnavailable), self._store.tenant(claim.scope) as tx:
             tx.idempotency.keep(claim, answer_of(rendered), until=claim.at + idempotency.KEPT)
         return rendered
 
     def _release(self, claim: Claim) -> None:
-        # If that fails too, the claim runs out.
+        # If that fails too, the claim expires.
         with suppress(DatabaseUnavailable), self._store.tenant(claim.scope) as tx:
             tx.idempotency.release(claim)
 
 
 def request_of(scope: Scope) -> Request | None:
-    """The request as far as its key concerns it, None where it has no key."""
+    """The request as its key identifies it, None where it has no key."""
     state = scope["state"]
     value: str | None = state["headers"].get(HEADER)
     if value is None:
@@ -106,20 +106,20 @@ def request_of(scope: Scope) -> Request | None:
 
 
 def fingerprint_of(scope: Scope) -> str:
-    """A digest of what is asked for: the same for the same JSON, however it is written."""
+    """A digest of operation, query and body: equal for equal JSON, however it is formatted."""
     state = scope["state"]
     asked = [state["operation_id"], state["query"], state.get("body")]
     return hashlib.sha256(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 def answer_of(rendered: Rendered) -> StoredAnswer:
-    """What is kept of an answer; what every answer bears is added to each."""
+    """What is kept of an answer; the edge adds to a replay what every answer has."""
     headers = {name.decode(): value.decode("latin-1") for name, value in rendered.headers}
     return StoredAnswer(rendered.status, headers, rendered.body.decode())
 
 
 def replay_of(answer: StoredAnswer) -> Rendered:
-    """The answer again, byte for byte."""
+    """The stored answer again, byte for byte."""
     headers = [(name.encode(), value.encode("latin-1")) for name, value in answer.headers.items()]
     body = answer.body.encode()
     problem = orjson.loads(body)["code"] if answer.status >= 400 else None

@@ -1,8 +1,8 @@
 """Where blocking work runs: threads for handlers, for passwords, for Stripe, for receivers.
 
-bcrypt takes a quarter of a second of a core. In the threads that everything else needs, a login storm
-would stop everything else; here it queues for two seconds and is then told to come back. Stripe may take
-eight seconds to say nothing, a tenant's receiver fifteen: likewise nobody else's wait.
+bcrypt takes a quarter of a second of a core. In shared threads a login storm would stop everything else; here
+a login queues for two seconds and is then refused. Stripe may take eight seconds to time out, a tenant's
+receiver fifteen: no other request waits for those either.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ Handler = TypeVar("Handler", bound=Callable[..., object])
 T = TypeVar("T")
 
 PASSWORD_THREADS = 2
-# More than one wave of callers: once Stripe has kept somebody waiting the others are answered at once.
+# More than one wave of callers: once one has waited too long, the circuit breaker fails the others at once.
 STRIPE_THREADS = 16
 WEBHOOK_THREADS = 16
 LONGEST_WAIT_SECONDS = 2
-# Whether the last calls have ended.
+# How often `emptied` checks whether the last calls have ended.
 LOOKED_EVERY_SECONDS = 0.05
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.http")
@@ -47,7 +47,7 @@ class Lane(enum.Enum):
 
 
 def runs_in(lane: Lane) -> Callable[[Handler], Handler]:
-    """Say that a handler belongs to a lane of its own."""
+    """Mark a handler to run in this lane."""
 
     def mark(handler: Handler) -> Handler:
         handler.lane = lane  # type: ignore[attr-defined]
@@ -57,7 +57,7 @@ def runs_in(lane: Lane) -> Callable[[Handler], Handler]:
 
 
 def lane_of(handler: Callable[..., object], *, waits: bool) -> Lane | None:
-    """The lane a handler was marked with; else `GENERAL` if it waits for anything, and none if it does not."""
+    """The lane a handler was marked with; else `GENERAL` if it may block, and None if it never does."""
     lane: Lane | None = getattr(handler, "lane", Lane.GENERAL if waits else None)
     return lane
 
@@ -74,7 +74,7 @@ class Lanes:
         }
 
     def sample(self) -> None:
-        """Say how many threads each lane has, how many of them work, and how many wait for one."""
+        """Set the gauges of each lane: its threads, those that are busy, and the calls that wait for one."""
         for lane, bounded in self._lanes.items():
             metrics.LANE_THREADS.set(bounded.count, lane.value)
             metrics.LANE_BUSY.set(bounded.busy, lane.value)
@@ -85,16 +85,16 @@ class Lanes:
         return await self._lanes[lane].run(call, whose=whose)
 
     async def emptied(self) -> None:
-        """Wait until no call runs, not even one that nobody else waits for."""
+        """Wait until no call runs, not even one whose request is over."""
         while any(bounded.busy for bounded in self._lanes.values()):
             await asyncio.sleep(LOOKED_EVERY_SECONDS)
 
 
 class BoundedThreads:
-    """So many threads, of which one tenant's calls have half at most: those who wait for its lock keep nobody else.
+    """A bounded pool, of which one tenant has half at most: calls that wait for its lock block no others.
 
-    A call has a place among them until it has ended, even if nobody waits for it any more. Given back sooner, requests
-    that are past their deadline would pile up calls without bound.
+    A call keeps its place until it has ended, even if its request is past its deadline. Released sooner, such
+    requests would pile up calls without bound.
     """
 
     def __init__(self, name: str, count: int, *, longest_wait_seconds: float = LONGEST_WAIT_SECONDS) -> None:
@@ -104,16 +104,16 @@ class BoundedThreads:
         self.waiting = 0
         self._longest_wait_seconds = longest_wait_seconds
         self._free = asyncio.Semaphore(count)
-        # For who has no share of their own: as many as there are threads, so that nobody waits for it.
+        # For calls of no tenant: as many permits as there are threads, so that none waits for this one.
         self._anybodys = asyncio.Semaphore(count)
-        # Each as long as somebody holds it or waits for it.
+        # Each exists while a call holds it or waits for it.
         self._shares = WeakValueDictionary[Hashable, asyncio.Semaphore]()
         self._threads = Threads(name)
 
     async def run(self, call: Callable[[], T], *, whose: Hashable = None) -> T:
-        """What the call returns or raises; raises `Overloaded` if no thread is free in time, or can be had at all.
+        """Run the call in a thread; raises `Overloaded` if none is free in time, or none can be started.
 
-        What is nobody's, None, may have all of them.
+        Calls of no tenant (`whose` is None) may have all of them.
         """
         share = self._anybodys if whose is None else self._share_of(whose)
         await self._enter(share)
@@ -165,7 +165,7 @@ class BoundedThreads:
         settle = outcome_of(partial(context.run, call), answer)
 
         def announce() -> None:
-            with suppress(RuntimeError):  # The server may have ended before.
+            with suppress(RuntimeError):  # The event loop may be closed by now.
                 answer.get_loop().call_soon_threadsafe(self._end, answer, settle, share, context=context)
 
         return announce
@@ -184,13 +184,13 @@ class BoundedThreads:
 
 
 def outcome_of(call: Callable[[], T], answer: asyncio.Future[T]) -> Callable[[], None]:
-    """What gives the answer whatever the call returns or raises."""
+    """Make the call; returns what sets its result or its exception on the answer."""
     try:
         return partial(answer.set_result, call())
     except StopIteration as error:
-        stopped = RuntimeError("The call raised StopIteration.")  # Which no future takes.
+        stopped = RuntimeError("The call raised StopIteration.")  # No future accepts one.
         stopped.__cause__ = error
         return partial(answer.set_exception, stopped)
-    # It is raised again where the answer is waited for.
+    # Raised again where the answer is awaited.
     except BaseException as error:
         return partial(answer.set_exception, error)

@@ -1,4 +1,4 @@
-"""Limits on the wire: who is over one is answered 429, and each answer says what is left."""
+"""Limits in HTTP: a request over one is answered 429, and each answer says what is left."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from billing.limits import Brake, Meter, Policies, Policy, Usage
 from billing.security import Caller
 from billing.users import normalise_email
 
-# Whoever asks by a Unix socket is one and the same.
+# All clients on a Unix socket share one address.
 NO_ADDRESS = "local"
 
 Endpoint = Callable[[Scope], Awaitable[Rendered]]
 
 
 class Limits:
-    """What counts the requests of a server: each method is a step of a request."""
+    """Counts a server's requests against its limits: each method is a step of a request."""
 
     def __init__(self, meter: Meter, policies: Policies, failed_logins: FailedLogins) -> None:
         self._meter = meter
@@ -32,15 +32,15 @@ class Limits:
         self._failed_logins = failed_logins
 
     async def admit(self, scope: Scope, operation: Operation) -> None:
-        """Count a public operation by address, before anything is looked at; raises `RateLimited`."""
+        """Count a public operation by address, before anything else is checked; raises `RateLimited`."""
         policy = self._policies.by_address.get(operation.operation_id)
         if policy is not None:
             await self._require(scope, policy, address_of(scope))
 
     async def note_stranger(self, scope: Scope) -> None:
-        """Count by address that credentials were missing or bad; raises `RateLimited`.
+        """Count missing or bad credentials by address; raises `RateLimited`.
 
-        Good ones are let in all the same: whoever shares their address must not be able to lock them out.
+        Good ones are accepted all the same: others at their address must not be able to lock them out.
         """
         if self._policies.strangers is not None:
             await self._require(scope, self._policies.strangers, address_of(scope))
@@ -53,16 +53,16 @@ class Limits:
             await self._require(scope, policy, share_of(caller, scope))
 
     async def admit_cost(self, scope: Scope, operation: Operation) -> None:
-        """Count what costs others something, once it is known that the caller may do it; raises `RateLimited`."""
+        """Count what costs others something, once the caller is authorised; raises `RateLimited`."""
         policy = self._policies.costly.get(operation.operation_id)
         if policy is not None:
             usage = await self._require(scope, policy, str(scope["state"]["caller"].tenant_id))
             scope["state"]["cost"] = usage
 
     def excusing_repeats(self, operation: Operation, endpoint: Endpoint) -> Endpoint:
-        """The endpoint; a repeat of a request that is in progress is not counted, as it costs others nothing.
+        """Wrap the endpoint: a repeat of a request in progress is not counted, as it costs others nothing.
 
-        One whose server was lost is in progress until its lease ends, and its client asks again and again.
+        A request whose server died is in progress until its lease ends, and its client keeps repeating it.
         """
         if operation.operation_id not in self._policies.costly:
             return endpoint
@@ -77,10 +77,10 @@ class Limits:
         return attempt
 
     def throttled(self, operation: Operation, endpoint: Endpoint) -> Endpoint:
-        """The endpoint; where it checks a password, only until too many were wrong.
+        """Wrap the endpoint: where it checks a password, it is called only until too many were wrong.
 
         An attempt is counted before it is made, or many at once would pass together. It stays counted if the
-        password was wrong, is forgotten with those before it if it was right, and is taken back if nobody knows.
+        password was wrong, clears the count if it was right, and is taken back if the result is unknown.
         """
         usual = self._policies.wrong_passwords.get(operation.operation_id)
         brake = self._policies.brakes.get(operation.operation_id)
@@ -102,18 +102,18 @@ class Limits:
             except (Exception, asyncio.CancelledError):
                 await self._meter.take_back(usage)
                 raise
-            # A refusal kept under an Idempotency-Key comes as an answer: the password was right.
+            # A refusal kept under an Idempotency-Key is returned, not raised: taken back like those.
             await (self._meter.forget if answer.status < 400 else self._meter.take_back)(usage)
             return answer
 
         return attempt
 
     async def _is_on(self, brake: Brake, scope: Scope) -> bool:
-        # Its count is told to nobody: it is what others do.
+        # Its count is in no header: it is about what others do.
         return not (await self._meter.peek(brake.over, email_of(scope))).remaining
 
     def _note_refusal(self, scope: Scope, usage: Usage) -> None:
-        # Whose account it is, and whether anybody's, is found out later: here it would take time.
+        # Whether there is such an account is looked up later: here it would take time.
         if caller_of(scope) is None and usage.is_just_over:
             self._failed_logins.note_throttled(actor_of(scope), email_of(scope), usage.window.policy.name)
 
@@ -130,7 +130,7 @@ class Limits:
 
 
 def refusal(usage: Usage) -> RateLimited:
-    """Why, and until when."""
+    """The error: which limit, and when to retry."""
     policy = usage.window.policy
     return RateLimited(
         f"The limit `{policy.name}` is reached: {policy.quota} within {policy.seconds} seconds.",
@@ -139,7 +139,7 @@ def refusal(usage: Usage) -> RateLimited:
 
 
 def add_ratelimit_headers(scope: Scope, usage: Usage) -> None:
-    """Have the answer say what is left, beside what it says of other limits (draft-ietf-httpapi-ratelimit-headers)."""
+    """Add what is left of this limit to the answer's headers (draft-ietf-httpapi-ratelimit-headers)."""
     policy, left = usage.window.policy, usage.window.seconds_left
     scope["state"]["answer_headers"] += [
         (b"ratelimit-policy", f'"{policy.name}";q={policy.quota};w={policy.seconds}'.encode()),
@@ -148,15 +148,15 @@ def add_ratelimit_headers(scope: Scope, usage: Usage) -> None:
 
 
 def address_of(scope: Scope) -> str:
-    """Whom a limit by address counts."""
+    """The subject of a limit by address."""
     return network_of(scope["state"]["client_address"] or NO_ADDRESS)
 
 
 def share_of(caller: Caller, scope: Scope) -> str:
-    """Which part of a tenant's limit a request is counted against.
+    """The subject of a tenant's limit: its users, its secret keys, or an address that uses a publishable key.
 
-    A publishable key stands in pages for anybody to read, so each address has its own share with it. And whatever
-    the keys do, users have theirs, for only they can revoke a key that is abused.
+    A publishable key can be read in pages by anybody, so each address has its own share with it. And whatever
+    the keys do, users have theirs, as only they can revoke an abused key.
     """
     if caller.key is None:
         return f"{caller.tenant_id} users"
@@ -166,10 +166,10 @@ def share_of(caller: Caller, scope: Scope) -> str:
 
 
 def holder_of(scope: Scope) -> str:
-    """Whose password is tried: that of the user of a session, or of an account as seen from one address.
+    """The subject of a limit on wrong passwords: a user's session, or an account as seen from one address.
 
-    So nobody can lock an account for its owner, neither from elsewhere nor with a session that was stolen, as a thief
-    cannot begin another. Accounts are counted known or not, so that none is told apart.
+    So nobody can lock an account for its owner, neither from elsewhere nor with a stolen session, as a thief
+    cannot begin another. Unknown accounts are counted too, so that answers do not show which exist.
     """
     caller = caller_of(scope)
     if caller is not None:
@@ -178,5 +178,5 @@ def holder_of(scope: Scope) -> str:
 
 
 def email_of(scope: Scope) -> str:
-    """Which account it is that somebody logs in to, known or not."""
+    """The email of a login, whether there is such an account or not."""
     return normalise_email(scope["state"]["body"]["email"])

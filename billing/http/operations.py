@@ -1,8 +1,8 @@
 """Each operation as one callable, made at the start: read, admit, validate, call, answer.
 
 It does what Connexion's stack does for an operation, in the same order and with the same parts, without nine
-layers that each route, match or copy the request anew (docs/decisions.md). What no operation answers goes on to
-that stack. `COMPILED_OPERATIONS=off` sends everything there, and a test holds the two against each other.
+layers that each route, match or copy the request anew (docs/decisions.md). A request for no operation goes on
+to that stack. `COMPILED_OPERATIONS=off` sends everything there, and a test compares the two.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Run = Callable[[Scope, Receive], Awaitable[Rendered | None]]
 
 
 class Operations:
-    """ASGI middleware in front of Connexion's stack: runs the operation that a request names exactly."""
+    """ASGI middleware in front of Connexion's stack: runs the operation of exactly this method and path."""
 
     def __init__(self, app: ASGIApp, runs: Mapping[tuple[str, str], Run]) -> None:
         self.app = app
@@ -53,7 +53,7 @@ def compile_all(
     rules: Mapping[str, Rules],
     endpoints: Mapping[str, Endpoint],
 ) -> dict[tuple[str, str], Run]:
-    """What runs each operation, by its method and path."""
+    """The callable of each operation, by its method and path."""
     intake = Intake()
     return {
         (o.method, o.path): _run(o, intake, limits, access, rules[o.operation_id], endpoints[o.operation_id])

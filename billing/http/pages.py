@@ -1,4 +1,4 @@
-"""What stands beside the API: landing page, Swagger UI, the served document, problems explained, health."""
+"""The pages beside the API: landing page, Swagger UI, the served document, explained problems, health."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _folder(path: str, page: Representation) -> tuple[Route, Route]:
     last = path.rpartition("/")[2]
 
     async def redirect(_: Request) -> Response:
-        # A relative Location cannot be turned elsewhere by a forged Host header.
+        # A forged Host header cannot divert a relative Location.
         return RedirectResponse(f"{last}/")
 
     return _page(f"{path}/", page), Route(path, redirect)
@@ -105,7 +105,7 @@ def _problems(by_code: dict[str, Representation]) -> Route:
 def _static(files: dict[str, Representation]) -> Route:
     async def static(request: Request) -> Response:
         file = _known(files, request.path_params["name"])
-        # Our pages name each file with its fingerprint, so that an upgrade is seen at once.
+        # Our pages link each file with its fingerprint, so that an upgrade is seen at once.
         current = request.query_params.get("v") == _fingerprint(file)
         return _answer(request, file, {"Cache-Control": _FOREVER} if current else None)
 
@@ -165,7 +165,7 @@ def _read(folder: Path, media_types: dict[str, str]) -> dict[str, Representation
 
 
 def _swagger_ui_folder() -> Path:
-    # Found, not imported: the package's own module is a Flask blueprint.
+    # Located, not imported: the package's own module is a Flask blueprint.
     package = find_spec("flask_swagger_ui")
     if package is None or package.origin is None:
         raise ModuleNotFoundError("The package flask-swagger-ui, which bears Swagger UI, is not installed")

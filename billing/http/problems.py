@@ -16,7 +16,7 @@ from billing.ids import new_name
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.http")
 
 MEDIA_TYPE = "application/problem+json"
-# What every error answer bears: a problem may tell of credentials, and no cache should keep it.
+# On every error answer: a problem may concern credentials, and no cache should keep it.
 BASE_HEADERS = [(b"content-type", MEDIA_TYPE.encode()), (b"cache-control", b"no-store")]
 BASE_URL = "http://127.0.0.1:8000"
 
@@ -51,7 +51,7 @@ def status_of(error: type[BillingError]) -> int:
 
 
 def answer_to(error: BillingError, scope: Scope) -> Rendered:
-    """The answer to a request that ended in an error; where a cause is known, a line says what kind it was."""
+    """The answer to a request that ended in an error; logs the type of the error's cause, if it has one."""
     if error.__cause__ is not None:
         log.warning(error.code(), cause=type(error.__cause__).__name__)
     scope["state"]["problem"] = error.code()
@@ -91,8 +91,8 @@ def _headers(error: BillingError) -> list[tuple[bytes, bytes]]:
 
 
 def _challenge(error: BillingError) -> bytes | None:
-    # RFC 6750, section 3: no error code when nothing was sent, and a login form is no bearer challenge,
-    # yet RFC 9110 wants the header on every 401.
+    # RFC 6750, section 3: no error code where no credentials were sent. A login does not send bearer ones,
+    # but RFC 9110 requires the header on every 401.
     match error:
         case errors.CredentialsMissing() | errors.InvalidCredentials():
             return b'Bearer realm="billing"'

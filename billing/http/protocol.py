@@ -19,7 +19,7 @@ from billing.ids import new_name
 
 MAX_HEAD_BYTES = 32 * 1024
 MAX_HEADERS = 100
-# Each that waits for the answers before it is kept. A client whose request gets none may repeat it (RFC 9112, 9.3.2).
+# Requests kept while earlier ones are answered. A client may repeat one left unanswered (RFC 9112, 9.3.2).
 MAX_PIPELINED = 32
 PATIENCE_SECONDS = 15.0
 CHECKED_EVERY_SECONDS = 5.0
@@ -31,17 +31,17 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.http"
 
 
 class Protocol(HttpToolsProtocol):
-    """What uvicorn leaves open, on a connection that no middleware sees.
+    """Closes gaps that uvicorn leaves in the connection, which no middleware sees.
 
-    - `Upgrade: h2c`, as Java's HttpClient sends it, makes it drop the body (Kludex/uvicorn#2722). We upgrade
-      to nothing, and a server may ignore the header (RFC 9110, section 7.8).
+    - `Upgrade: h2c`, as Java's HttpClient sends it, makes uvicorn drop the body (Kludex/uvicorn#2722). We
+      support no upgrade, and a server may ignore the header (RFC 9110, section 7.8).
     - Its own refusals are text/plain; here every error is a problem.
-    - A head has no limit of size, number or time, and a trailer adds to the headers.
-    - Nor have requests that wait for the answers before them: it goes on to read after each answer.
+    - It does not limit a head's size, number of headers or time, and merges trailers into the headers.
+    - Nor does it limit pipelined requests: it resumes reading after each answer.
     """
 
     in_head = True
-    pending_bytes = 0  # Fed since the parser last finished a head or gave out a part of a body.
+    pending_bytes = 0  # Fed since the parser last finished a head or emitted a part of a body.
     waiting_since = 0.0  # On the loop's clock.
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -60,7 +60,7 @@ class Protocol(HttpToolsProtocol):
             unparsed = self._feed(unparsed)
 
     def _feed(self, data: bytes) -> bytes | None:
-        """Give the parser the data; returns what is to be parsed anew, None when all is done."""
+        """Feed the parser; returns the data to parse next, None when there is no more."""
         self.pending_bytes += len(data)
         try:
             self.parser.feed_data(data)
@@ -69,7 +69,7 @@ class Protocol(HttpToolsProtocol):
         except httptools.HttpParserError as error:
             self._refuse(reason_of(error))
         else:
-            # An endless header, or trailer, is kept and never reaches a callback: only the bytes tell.
+            # An endless header or trailer is buffered and reaches no callback: only the bytes fed reveal it.
             if self.pending_bytes > MAX_HEAD_BYTES:
                 self._refuse(errors.RequestHeadersTooLarge())
         return None
@@ -88,7 +88,7 @@ class Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._check_head()
         if self.parser.should_upgrade():
-            return  # It comes again, without the header that asks.
+            return  # It is parsed again, without the headers of the upgrade.
         super().on_headers_complete()
         self.in_head = False
         self.pending_bytes = 0
@@ -109,8 +109,9 @@ class Protocol(HttpToolsProtocol):
         super().on_response_complete()
         if self.pipeline:
             self.flow.pause_reading()
-        # Answered before the body was here, as with 413, what still comes is read and dropped: most clients read
-        # the answer only after sending all. But one that waits for 100 may send its next request instead.
+        # Of a body still to come after the answer, as with 413, the rest is read and dropped: most clients
+        # read the answer only after sending all. But one that waits for 100 may send its next request
+        # instead.
         if self.expect_100_continue and not self.in_head and self.cycle.response_complete:
             self.transport.close()
 
@@ -128,13 +129,13 @@ class Protocol(HttpToolsProtocol):
         if hosts > 1 or (hosts == 0 and version == "1.1"):
             raise malformed()
         if len(self.pipeline) >= MAX_PIPELINED:
-            raise errors.RateLimited  # Which nobody is told: the connection ends with the answers before it.
+            raise errors.RateLimited  # Never sent: the connection closes after the answers before it.
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if size > MAX_HEAD_BYTES or len(self.headers) > MAX_HEADERS:
             raise errors.RequestHeadersTooLarge
 
     def _head_without_upgrade(self) -> bytes:
-        """The head of the request without its wish for another protocol, for a fresh parser."""
+        """The request's head without the headers of its upgrade, for a fresh parser."""
         version = self.parser.get_http_version().encode()
         request_line = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)
         lines = [b"%b: %b" % header for header in without_upgrade(self.headers)]
@@ -143,7 +144,7 @@ class Protocol(HttpToolsProtocol):
         return b"\r\n".join([request_line, *lines, b"", b""])
 
     def _check_patience(self) -> None:
-        """Close a connection that keeps us waiting; uvicorn's own timer minds only idle ones."""
+        """Close a connection that keeps us waiting; uvicorn's own timer covers only idle ones."""
         if not self._is_overdue():
             self.watch = self.loop.call_later(CHECKED_EVERY_SECONDS, self._check_patience)
         elif self.in_head and self.pending_bytes:
@@ -161,7 +162,7 @@ class Protocol(HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete  # type: ignore[redundant-expr]
 
     def _refuse(self, error: BillingError) -> None:
-        """Answer in the application's stead and close."""
+        """Answer in place of the application, and close."""
         if self._is_busy() and (self.in_head or self.pipeline):
             # Written now, it would be taken for the answer to an earlier request, which may well succeed.
             self.cycle.keep_alive = False
@@ -189,10 +190,10 @@ class Protocol(HttpToolsProtocol):
 
 
 class Joined:
-    """A transport that sends what is written within one turn of the event loop at once.
+    """A transport that sends together what is written within one iteration of the event loop.
 
-    uvloop sends each write by itself, and uvicorn writes head and body apart: two calls to the system, two packets.
-    What one turn writes is beyond flow control, which is little: answers are one body.
+    uvloop sends each write by itself, and uvicorn writes head and body apart: two system calls, two packets.
+    The writes of one iteration bypass flow control, but they are few: an answer is one body.
     """
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
@@ -222,17 +223,17 @@ class Joined:
 
 
 def malformed() -> BillingError:
-    """What the parser's own refusals are to a client; its words could quote the request."""
+    """The error for the parser's own refusals, whose messages could quote the request."""
     return errors.InvalidRequest("The request is not well-formed HTTP/1.1 (RFC 9112).")
 
 
 def reason_of(error: httptools.HttpParserError) -> BillingError:
-    """The error that one of our callbacks raised, or else that the parser did not understand."""
+    """The error that one of our callbacks raised, or else that the request is malformed."""
     return error.__context__ if isinstance(error.__context__, BillingError) else malformed()
 
 
 def without_upgrade(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """The headers without the wish for another protocol; `close` and `keep-alive` stay."""
+    """The headers without those of an upgrade; `close` and `keep-alive` stay."""
     kept = [(name, value) for name, value in headers if name not in UPGRADING]
     return [(name, other_options(value) if name == b"connection" else value) for name, value in kept]
 

@@ -1,4 +1,4 @@
-"""What a handler answers, and the bytes that it becomes."""
+"""A handler's reply, and the bytes that it becomes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAGE = new_environment().get_template("callback.html")
 
 @dataclass(frozen=True)
 class Rendered:
-    """An answer in bytes, as ASGI sends it, and the code of the refusal that it tells, if it does."""
+    """An answer in bytes, as ASGI sends it, and the error's code if it reports one."""
 
     status: int
     headers: list[tuple[bytes, bytes]]
@@ -33,7 +33,7 @@ class Rendered:
         await send({"type": "http.response.body", "body": self.body})
 
     def response(self) -> Response:
-        """The same for who wants an object of Starlette's."""
+        """The same as a Starlette response."""
         response = Response(self.body, self.status)
         response.raw_headers = self.headers
         return response
@@ -41,7 +41,7 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Reply:
-    """A status, the members of a JSON body or the text of a page, and more headers; and the code of a refusal."""
+    """A status, a JSON body's members or a page's text, further headers, and the code of an error, if any."""
 
     status: int
     body: Mapping[str, Any] | str
@@ -53,11 +53,11 @@ class Reply:
         return replace(self, headers={**self.headers, name: value})
 
     def refusing(self, problem: str) -> Reply:
-        """The same reply, which tells of a refusal: log and figures have its code, as of any problem."""
+        """The same reply, marked as a refusal: log and metrics get its code, as for any problem."""
         return replace(self, problem=problem)
 
     def rendered(self) -> Rendered:
-        """The bytes. Nothing that this API answers is for a cache to keep."""
+        """The reply in bytes. No cache may store an answer of this API."""
         is_page = isinstance(self.body, str)
         body = self.body.encode() if isinstance(self.body, str) else orjson.dumps(self.body, option=JSON)
         headers = [NO_STORE, (b"content-length", b"%d" % len(body))]
@@ -80,7 +80,7 @@ def created(body: Mapping[str, Any]) -> Reply:
 
 
 def see_other(url: str) -> Reply:
-    """303: a browser goes there next."""
+    """303: the browser loads this URL next."""
     return Reply(303, "", {"location": url})
 
 

@@ -1,4 +1,4 @@
-"""The templates of our pages, and the headers that every page bears."""
+"""The templates of our pages, and the headers that every page has."""
 
 from __future__ import annotations
 
@@ -34,6 +34,6 @@ def new_environment() -> Environment:
 
 
 def ticked(text: str) -> Markup:
-    """The text with what stands in backticks as code."""
+    """The text as HTML, with what is in backticks as code."""
     marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))
     return Markup(marked)  # noqa: S704 - escaped above

@@ -1,4 +1,4 @@
-"""Requests against the document: strict JSON, compiled schemas, faults by pointer that repeat no value."""
+"""Validation against the document: strict JSON, compiled schemas, faults by pointer that repeat no value."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from billing.http.document import Operation
 from billing.http.headers import Headers, texts
 
 MASK = "The value"
-# The document says how many an answer lists at most.
+# The document limits how many an answer lists.
 MAX_FAULTS = 100
-# The library finds all faults before it tells the first, which takes it a second where each of 31,000 parts has one.
+# jsonschema_rs finds all faults before it yields the first: a second, where each of 31,000 parts has one.
 MAX_PARTS = 500
-# The schemas' library follows a value 255 levels down and raises, orjson writes 254; we read a thousand.
+# jsonschema_rs raises beyond 255 levels, and orjson writes 254 but reads a thousand.
 MAX_DEPTH = 128
 
 
 class Rules:
     """What one operation takes: its query parameters, its headers and its body.
 
-    `components` are those of the document, as `as_json_schema` says them: once for all operations.
+    `components` are those of the document, converted by `as_json_schema` once for all operations.
     """
 
     def __init__(self, components: Mapping[str, Any], operation: Operation) -> None:
@@ -60,7 +60,7 @@ class Rules:
         return given
 
     def headers(self, raw: Headers) -> dict[str, str]:
-        """The header parameters that came, by the names they have in the document; raises `InvalidRequest`."""
+        """The header parameters present, by their names in the document; raises `InvalidRequest`."""
         given: dict[str, str] = {}
         for name, (wanted, schema) in self._headers.items():
             found = texts(raw, wanted)
@@ -91,14 +91,14 @@ def parse_json(raw: bytes) -> Any:
         parsed = orjson.loads(raw)
     except orjson.JSONDecodeError:
         raise MalformedBody from None
-    # PostgreSQL holds none, and few documents have the characters that could be one.
+    # PostgreSQL cannot store NUL, and few bodies contain what could be its escape.
     if b"\\u0000" in raw and _has_nul(parsed):
         raise MalformedBody
     return parsed
 
 
 def _has_nul(value: Any) -> bool:
-    # No recursion: a thousand levels are allowed, and Python's stack has room for hardly more.
+    # No recursion: orjson reads a thousand levels, and Python's stack has room for hardly more.
     waiting = [value]
     while waiting:
         part = waiting.pop()
@@ -112,7 +112,7 @@ def _has_nul(value: Any) -> bool:
 
 
 def is_deep(value: Any) -> bool:
-    """Whether lists and objects stand in each other more than `MAX_DEPTH` deep."""
+    """Whether lists and objects are nested more than `MAX_DEPTH` deep."""
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [part for whole in level for part in _parts(whole)]
@@ -151,7 +151,7 @@ def _fault(error: ValidationError, pointer: str) -> Fault:
         case ValidationErrorKind.Required(property=missing):
             return Fault(pointer + _pointer([missing]), "It is required.")
         case ValidationErrorKind.AdditionalProperties():
-            # The library's words name the unknown member, and that is what the client sent.
+            # The library's message names the unknown member, which the client sent.
             return Fault(pointer, "It has a member that is not in the document.")
     return Fault(pointer, f"{error.message}.")
 
@@ -167,7 +167,7 @@ def _compiled(components: Mapping[str, Any], schema: Mapping[str, Any]) -> Draft
 
 
 def as_json_schema(node: Any) -> Any:
-    """An OpenAPI 3.0 schema as JSON Schema draft 4 says it: `nullable` is a second type."""
+    """An OpenAPI 3.0 schema in JSON Schema draft 4: `nullable` becomes a second type."""
     if isinstance(node, list):
         return [as_json_schema(item) for item in node]
     if not isinstance(node, dict):
@@ -179,7 +179,7 @@ def as_json_schema(node: Any) -> Any:
 
 
 def validator_map(rules: Mapping[str, Rules]) -> dict[str, Any]:
-    """Connexion's two hooks. They leave what they parsed in `scope["state"]`: `query`, `headers`, `body`."""
+    """Connexion's two validators. They store what they parse in the state: `query`, `headers` and `body`."""
 
     class Parameters:
         def __init__(self, *_: object, **__: object) -> None: ...

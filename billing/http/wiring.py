@@ -1,4 +1,4 @@
-"""From the document to handlers: each operationId becomes the function of that name, given what it asks for."""
+"""From the document to handlers: each operationId names a function, called with what its signature names."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from billing.http.replies import Rendered, Reply
 from billing.security import Caller
 
 HANDLERS = "billing.handlers"
-# What a handler asks for where the document says that the operation takes an Idempotency-Key, and only there.
+# The parameter of the handlers whose operations take an Idempotency-Key by the document, and of no others.
 ONCE = "once"
 
 Endpoint = Callable[[Scope], Awaitable[Rendered]]
 
 
 class WiringError(Exception):
-    """An operation has no handler, or its handler asks for something nobody has."""
+    """An operation has no handler, or its handler has a parameter that nothing provides."""
 
 
 def endpoints(
     operations: Sequence[Operation], services: Mapping[str, object], lanes: Lanes
 ) -> dict[str, Endpoint]:
-    """What answers each operation; raises `WiringError` at start rather than at the first request."""
+    """The endpoint of each operation; raises `WiringError` at start rather than at the first request."""
     return {o.operation_id: _endpoint(o, handler_of(o), services, lanes) for o in operations}
 
 
@@ -48,7 +48,7 @@ def handler_of(operation: Operation) -> Callable[..., Reply]:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name:
-            raise  # The module is there, and what it needs is not.
+            raise  # The module exists, but one that it imports does not.
         module = None
     handler: Callable[..., Reply] | None = getattr(module, operation.operation_id, None)
     if handler is None:
@@ -74,7 +74,7 @@ def _endpoint(
     async def endpoint(scope: Scope) -> Rendered:
         given = {name: part(scope) for name, part in parts}
         call = partial(handled, scope, partial(handler, **from_services, **given))
-        # One that asks for no service has nothing to wait for, and needs no thread.
+        # A handler that takes no service never blocks, and needs no thread.
         answer = (
             call() if lane is None else await lanes.run(lane, call, whose=scope["state"].get("tenant_id"))
         )
@@ -102,12 +102,12 @@ def takes_key(operation: Operation) -> bool:
 
 
 def in_query(name: str) -> Callable[[Scope], object]:
-    """What finds a query parameter in a request."""
+    """A function that reads this query parameter from a request."""
     return lambda scope: scope["state"]["query"].get(name)
 
 
 def caller_of(scope: Scope) -> Caller | None:
-    """Whom security found, None where the operation is public."""
+    """The authenticated caller, None where the operation is public."""
     caller: Caller | None = scope["state"].get("caller")
     return caller
 
@@ -120,7 +120,7 @@ def actor_of(scope: Scope) -> Actor:
     return caller.actor(address, request_id) if caller else Actor("anonymous", None, address, request_id)
 
 
-# What a handler may ask for by name beside the services, and what finds it in a request.
+# Parameters that a handler may have beside services and query, and what reads each from a request.
 OF_THE_REQUEST: Mapping[str, Callable[[Scope], object]] = {
     "body": lambda scope: scope["state"].get("body"),
     "caller": caller_of,
@@ -130,14 +130,14 @@ OF_THE_REQUEST: Mapping[str, Callable[[Scope], object]] = {
 
 
 def _with_key_expiry(reply: Reply, caller: Caller | None) -> Reply:
-    # A key in its grace period says so on every answer: its holder may not read our list of keys.
+    # Every answer to a key in its grace period says so: its holder may not read the list of keys.
     if caller is None or caller.key is None or caller.key.expires_at is None:
         return reply
     return reply.with_header("x-key-expires-at", caller.key.expires_at.strftime("%Y-%m-%dT%H:%M:%SZ"))
 
 
 class ByOperationId(Resolver):  # type: ignore[misc]  # Connexion has no types
-    """Gives Connexion our endpoints, so that no Python path stands in the document."""
+    """Gives Connexion our endpoints, so that the document names no Python path."""
 
     def __init__(self, operations: Sequence[Operation], endpoints: Mapping[str, Endpoint]) -> None:
         super().__init__()
