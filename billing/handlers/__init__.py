@@ -1,1 +1,1 @@
-"""One module a tag of the document, one function an operation: open, ask, answer."""
+"""One module per tag of the document, one function per operation: open a transaction, apply rules, reply."""

@@ -1,4 +1,4 @@
-"""Authentication: register, log in, renew tokens, and ask who is calling."""
+"""Authentication: register, log in, refresh tokens, change a password, and identify the caller."""
 
 from __future__ import annotations
 

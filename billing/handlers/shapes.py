@@ -1,4 +1,4 @@
-"""The nouns as clients see them."""
+"""JSON objects as clients see them."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def verified_key(key: ApiKey) -> Shape:
 
 
 def listed_key(key: ApiKey, now: datetime) -> Shape:
-    """A key among others: a publishable one whole, a secret one by its last four characters."""
+    """A key in a list: a publishable one whole, a secret one by its last four characters."""
     return verified_key(key) | {
         "id": key.id,
         "key": key.text or f"sk_{key.mode}_****...{key.last4}",
@@ -122,7 +122,7 @@ def departure(departure: Departure) -> Shape:
 
 
 def connected(connected: Connected) -> Shape:
-    """An account just connected, told to whoever brought the state."""
+    """An account just connected, as the unauthenticated bearer of the state may see it."""
     return {
         "message": "The Stripe account is connected.",
         "account_id": connected.connection.account.id,
@@ -132,7 +132,7 @@ def connected(connected: Connected) -> Shape:
 
 
 def stripe_status(seen: Seen) -> Shape:
-    """What is known of an account. Without one the same members, empty."""
+    """What is known of the account; without one the same members, empty."""
     connection = seen.connection
     living = connection if connection is not None and connection.is_living else None
     status = connection.status if connection else "not_connected"
@@ -172,7 +172,7 @@ def _requirements(asked: Requirements) -> Shape:
 def webhook_config(
     endpoint: Endpoint, secrets: Sequence[Secret], recent: Sequence[Delivery], stats: Stats, base_url: str
 ) -> Shape:
-    """Where events go, and how it has been going."""
+    """The endpoint, with its latest deliveries and their statistics."""
     return {
         "webhook_url": endpoint.url,
         "webhook_secret": f"whsec_****...{secrets[0].last4}" if secrets else None,
@@ -228,7 +228,7 @@ def delivery(delivery: Delivery) -> Shape:
 
 
 def test_report(report: Report) -> Shape:
-    """What came of a test, for whoever builds the receiver."""
+    """The result of a test, for the developer of the receiver."""
     attempt = report.attempt
     said = f"answered {attempt.http_status}" if attempt.http_status else "could not be reached"
     return {

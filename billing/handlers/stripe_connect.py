@@ -1,4 +1,4 @@
-"""Stripe Connect: connect an account, look at it, disconnect it."""
+"""Stripe Connect: connect an account, read its status, disconnect it."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ def complete_stripe_connect(
 
 def _page(outcome: Connected | BillingError) -> Reply:
     if isinstance(outcome, BillingError):
-        # Without a detail of its own it would say its title twice.
+        # Without a detail of its own the page would show the title twice.
         text = outcome.explanation() if outcome.detail == outcome.title() else outcome.detail
         return replies.page(outcome.title(), text, status=status_of(type(outcome)))
     status = outcome.connection.status
     title = "There is more to do at Stripe." if status == "pending" else "The Stripe account is connected."
-    # Whose page it was that led here, the person may have been deceived about.
+    # Names the tenant: the person may have been deceived about whose page led here.
     text = f"It belongs to {outcome.tenant.company_name} on this platform. {stripe_connect.MESSAGES[status]}"
     return replies.page(title, text)
 
