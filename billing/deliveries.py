@@ -31,16 +31,16 @@ from billing.webhooks.endpoints import DISABLED, Endpoint, UrlPolicy
 from billing.webhooks.events import Event
 from billing.webhooks.signing import signed_headers
 
-# What a worker takes of an endpoint at once. The last is begun so early that the lease outlasts it.
+# What a worker takes of an endpoint at once. The last is begun early enough to end within the lease.
 BATCH = 64
 BEGUN_WITHIN_SECONDS = 30
-# How much of it is in flight: one at first, then twice as much each time it went well. However many endpoints
-# die, each holds one thread and not many.
+# How many of these are in flight at most: one at first, twice as many each time all went well, all at once
+# where the last batch did. However many endpoints are dead, each then holds one thread and not many.
 IN_FLIGHT = 16
-# What ends about together is kept in one transaction.
+# Attempts that end within this time of the first are stored in one transaction.
 GATHERED_SECONDS = 0.005
 MOST_PROVEN = 10_000
-# Above this a receiver would hold the threads of those that answer at once.
+# A receiver slower than this moves to the slow queue, or it would hold the threads of fast ones.
 SLOW_MS = 2000
 PAUSE = timedelta(seconds=4)
 
@@ -51,7 +51,7 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.deliv
 
 @dataclass(frozen=True)
 class Batch:
-    """What is to be sent to an endpoint now, and what signs it."""
+    """The deliveries to send to an endpoint now, and the secrets that sign them."""
 
     tenant_id: UUID
     endpoint: Endpoint
@@ -62,7 +62,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Ended:
-    """Attempts that ended about together: how each went, and whether the receiver wants no more."""
+    """Attempts that ended about together: the result of each, and whether the receiver wants no more."""
 
     settled: Sequence[Settled] = ()
     gone: bool = False
@@ -74,7 +74,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class Sent:
-    """What became of a batch: what ended last and is not kept yet, what was not begun after all, and how it went."""
+    """The outcome of a batch: the last results, not stored yet, the deliveries not begun, and how it went."""
 
     last: Ended = Ended()
     rest: Sequence[Begun] = ()
@@ -83,7 +83,7 @@ class Sent:
 
 
 class Dispatcher:
-    """Sends events to tenants' endpoints, each endpoint by one worker at a time, which the task's lease sees to."""
+    """Sends events to tenants' endpoints, each by one worker at a time, as the task's lease ensures."""
 
     def __init__(self, store: Store, egress: Egress, clock: Clock, *, threads: int) -> None:
         self._store = store
@@ -95,11 +95,11 @@ class Dispatcher:
         self._proven: set[UUID] = set()
 
     def stop(self) -> None:
-        """Begin nothing more; what is in flight is settled, and the rest goes back."""
+        """Begin no more attempts; those in flight are settled, and the rest is given back."""
         self._stopping.set()
 
     def deliver(self, task: Task) -> None:
-        """Send what is due to one tenant's endpoint, and say when there will be more."""
+        """Send what is due to one tenant's endpoint, and postpone its task until more is due."""
         batch = self._begin(task.tenant_id)
         sent = self._send(batch) if batch.begun else Sent()
         with self._store.tenant(task.tenant_id) as tx:
@@ -124,7 +124,7 @@ class Dispatcher:
             return Batch(tenant_id, endpoint, endpoint.url, secrets, begun)
 
     def _send(self, batch: Batch) -> Sent:
-        """Send a batch and settle all but what ended last, until that is no use any more or we are to stop."""
+        """Send a batch, and store all but the last results; stops early if it fails, is slow, or must."""
         with self._egress.to(batch.url) as post:
             return self._send_by(post, batch)
 
@@ -132,9 +132,9 @@ class Dispatcher:
         waiting, flying = deque(batch.begun), dict[Future[Attempt | None], Begun]()
         window, until = self._first_window(batch.tenant_id), time.monotonic() + BEGUN_WITHIN_SECONDS
         durations: list[int] = []
-        last = Ended()  # Of what has ended, that which is not yet kept.
+        last = Ended()  # The results that are not stored yet.
         while flying or (waiting and window):
-            # Kept before more is begun, which is not to go where the endpoint no longer is.
+            # Stored before more is begun, which must not go to a URL that the endpoint no longer has.
             if last.settled and not self._settle(batch, last):
                 window = 0
             while waiting and len(flying) < window:
@@ -150,7 +150,7 @@ class Dispatcher:
         return Sent(last, list(waiting), _is_slow(durations), went_well=window > 0)
 
     def _submit(self, post: Post, batch: Batch, begun: Begun, until: float) -> Future[Attempt | None]:
-        # In the context of the task: what the attempt logs, and its span, belong to that.
+        # In the context of the task, to which the attempt's log line and span belong.
         return self._pool.submit(copy_context().run, self._attempt, post, batch, begun, until)
 
     def _first_window(self, tenant_id: UUID) -> int:
@@ -163,14 +163,14 @@ class Dispatcher:
             self._proven.add(tenant_id)
 
     def _attempt(self, post: Post, batch: Batch, begun: Begun, until: float) -> Attempt | None:
-        # None says that no more is to be sent. All threads may have been busy for a while; what begins now must end
-        # before the lease does.
+        # None if it is not sent any more. All threads may have been busy for a while, and what begins now
+        # must end before the lease does.
         if self._stopping.is_set() or time.monotonic() > until:
             return None
         return send(post, batch.secrets, begun, self._clock())
 
     def _settle(self, batch: Batch, ended: Ended) -> bool:
-        """Keep how attempts went; whether what is left is still to go to the same place."""
+        """Store results; returns whether the endpoint still has the batch's URL."""
         with self._store.tenant(batch.tenant_id) as tx:
             return _keep(tx, batch, ended, self._clock()).url == batch.url
 
@@ -199,12 +199,12 @@ def _is_slow(durations: Sequence[int]) -> bool:
 
 
 def _keep(tx: TenantTx, batch: Batch, ended: Ended, now: datetime) -> Endpoint:
-    """Keep how attempts went, for them and for the endpoint, which is locked from now on; returns it as it is then."""
-    # The endpoint before its deliveries, as whoever removes it: or the two deadlock.
+    """Store results for deliveries and endpoint, which stays locked; returns the endpoint as it is then."""
+    # Lock the endpoint before its deliveries, as its removal does: or the two deadlock.
     endpoint = tx.webhooks.find(lock=True)
     if not ended.settled:
         return endpoint
-    # What was sent is not for what is configured now, nor is the rest for what was.
+    # Results of sending to an earlier URL say nothing of the present one.
     if endpoint.url == batch.url and endpoint.is_active:
         endpoint = _note(tx, endpoint, ended, now)
     tx.deliveries.settle(ended.settled)
@@ -212,7 +212,7 @@ def _keep(tx: TenantTx, batch: Batch, ended: Ended, now: datetime) -> Endpoint:
 
 
 def _note(tx: TenantTx, endpoint: Endpoint, ended: Ended, now: datetime) -> Endpoint:
-    """Keep how the endpoint does, and give it up if that is due."""
+    """Store the endpoint's health, and disable it if that is due."""
     if ended.all_delivered and endpoint.failing_since is None:
         return endpoint
     failed = [one for one in ended.settled if one.status != "delivered"]
@@ -226,19 +226,19 @@ def _note(tx: TenantTx, endpoint: Endpoint, ended: Ended, now: datetime) -> Endp
 
 
 def _only_types(endpoint: Endpoint) -> Sequence[str] | None:
-    """The one type of event that a disabled endpoint still gets: the news of that. None where it is not disabled."""
+    """The one type of event that a disabled endpoint still gets: that it was disabled. None if it is not."""
     return None if endpoint.disabled_reason is None else [DISABLED]
 
 
 def _gathered(flying: Iterable[Future[Attempt | None]]) -> set[Future[Attempt | None]]:
-    """What has ended, once something has: and what ends just after it."""
+    """Wait until an attempt ends; returns it, and those that end just after it."""
     flying = list(flying)
     wait(flying, return_when=FIRST_COMPLETED)
     return wait(flying, timeout=GATHERED_SECONDS).done
 
 
 def _judge_all(batch: Batch, made: Sequence[tuple[Begun, Attempt]], now: datetime) -> Ended:
-    """What follows from attempts, which is told at once."""
+    """What follows from attempts; each is logged at once."""
     verdicts = [_verdict(begun, attempt, batch.endpoint, now) for begun, attempt in made]
     settled = [_settled(*one, verdict, now) for one, verdict in zip(made, verdicts, strict=True)]
     for (begun, _), one in zip(made, settled, strict=True):
@@ -249,7 +249,7 @@ def _judge_all(batch: Batch, made: Sequence[tuple[Begun, Attempt]], now: datetim
 def _verdict(begun: Begun, attempt: Attempt, endpoint: Endpoint, now: datetime) -> Verdict:
     verdict = judge(begun.attempt, attempt, now, jitter=RANDOM.uniform(-1, 1))
     if verdict.status == "pending" and endpoint.disabled_reason is not None:
-        return Verdict("failed")  # The news that it is disabled: tried once, and then there is silence.
+        return Verdict("failed")  # The event that it was disabled is tried once only.
     return verdict
 
 
@@ -267,7 +267,7 @@ def _settled(begun: Begun, attempt: Attempt, verdict: Verdict, now: datetime) ->
 
 
 def log_attempt(begun: Begun, settled: Settled) -> None:
-    """Count an attempt, and log it with the request that the event came of."""
+    """Count an attempt, and log it with the id of the request that caused the event."""
     metrics.ATTEMPTS.count(settled.error or "delivered")
     metrics.ATTEMPT_SECONDS.observe(settled.duration_ms / 1000)
     if settled.status != "pending":
@@ -287,11 +287,11 @@ def log_attempt(begun: Begun, settled: Settled) -> None:
 
 
 def _let_go(tx: TenantTx, task: Task, endpoint: Endpoint, sent: Sent, now: datetime) -> None:
-    """Let go of an endpoint until its next attempt is due. One that fails or takes long waits in a queue of such."""
+    """Release an endpoint's task until more is due: into the slow queue, if it is failing or slow."""
     if sent.rest:
         tx.deliveries.give_back(sent.rest)
     if endpoint.url is None:
-        # An event that was being recorded while the URL was removed, or more than one statement gives up.
+        # Some are left if one was being recorded while the URL was removed, or of more than one statement's.
         due_at = now if tx.deliveries.cancel(endpoints.CANCELLED, now) else None
     else:
         due_at = tx.deliveries.next_due(types=_only_types(endpoint))
@@ -299,8 +299,8 @@ def _let_go(tx: TenantTx, task: Task, endpoint: Endpoint, sent: Sent, now: datet
         tx.tasks.finish(task)
     else:
         is_failing = endpoint.failing_since is not None
-        # Not in the past: who was served goes behind those who were not. One that refuses every connection
-        # would come round again at once, and be most of what the worker does.
+        # Not in the past: an endpoint just served goes behind those that were not. And a failing one pauses:
+        # if it refuses every connection, it would come round at once and be most of what the worker does.
         soonest = now + PAUSE if is_failing else now
         queue: Queue = "slow_webhooks" if is_failing or sent.was_slow else "webhooks"
         tx.tasks.postpone(task, max(due_at, soonest), queue=queue)
@@ -311,7 +311,7 @@ def _let_go(tx: TenantTx, task: Task, endpoint: Endpoint, sent: Sent, now: datet
 
 @dataclass(frozen=True)
 class Report:
-    """What came of a test."""
+    """The result of a test."""
 
     url: str
     event_type: str
@@ -319,15 +319,15 @@ class Report:
 
 
 class Tester:
-    """Sends one event at once, for whoever builds a receiver."""
+    """Sends one test event at once, for the developer of a receiver."""
 
     def __init__(self, store: Store, egress: Egress, clock: Clock, *, one_at_a_time: bool = True) -> None:
         self._store = store
         self._egress = egress
         self._clock = clock
-        # Or one tenant's slow receiver would be everybody's wait. How many a minute is `limits.Policies`' part.
+        # Or one tenant's slow receiver could hold all threads. `limits.Policies` limits how many a minute.
         self._one_at_a_time = one_at_a_time
-        # Whose test is in flight.
+        # The tenants with a test in flight.
         self._busy: set[UUID] = set()
         self._lock = threading.Lock()
 
@@ -335,7 +335,7 @@ class Tester:
     def sent(
         self, tenant_id: UUID, event_type: str, data: dict[str, object]
     ) -> Iterator[tuple[TenantTx, Report]]:
-        """Send one event now, and never again; the transaction is the one that keeps what came of it.
+        """Send one event now, without retries; yields the transaction that stores the result.
 
         Raises `WebhookNotConfigured` and `RateLimited`.
         """
@@ -394,16 +394,16 @@ def policy_for(settings: Settings) -> UrlPolicy:
 
 
 def egress_for(settings: Settings, *, lookups: int = 16) -> Egress:
-    """The way out as this installation's settings open it; so many names can be looked up at once."""
+    """Egress as this installation's settings allow it, with so many names looked up at once."""
     return Egress(policy_for(settings), settings.webhook_allow_cidrs, lookups=lookups)
 
 
 def dispatcher_for(settings: Settings, store: Store, clock: Clock, *, threads: int) -> Dispatcher:
-    """Deliveries as this installation's settings allow them, so many at once."""
+    """A dispatcher as this installation's settings allow, with so many attempts at once."""
     # A lookup that hangs outlasts the attempt that gave up on it; names that do not hang must still find a thread.
     return Dispatcher(store, egress_for(settings, lookups=3 * threads), clock, threads=threads)
 
 
 def tester_for(settings: Settings, store: Store, clock: Clock) -> Tester:
-    """Tests as this installation's settings allow them."""
+    """A tester as this installation's settings allow."""
     return Tester(store, egress_for(settings), clock, one_at_a_time=settings.rate_limits)

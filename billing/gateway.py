@@ -1,4 +1,4 @@
-"""The only place that speaks to Stripe: every answer becomes a value of ours, every failure an error of ours."""
+"""The only place that calls Stripe: every answer becomes a value of ours, every failure an error of ours."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ MOST_ITEMS = 500
 MOST_CAPABILITIES = 200
 LATEST_TIME = 253402300799  # The end of the year 9999.
 
-# How the library fails: its own errors, and what slips out of it when an answer is of no known form.
+# How the library fails: its own errors, and what escapes it when an answer has an unknown form.
 FAILURES = (stripe.StripeError, AttributeError, KeyError, TypeError, ValueError)
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.stripe")
 
 
 class Malformed(ValueError):
-    """Stripe answered with something that is not what was asked for."""
+    """Stripe's answer has not the form that was expected."""
 
 
 class Gateway:
-    """One client for the process, for any number of threads. No retries: whoever calls knows what a repeat does.
+    """One client for the process, for any number of threads. No retries: the caller knows what a repeat does.
 
-    Every call of Stripe takes at most `TOTAL_SECONDS` (`revoke` may need two), and whoever makes one may meet
+    Every call of Stripe takes at most `TOTAL_SECONDS` (`revoke` may need two), and may raise
     `StripeNotConfigured` and `StripeUnavailable`.
     """
 
@@ -65,7 +65,7 @@ class Gateway:
 
     @property
     def livemode(self) -> bool:
-        """Whether our key is one for real money."""
+        """Whether our key is a live one, for real money."""
         return (self._secret_key or "").startswith(("sk_live_", "rk_live_"))
 
     def require_configured(self, *, for_oauth: bool = True) -> None:
@@ -79,7 +79,7 @@ class Gateway:
     # OAuth ---------------------------------------------------------------------------------------
 
     def authorize_url(self, *, state: str, redirect_uri: str, tenant: Tenant, user: User) -> str:
-        """Where an owner's browser goes to agree, with what we know of them filled in, if it fits. Calls nobody."""
+        """The URL where an owner authorises us, prefilled with what we know, if it fits. Makes no call."""
         self.require_configured()
         prefill = {
             "email": user.email,
@@ -96,7 +96,7 @@ class Gateway:
         }
         known: Any = {**asked, "stripe_user": {name: value for name, value in prefill.items() if value}}
         url = self._stripe.oauth.authorize_url(known)
-        # Of a name in another script each letter is nine characters of a URL, or twelve.
+        # A URL has six to twelve characters for each letter of another script.
         return url if len(url) <= LONGEST_URL else self._stripe.oauth.authorize_url(asked)
 
     def complete(self, code: str) -> Grant:
@@ -112,7 +112,7 @@ class Gateway:
             raise
 
     def revoke(self, account_id: str) -> None:
-        """Tell Stripe that the account is no longer connected, also if it knows already."""
+        """Deauthorise the account at Stripe; no error if it is not connected there any more."""
         self.require_configured()
         try:
             with _in_our_words("oauth.deauthorize"):
@@ -120,7 +120,7 @@ class Gateway:
         except StripeUnavailable as error:
             if not isinstance(error.__cause__, stripe.oauth_error.InvalidClientError):
                 raise
-            # Either the account is not connected, or our own client id is wrong: only the account tells.
+            # Either the account is not connected, or our own client id is wrong: a retrieval tells.
             if self._retrieve(account_id) is not None:
                 raise
 
@@ -148,7 +148,7 @@ class Gateway:
             return _account(made.to_dict())
 
     def account_link(self, account_id: str, *, return_url: str) -> str:
-        """Where an owner's browser goes to fill in Stripe's form; good for some minutes."""
+        """The URL of Stripe's form for an owner; valid for some minutes."""
         self.require_configured(for_oauth=False)
         with self._breaker, _in_our_words("account_links.create"):
             made = self._stripe.v1.account_links.create(
@@ -156,7 +156,7 @@ class Gateway:
                     "type": "account_onboarding",
                     "account": account_id,
                     "return_url": return_url,
-                    # A link that has expired leads back as well: the form is not finished, and that shows.
+                    # An expired link leads back as well: the account's status shows the unfinished form.
                     "refresh_url": return_url,
                 }
             )
@@ -182,14 +182,14 @@ class Gateway:
         return self._client
 
 
-# The environment could have the library print what it receives, codes too, past our log and its redaction.
+# The environment could make the library print what it receives, codes too, past our log and its redaction.
 stripe._util.STRIPE_LOG = None  # noqa: SLF001
 
 
 class _Client(stripe.RequestsClient):
-    """Refuses an answer too deep for the library, which goes down it by recursion.
+    """Refuses an answer nested too deeply for the library, which traverses it by recursion.
 
-    Where the stack ends, whatever happens to run there fails as well, such as a finalizer of somebody else's.
+    At the stack's limit whatever else happens to run fails as well, such as another object's finalizer.
     """
 
     def request(self, *args: Any, **kwargs: Any) -> Any:
@@ -206,7 +206,7 @@ def _client(secret_key: str, client_id: str | None, api_base: str, connect_base:
         client_id=client_id,
         max_network_retries=0,
         http_client=_Client(timeout=(CONNECT_SECONDS, TOTAL_SECONDS), session=session),
-        # All four: an address that is left out stays the real one.
+        # All four: one that is left out keeps Stripe's real address.
         base_addresses={
             "api": api_base,
             "connect": connect_base,
@@ -222,7 +222,7 @@ def _in_our_words(operation: str) -> Iterator[None]:
         with tracing.span(f"stripe {operation}", "client"):
             yield
     except FAILURES as error:
-        # Not its message: that of `invalid_grant` repeats the code.
+        # Without its message: that of `invalid_grant` repeats the code.
         log.warning(
             "stripe refused or failed",
             operation=operation,
@@ -241,9 +241,10 @@ def _code_of(error: BaseException) -> str | None:
 
 
 class CircuitBreaker:
-    """Spares everyone the wait for a Stripe that does not answer: raises `StripeUnavailable` at once instead.
+    """Fails fast while Stripe does not answer: raises `StripeUnavailable` at once instead of waiting.
 
-    It is open for a quarter of a minute after three silences in a row, and while somebody has waited too long.
+    It is open for `OPEN_SECONDS` after `OPENS_AFTER` silences in a row, and while any call has been waiting
+    for longer than `PATIENCE_SECONDS`.
     """
 
     OPENS_AFTER = 3
@@ -274,7 +275,7 @@ class CircuitBreaker:
 
 
 def _is_silence(error: BaseException | None) -> bool:
-    """Whether Stripe did not answer, or not as itself: a refusal for one account says nothing of the others."""
+    """Whether Stripe did not answer, or with a 5xx: a refusal for one account says nothing of the others."""
     cause = error.__cause__ if error is not None else None
     return isinstance(cause, stripe.APIConnectionError) or (getattr(cause, "http_status", None) or 0) >= 500
 
@@ -283,7 +284,7 @@ def _is_silence(error: BaseException | None) -> bool:
 
 
 def _is_deep(body: bytes) -> bool:
-    """Whether lists and objects of a JSON text stand in each other more than `DEEPEST_ANSWER` deep."""
+    """Whether lists and objects of a JSON text are nested more than `DEEPEST_ANSWER` deep."""
     if body.count(b"[") + body.count(b"{") <= DEEPEST_ANSWER:
         return False
     unescaped = body.replace(rb"\\", b"").replace(rb"\"", b"")
@@ -300,7 +301,7 @@ def _grant(token: Mapping[str, Any]) -> Grant:
 
 
 def _account(raw: Mapping[str, Any]) -> Account:
-    """The account in Stripe's answer, as far as it has the form that it should; raises `Malformed`."""
+    """The account in Stripe's answer, without members of unexpected form; raises `Malformed` for its id."""
     if not _is_account_id(raw.get("id")):
         raise Malformed
     return Account(

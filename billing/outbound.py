@@ -1,8 +1,8 @@
-"""Calls that leave this machine: bounded in time and size, however the other side behaves.
+"""Outbound calls: bounded in time and size, however the other side behaves.
 
-A read timeout begins anew with every byte, so a sender who drips holds us for minutes. Here each request has one
-deadline over all of it, and a watchdog shuts down the very socket that the request is on. Those to Stripe are a
-`Session`'s, which is here; those to tenants' URLs are a `PostClient`'s, of the same parts.
+A read timeout begins anew with every byte, so a sender who drips holds us for minutes. Here each request has
+one deadline over all of it, and a watchdog shuts down the request's own socket. Calls to Stripe are made by a
+`Session`, which is here; those to tenants' URLs by a `PostClient`, built of the same parts.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from urllib3.exceptions import HTTPError, ReadTimeoutError
 from billing.threads import Threads
 
 Address = IPv4Address | IPv6Address
-# What getaddrinfo says: family, kind, protocol, canonical name, and what to give to connect.
+# What getaddrinfo returns: family, kind, protocol, canonical name, and what to give to connect.
 Found = tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]
 
 HEAD_BYTES = 64 * 1024
 PIECE_BYTES = 16 * 1024
-# How many of a session's to one host are kept open.
+# How many connections to one host a session keeps open.
 CONNECTIONS = 64
 MIME_TYPE = b"content-type:"
 
@@ -53,7 +53,7 @@ class OutboundError(requests.RequestException):
     """The call failed."""
 
     def __init__(self) -> None:
-        # Those of requests and urllib3 have the URL in their text, and the request with its headers in them.
+        # Errors of requests and urllib3 hold the URL in their message, and the request with its headers.
         super().__init__(self.__doc__)
 
 
@@ -91,14 +91,14 @@ class UrlInvalid(OutboundError):
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a call may take.
+    """The limits of a call.
 
     Args:
         connect_seconds: for the lookup of the name, and for the connection to each of its addresses.
         total_seconds: for all of a call, from the lookup to the last byte of the body.
         max_bytes: of a body. Its head has 64 KiB more, and the chunked coding as much again as the body.
         cut: whether a longer body is cut there and its rest never read; else it raises `ResponseTooLarge`.
-        permitted: whether an address may be called. All that a name resolves to must be, or none is.
+        permitted: whether an address may be called. All that a name resolves to must be, or none is called.
     """
 
     connect_seconds: float
@@ -108,7 +108,7 @@ class Bounds:
     permitted: Callable[[Address], bool] | None = None
 
     def body_of(self, read: Callable[[int], bytes]) -> bytes:
-        """What is read in pieces, within `max_bytes`."""
+        """The body, read in pieces within `max_bytes`."""
         body = bytearray()
         most = self.max_bytes if self.cut else self.max_bytes + 1
         while piece := read(min(PIECE_BYTES, most - len(body))):
@@ -119,10 +119,10 @@ class Bounds:
 
 
 class Resolver:
-    """Looks names up within a time, which getaddrinfo itself does not promise.
+    """Looks names up with a timeout, which getaddrinfo itself does not have.
 
-    A lookup that hangs keeps one of `threads` until it ends. When all of them hang, every other name fails to resolve:
-    those whose calls must not suffer together have a resolver each. Make it after a fork.
+    A lookup that hangs holds one of `threads` until it ends. When all of them hang, every other name fails to
+    resolve: calls that must not affect each other use a resolver each. Make it after a fork.
     """
 
     def __init__(self, threads: int = 16) -> None:
@@ -168,18 +168,18 @@ def found_in(asked: Future[Sequence[Found]], seconds: float) -> Sequence[Found]:
 
 
 class Names(Protocol):
-    """What a call looks names up with."""
+    """What a call resolves names with."""
 
     def look_up(self, host: str, port: int, seconds: float) -> Sequence[Found]:
         """As `Resolver`'s."""
 
 
 class Session(requests.Session):
-    """A session for any number of threads, each of whose calls keeps within its limits or raises an `OutboundError`.
+    """A session for any number of threads: each call keeps within its bounds or raises an `OutboundError`.
 
-    It follows no redirect, keeps no cookie, decodes no body, and takes nothing from the environment. The body has been
-    read when a call returns. What a call says of `timeout`, `stream`, `proxies` and `allow_redirects` is not looked at.
-    Make it after a fork.
+    It follows no redirect, keeps no cookie, decodes no body, and takes nothing from the environment. The body
+    has been read when a call returns. A call's `timeout`, `stream`, `proxies` and `allow_redirects` are
+    ignored. Make it after a fork.
 
     Args:
         bounds: what each call may take.
@@ -198,13 +198,13 @@ class Session(requests.Session):
             self.mount(scheme, _Adapter())
 
     def get_redirect_target(self, resp: requests.Response) -> None:
-        """None: requests would read all of a redirect's body before it looks at how many it may follow."""
+        """None: requests would read all of a redirect's body before it checks how many it may follow."""
 
     def send(self, request: requests.PreparedRequest, **kwargs: Any) -> requests.Response:
         """The response with its body read; raises an `OutboundError`."""
         with watched(Call(self._bounds, self._resolver)) as call:
             outcome = self._outcome(call, request, kwargs)
-        # Raised here, it has no context: that could have the URL in it.
+        # Raised here, it has no `__context__`, which could have the URL in it.
         if isinstance(outcome, OutboundError):
             raise outcome
         return outcome
@@ -228,7 +228,7 @@ class Session(requests.Session):
         return call.judged(error)
 
     def _exchange(self, request: requests.PreparedRequest, kwargs: dict[str, Any]) -> requests.Response:
-        # The timeout, which is for each read and write, would end what the watchdog missed.
+        # This timeout, which is for each read and write, ends what the watchdog may have missed.
         timeout = self._bounds.total_seconds
         own = {"stream": True, "timeout": timeout, "proxies": {}, "allow_redirects": False}
         response = super().send(request, **{**kwargs, **own})
@@ -239,7 +239,7 @@ class Session(requests.Session):
 
 
 def tls_context() -> ssl.SSLContext:
-    """A context that trusts what requests trusts (certifi), for any number of connections: to make it takes 27 ms."""
+    """A context that trusts what requests trusts (certifi), for many connections: it takes 27 ms to make."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(requests.utils.DEFAULT_CA_BUNDLE_PATH)
     context.hostname_checks_common_name = False
@@ -247,7 +247,7 @@ def tls_context() -> ssl.SSLContext:
     return context
 
 
-# One request's time ------------------------------------------------------------------------------
+# One request's deadline --------------------------------------------------------------------------
 
 
 class Stopped(Exception):
@@ -258,7 +258,7 @@ class Stopped(Exception):
 
 
 class Call:
-    """One request: what it may take, and the socket that it is on."""
+    """One request: its bounds, its deadline, and its socket."""
 
     def __init__(self, bounds: Bounds, names: Names) -> None:
         self.bounds = bounds
@@ -274,8 +274,8 @@ class Call:
         return time.monotonic() >= self.ends_at
 
     def judged(self, outcome: T | OutboundError) -> T | OutboundError:
-        """The outcome, unless the deadline made it what it is."""
-        # A body that ends with the connection looks whole when it is cut.
+        """The outcome, or `CallTimedOut` where the deadline caused it."""
+        # A body that ends with the connection looks whole when the watchdog cuts it.
         is_late = self.is_over() if isinstance(outcome, OutboundError) else self.is_cut
         return CallTimedOut() if is_late else outcome
 
@@ -286,7 +286,7 @@ class Call:
         return min(left, self.bounds.connect_seconds)
 
     def dial(self, host: str, port: int, options: Any) -> socket.socket:
-        """A connection to the first address that takes it, of those looked up once and all permitted."""
+        """Connect to the first address that accepts, of those looked up once and all permitted."""
         found = self._names.look_up(host, port, self.seconds())
         permitted = self.bounds.permitted
         if permitted and not all(permitted(ip_address(entry[4][0])) for entry in found):
@@ -312,30 +312,30 @@ class Call:
         return connection
 
     def watch(self, connection: socket.socket) -> None:
-        """Have this socket cut at the deadline; raises `CallTimedOut` when that has passed."""
+        """Have the watchdog cut this socket at the deadline; raises `CallTimedOut` when that has passed."""
         self.release()
-        # A descriptor of our own for the same socket: TLS takes the other from its object, and once closed it is the
-        # number of somebody else's.
+        # A descriptor of our own for the same socket: TLS takes the other from its object, and once closed
+        # its number may be reused for another file.
         own = socket.socket(fileno=os.dup(connection.fileno()))
         with self._lock:
             self._socket = own
-            # The watchdog comes once. It may have come.
+            # The watchdog cuts once, and may have done so before the socket was set.
             if self.is_over():
                 raise CallTimedOut
 
     def release(self) -> None:
-        """Let the socket be: from here on it may be another request's."""
+        """Stop watching the socket: from here on it may be another request's."""
         with self._lock:
             if self._socket is not None:
                 self._socket.close()
             self._socket = None
 
     def cut(self) -> None:
-        """End the connection under whoever reads or writes it, if the request still has one."""
+        """Shut the connection down under its reader or writer, if the request still has one."""
         with self._lock:
             if self._socket is not None:
                 self.is_cut = True
-                with suppress(OSError):  # The other side may have ended it.
+                with suppress(OSError):  # The other side may have closed it.
                     self._socket.shutdown(socket.SHUT_RDWR)
 
 
@@ -344,7 +344,7 @@ class _Watchdog:
 
     def __init__(self) -> None:
         self._forget()
-        # A child has none of its parent's threads, and may have its locks held.
+        # A forked child has none of its parent's threads, and may inherit its locks as held.
         os.register_at_fork(after_in_child=self._forget)
 
     def _forget(self) -> None:
@@ -378,14 +378,14 @@ class _Watchdog:
             return heappop(self._calls)[2]
 
     def _seconds(self) -> float | None:
-        # Or each would wake us at a deadline that it met.
+        # Ended calls are dropped here, or each would wake us at its deadline.
         while self._calls and self._calls[0][2].has_ended:
             heappop(self._calls)
         return self._calls[0][0] - time.monotonic() if self._calls else None
 
 
 _WATCHDOG = _Watchdog()
-# urllib3 has no argument that comes from a request to its connection.
+# urllib3 passes no argument of a request on to its connection.
 _CALL: ContextVar[Call] = ContextVar("call")
 
 
@@ -401,11 +401,11 @@ def watched(call: Call) -> Iterator[Call]:
         call.has_ended = True
 
 
-# What comes back ----------------------------------------------------------------------------------
+# Responses ----------------------------------------------------------------------------------------
 
 
 class _Metered(RawIOBase):
-    """What comes from a call's socket, up to a limit.
+    """Reads from a call's socket, up to a limit.
 
     http.client reads a chunk of size -1 to its end, and any number of trailers.
     """
@@ -433,17 +433,17 @@ class _Metered(RawIOBase):
 
 
 class _HeaderLines(BufferedReader):
-    """What http.client reads a head from, which it has parsed as a whole MIME message.
+    """What http.client reads a head from, before it has it parsed as a whole MIME message.
 
-    So a head could be a tree of parts hundreds deep, which takes seconds, or have a boundary that is no text, which
-    raises whatever. With its type under another name, and without a CR that ends a line for MIME alone, it is one of
-    text.
+    So a head could be a tree of parts hundreds deep, which takes seconds, or have a boundary that is not
+    text, which raises arbitrary errors. With `Content-Type` renamed, and without a bare CR, which ends a line
+    for MIME alone, it is parsed as plain text.
     """
 
     def readline(self, size: int | None = -1, /) -> bytes:
         line = super().readline(size)
         if line[: len(MIME_TYPE)].lower() == MIME_TYPE:
-            # And not left out: lines that go on with it would go on with the header before.
+            # Not left out: its continuation lines would then continue the header before it.
             line = b"X-" + line
         if b"\r" in line.removesuffix(b"\r\n"):
             raise http.client.HTTPException("a bare CR")
@@ -451,31 +451,31 @@ class _HeaderLines(BufferedReader):
 
 
 class Response(http.client.HTTPResponse):
-    """An answer of at most so many bytes, which has no `Content-Type`: nobody here asks for it."""
+    """A response of limited size, without `Content-Type`, which nothing here reads."""
 
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
         self.fp = _HeaderLines(_Metered(self.fp.detach(), _CALL.get()))
 
     def begin(self) -> None:
-        """Read the head of the answer, past any that only say that it is to come (RFC 9110, section 15.2)."""
+        """Read the head of the response, past those of interim ones (1xx; RFC 9110, section 15.2)."""
         super().begin()
         while (
             HTTPStatus.CONTINUE <= self.status < HTTPStatus.OK
             and self.status != HTTPStatus.SWITCHING_PROTOCOLS
         ):
-            self.headers = None  # type: ignore[assignment]  # By which http.client knows that it has not begun.
+            self.headers = None  # type: ignore[assignment]  # Else http.client takes it to have begun.
             super().begin()
 
 
-# What urllib3 is made of -------------------------------------------------------------------------
+# Subclasses of urllib3's parts -------------------------------------------------------------------
 
 
 class _Connection(HTTPConnection):
     response_class = Response
 
     def _new_conn(self) -> socket.socket:
-        # The only place that cannot be rebound: what is checked here is what is dialled here.
+        # Safe from DNS rebinding: the addresses checked here are those dialled here.
         try:
             return _CALL.get().dial(self._dns_host, self.port, self.socket_options)
         except OutboundError as error:

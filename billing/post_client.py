@@ -1,4 +1,4 @@
-"""POSTs to tenants' URLs: each within its bounds, and those to one URL over connections that are kept for a while."""
+"""POSTs to tenants' URLs: each within its bounds, those to one URL over connections kept for a while."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ from billing.outbound import (
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 NO_DELAY = ((socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),)
-# How a connection that was good says that it is no more.
+# How the use of a kept connection fails that the receiver has closed.
 ENDED = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back; `body` as it came, or its beginning."""
+    """The response; `body` as it came, or its beginning."""
 
     status: int
     headers: Message
@@ -53,13 +53,14 @@ class Answer:
 
 
 class PostClient:
-    """POSTs to one URL, from any number of threads, for a while: what is kept between them is gone with the block.
+    """POSTs to one URL, from any number of threads; connections kept between them are closed with the block.
 
-    The name is looked up once; what was found is held against `permitted` at each connection. What the receiver keeps
-    open is used again. Each call keeps within its bounds or raises an `OutboundError`, and none follows a redirect.
+    The name is looked up once; the addresses found are checked against `permitted` at each connection.
+    Connections that the receiver keeps open are reused. Each call keeps within its bounds or raises an
+    `OutboundError`, and none follows a redirect.
 
-    It stands on http.client: requests makes of 200 µs of CPU a call 500, a new connection included. urllib3 reads the
-    URL, as it does for requests, and tells whether something has come on a connection.
+    It is built on http.client: a call takes 200 µs of CPU, a new connection included, and with requests 500.
+    urllib3 parses the URL, as it does for requests, and tells whether a connection has data to read.
     """
 
     def __init__(self, url: str, bounds: Bounds, *, resolver: Resolver, tls: ssl.SSLContext) -> None:
@@ -80,12 +81,12 @@ class PostClient:
     def post(self, body: bytes, headers: Mapping[str, str]) -> Answer:
         """The answer, whatever its status; raises an `OutboundError`.
 
-        The body may arrive twice: a receiver may close a kept connection in the moment in which we use it. Where any of
-        an answer came, it is not sent again.
+        The body may arrive twice: a receiver may close a kept connection in the moment in which we use it.
+        Once any part of an answer came, it is not sent again.
         """
         with watched(Call(self._bounds, self._names)) as call:
             outcome = call.judged(self._outcome(call, body, headers))
-        # Raised here, it has no context: that could have the URL in it.
+        # Raised here, it has no `__context__`, which could have the URL in it.
         if isinstance(outcome, OutboundError):
             raise outcome
         return outcome
@@ -126,7 +127,7 @@ class PostClient:
                 return wire, wire.posted(self._to.target, body, headers)
             except ENDED:
                 # RFC 9110, 9.2.2: a POST may be sent again where its semantics are known to be idempotent. Those of a
-                # delivery are, by its `webhook-id`; but who has begun to answer has it.
+                # delivery are, by its `webhook-id`; but a receiver that has begun to answer has it.
                 if call.is_answered:
                     raise
         wire = self._new(call)
@@ -140,7 +141,7 @@ class PostClient:
         return _Wire(connected, to)
 
     def _quiet(self) -> _Wire | None:
-        """A kept connection that nothing has come on: that would be its end, or no answer to what is sent now."""
+        """A kept connection with nothing to read: data would be its end, or an answer to no request."""
         with suppress(IndexError):
             while wait_for_read((wire := self._kept.pop()).sock, 0):
                 wire.close()
@@ -188,12 +189,12 @@ class _Place:
 
     @property
     def name(self) -> str:
-        """The host as the receiver knows it: the dot at a name's end is for the resolver."""
+        """The host as the receiver knows it: a trailing dot is for the resolver alone."""
         return self.host.rstrip(".")
 
 
 class _Lookup:
-    """A name's addresses, as the first who asks finds them."""
+    """A name's addresses, looked up once for all calls."""
 
     def __init__(self, resolver: Resolver) -> None:
         self._resolver = resolver
@@ -201,7 +202,7 @@ class _Lookup:
         self._asked: Future[Sequence[Found]] | None = None
 
     def look_up(self, host: str, port: int, seconds: float) -> Sequence[Found]:
-        """As the resolver's. All wait for one answer, unless it was that there is none: a name holds one thread."""
+        """As the resolver's. Calls share one lookup, repeated only if it failed: a name holds one thread."""
         ends_at = time.monotonic() + seconds
         if not self._lock.acquire(timeout=seconds):
             raise NameUnknown
@@ -218,7 +219,7 @@ class _Lookup:
 
 
 class _Wire(http.client.HTTPConnection):
-    """A connection that is made already, and never makes another."""
+    """A connection that is made already, and never reconnects."""
 
     response_class = Response
     auto_open = 0
@@ -226,12 +227,12 @@ class _Wire(http.client.HTTPConnection):
     def __init__(self, connected: socket.socket, place: _Place) -> None:
         super().__init__(place.name, place.port)
         self.sock = connected
-        # Which one Host leaves out.
+        # The port that `Host` leaves out.
         self.default_port = DEFAULT_PORTS[place.scheme]
         self._body = b""
 
     def posted(self, target: str, body: bytes, headers: Mapping[str, str]) -> http.client.HTTPResponse:
-        """What answers a request that is sent now."""
+        """Send a POST; returns its response."""
         self._body = body
         try:
             self.request("POST", target, headers={**headers, "Content-Length": str(len(body))})
@@ -242,12 +243,13 @@ class _Wire(http.client.HTTPConnection):
         return response
 
     def send(self, data: Any) -> None:
-        """Sends the head, which is what http.client makes, and then the body: in one write if it is small."""
+        """Send the head, made by http.client, and then the body: in one write if it is small."""
         if len(self._body) <= PIECE_BYTES:
             super().send(data + self._body)
         else:
             super().send(data)
-            # Who answers the head (410, 413, 429) may close before the body has come. The answer is there to be read.
+            # A receiver that answers the head (410, 413, 429) may close before the body came. Read its
+            # answer.
             with suppress(*ENDED):
                 super().send(self._body)
 

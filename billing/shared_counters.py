@@ -1,4 +1,4 @@
-"""Counts that many processes share, in Redis; and what becomes of them while it does not answer."""
+"""Counts that many processes share in Redis, and a fallback while it does not answer."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from billing.counters import InProcess
 T = TypeVar("T")
 
 PREFIX = "billing"
-# Redis answers in less than one hundredth of this; a request should not wait for longer to be counted.
+# Redis answers in less than one hundredth of this; no request should wait longer to be counted.
 DEADLINE_SECONDS = 0.1
 # How long a Redis that did not answer is left alone.
 REST_SECONDS = 5.0
 CONNECTIONS = 16
-# Of the event loop, which may itself have been late: an answer that is here by then counts.
+# Iterations of the event loop, which may itself be late: an answer that arrives within them counts.
 TURNS = 5
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing")
 
 
 class InRedis:
-    """Counts that processes share; while Redis does not answer, each goes on from what it last knew.
+    """Counts that processes share; while Redis does not answer, each goes on from the last counts it knew.
 
-    Being counted is never worth an outage: an answer has a tenth of a second, and after one that did not come
-    one request every few seconds tries again. And whoever can make Redis slow wins no second budget: what it answered
-    is remembered, and what it was not told it is told later.
+    Counting is never worth an outage: Redis has a tenth of a second to answer, and after a failure one
+    request every few seconds tries again. And whoever can make Redis slow wins no second budget: its last
+    counts are remembered, and what it missed is added later.
     """
 
     def __init__(
@@ -67,13 +67,13 @@ class InRedis:
         self._asked_again_at = 0.0
 
     async def add(self, key: str, amount: int, *, seconds: int) -> int:
-        # What was not told is not put on the one that finds out whether Redis is back: its answer may be lost, and
-        # then it would be told once more.
+        # What Redis missed is not added by the request that finds out whether it is back: if that one's
+        # answer is lost, it would be added twice.
         told = amount if self._is_away else amount + self._untold.take(key)
         try:
             count = await self._ask(lambda: self._redis.incr(key, seconds, told))
         except asyncio.CancelledError:
-            # The client left. Perhaps Redis was told: who counts twice is stricter, who forgets is not.
+            # The client disconnected. Redis may have counted it: counting twice is stricter, forgetting not.
             await self._untold.add(key, told, seconds=seconds)
             raise
         if count is None:
@@ -92,7 +92,7 @@ class InRedis:
         await self._pool.aclose()
 
     async def _ask(self, question: Callable[[], Coroutine[Any, Any, T]]) -> T | None:
-        """Redis's answer, None if there is none in time. The wait for one's turn is ours, and not held against it."""
+        """Redis's answer, None if there is none in time; the wait for a free connection does not count."""
         async with self._free:
             return await self._ask_now(question)
 
@@ -100,7 +100,7 @@ class InRedis:
         now = time.monotonic()
         if self._is_away and now < self._asked_again_at:
             return None
-        # Whoever comes while this one tries does not try as well.
+        # Requests that come while this one tries do not try as well.
         self._asked_again_at = now + self._rest_seconds
         try:
             answer = await self._in_time(question)
@@ -111,8 +111,8 @@ class InRedis:
         return answer
 
     async def _in_time(self, question: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        # Not asyncio.timeout: while connecting, the client loses one in ten cancellations and goes on. What is left
-        # behind here ends by the socket's own timeouts.
+        # Not asyncio.timeout: while connecting, redis-py loses one in ten cancellations and goes on. A task
+        # left behind here ends by the socket's own timeouts.
         asking = asyncio.create_task(question())
         await asyncio.wait({asking}, timeout=self._deadline_seconds)
         for _ in range(TURNS):
@@ -136,6 +136,6 @@ class InRedis:
 
 
 def overlook(asked: asyncio.Task[Any]) -> None:
-    """Look at what became of a question that nobody waits for, or asyncio logs that nobody did."""
+    """Retrieve the exception of a task that nobody awaits, or asyncio logs that it never was."""
     if not asked.cancelled():
         asked.exception()

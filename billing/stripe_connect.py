@@ -36,7 +36,7 @@ Status = Literal["pending", "incomplete", "under_review", "restricted", "active"
 
 STATE_BYTES = 32
 STATE_LIFETIME = timedelta(minutes=10)
-# A state that came too late is told from one that never was.
+# So long a state that came too late can be distinguished from an unknown one.
 STATE_KEPT = timedelta(days=1)
 CHECKED_EVERY = timedelta(hours=1)
 
@@ -86,7 +86,7 @@ class Requirements:
 
 @dataclass(frozen=True)
 class Account:
-    """What Stripe says of an account. It promises the id alone; None is what it did not say."""
+    """What Stripe says of an account. Only the id is certain; None stands for what it did not say."""
 
     id: str
     charges_enabled: bool | None = None
@@ -101,7 +101,7 @@ class Account:
 
     @property
     def status(self) -> Status:
-        """One word for all of it: the first that fits."""
+        """The one status that sums it all up: the first that applies."""
         asked = self.requirements
         reason = asked.disabled_reason or ""
         if reason.startswith("rejected."):
@@ -119,7 +119,7 @@ class Account:
 
 @dataclass(frozen=True)
 class Grant:
-    """What Stripe gave for an authorization code."""
+    """What Stripe returned for an authorization code."""
 
     account_id: str
     scope: str
@@ -152,7 +152,7 @@ class Connection:
 
 @dataclass(frozen=True)
 class State:
-    """What ties a callback to the user who started, and to their browser if that is known."""
+    """Ties a callback to the user who started the flow, and to their browser if that is known."""
 
     id: UUID
     user_id: UUID
@@ -165,7 +165,7 @@ class State:
     consumed_at: datetime | None = None
 
     def is_for(self, browser: str | None) -> bool:
-        """Whether this browser started it. A state that no browser started, any may bring back."""
+        """Whether this browser started it. A state bound to no browser is accepted from any."""
         if self.browser_digest is None:
             return True
         return browser is not None and hmac.compare_digest(self.browser_digest, hashed(browser))
@@ -173,14 +173,14 @@ class State:
 
 @dataclass(frozen=True)
 class Connected:
-    """How a callback ended well."""
+    """The result of a successful callback."""
 
     connection: Connection
     tenant: Tenant
 
 
 def hashed(secret: str) -> bytes:
-    """What is kept of a state, or of what a browser holds."""
+    """What is kept of a state, or of a browser's binding."""
     return hashlib.sha256(secret.encode()).digest()
 
 
@@ -198,12 +198,12 @@ def require_return_url(url: str | None, origins: Collection[str]) -> None:
 
 
 def returning(url: str, outcome: Connected | BillingError) -> str:
-    """The return URL that tells how it ended: `stripe=connected`, or `stripe=error&code=…`."""
+    """The return URL with the outcome: `stripe=connected`, or `stripe=error&code=…`."""
     told = {"stripe": "connected"}
     if isinstance(outcome, BillingError):
         told = {"stripe": "error", "code": outcome.code()}
     parts = urlsplit(url)
-    # Not what an earlier ending left there: of two the page would read the first.
+    # Without those of an earlier outcome: of two the page would read the first.
     others = [
         part for part in parts.query.split("&") if part and part.partition("=")[0] not in ("stripe", "code")
     ]
@@ -228,7 +228,7 @@ def start(
     browser: str | None,
     now: datetime,
 ) -> State:
-    """Let the text be this user's state; those before it end. The caller holds the tenant's lock.
+    """Store a new state of this user, and end the tenant's earlier ones. The caller holds the tenant's lock.
 
     Raises `StripeAlreadyConnected`, but not for an account of ours whose form is not finished yet.
     """
@@ -245,7 +245,7 @@ def start(
 
 
 def forget_states(tx: Storage, *, now: datetime) -> bool:
-    """Forget states that nobody can still be asking about, or a good part of them; whether there were any."""
+    """Delete states made more than `STATE_KEPT` ago, or some of them; returns whether there were any."""
     digests = tx.stripe.forget_states(now - STATE_KEPT)
     tx.directory.release(STATE_NAME, *digests)
     return bool(digests)
@@ -265,15 +265,15 @@ def require_startable(connection: Connection | None, flow: Flow) -> None:
 def consume(
     tx: Storage, id: UUID, *, browser: str | None, now: datetime
 ) -> tuple[State, BillingError | None]:
-    """Use up a state. Beside it, why it does not count, if it does not."""
+    """Use up a state; returns it, and the reason if it is refused."""
     state = tx.stripe.lock_state(id)
     refusal = _refusal(tx, state, browser, now)
     if refusal is None:
         tx.stripe.consume_state(id, now)
         return state, None
     if isinstance(refusal, StateUsed | StateExpired):
-        return state, refusal  # A page loaded again is no news, and must not fill the log.
-    # To a browser that did not start it there is no such state: it is not told where the other one returns to.
+        return state, refusal  # A page loaded again is not audited: it must not fill the log.
+    # A browser that did not start it does not learn where the one that did returns to.
     told = replace(state, return_url=None) if isinstance(refusal, StateUnknown) else state
     return told, refuse(tx, refusal, now)
 
@@ -290,7 +290,7 @@ def _refusal(tx: Storage, state: State, browser: str | None, now: datetime) -> B
 
 
 def refuse(tx: Storage, refusal: BillingError, now: datetime) -> BillingError:
-    """Keep that a connection was refused, and why."""
+    """Audit that a connection was refused, and why; returns the refusal."""
     tx.audit.record("stripe.connect_refused", reason=refusal.code(), now=now)
     return refusal
 
@@ -298,10 +298,10 @@ def refuse(tx: Storage, refusal: BillingError, now: datetime) -> BillingError:
 def connect(
     tx: Storage, grant: Grant, account: Account | None, *, livemode: bool, now: datetime
 ) -> Connected | BillingError:
-    """Link the tenant to the account that was granted, if nothing is wrong with that.
+    """Link the tenant to the account that was granted, or return why that is refused.
 
     The caller holds the tenant's lock. `account` is None if Stripe did not say more than its id; `livemode`
-    is the platform's own. A grant that is refused is given back, unless somebody holds the account.
+    is the platform's own. A refused grant is revoked at Stripe, unless a tenant holds the account.
     """
     current = tx.stripe.find()
     if not _claim(tx, grant.account_id):
@@ -316,7 +316,7 @@ def connect(
 
 
 def _claim(tx: Storage, account_id: str) -> bool:
-    """Whether the account is this tenant's now, and no other's."""
+    """Claim the account; returns whether it is this tenant's now, and no other's."""
     claimed = tx.directory.claim(ACCOUNT_NAME, account_id, tx.tenant_id)
     return claimed or tx.directory.owns(ACCOUNT_NAME, account_id)
 
@@ -330,8 +330,8 @@ def _unfit(grant: Grant, current: Connection | None, *, livemode: bool) -> Billi
 
 
 def _give_back(tx: Storage, account_id: str, *, now: datetime) -> None:
-    # The account remains this tenant's until Stripe knows: nobody else's connection to it may be cut. So there is
-    # one task for it, the last: with two, the account would be free after the first.
+    # The account remains this tenant's until it is deauthorised at Stripe: another tenant's connection to it
+    # must not be cut. So there is one task for it, the last: with two, the first would free the account.
     tx.tasks.drop(DEAUTHORIZE, subject=account_id)
     tx.tasks.add(DEAUTHORIZE, new_id(), subject=account_id, due_at=now, now=now)
 
@@ -351,7 +351,7 @@ def link(
 
 
 def adopt(tx: Storage, account: Account, *, livemode: bool, now: datetime) -> Connection:
-    """Link the tenant to an account made for it, once, however often it is asked to."""
+    """Link the tenant to an account made for it, unless it is linked already; returns the connection."""
     current = tx.stripe.find()
     if current is not None and current.is_living:
         return current
@@ -365,10 +365,10 @@ def adopt(tx: Storage, account: Account, *, livemode: bool, now: datetime) -> Co
 def note(
     tx: Storage, connection: Connection, account: Account | None, *, asked_at: datetime, now: datetime
 ) -> Connection | None:
-    """Keep what Stripe answered: the account as it is, or None once it is no longer connected there.
+    """Store what Stripe answered: the account as it is, or None once it is no longer connected there.
 
-    What was asked before the last answer, or of a connection that has ended meanwhile, changes nothing.
-    Returns the connection as it is now. The caller holds the tenant's lock.
+    An answer requested before the last one stored, or about a connection that has ended meanwhile, changes
+    nothing. Returns the connection as it is now. The caller holds the tenant's lock.
     """
     current = tx.stripe.find()
     if current is None or current.id != connection.id or not current.is_living:
@@ -387,7 +387,7 @@ def note(
 
 
 def disconnect(tx: Storage, *, now: datetime) -> None:
-    """End the tenant's connection, if there is one, and have Stripe told. The caller holds the tenant's lock.
+    """End the tenant's connection, if any, and have it revoked at Stripe. The caller holds the tenant's lock.
 
     An account that we made is unlinked here only: at Stripe it has no other platform.
     """
@@ -402,9 +402,9 @@ def disconnect(tx: Storage, *, now: datetime) -> None:
 
 
 def note_deauthorized(tx: Storage, task: Task, *, told: bool, now: datetime) -> None:
-    """Whether Stripe knows now that an account is no longer connected. The caller holds the tenant's lock.
+    """Note whether Stripe deauthorised an account; if not, retry later. The caller holds the tenant's lock.
 
-    If the tenant connected it again meanwhile, what holds is for Stripe to say.
+    If the tenant connected it again meanwhile, a check asks Stripe which of the two holds.
     """
     current = tx.stripe.find()
     if current is not None and current.is_living and current.account.id == task.subject:
@@ -417,7 +417,7 @@ def note_deauthorized(tx: Storage, task: Task, *, told: bool, now: datetime) -> 
 
 
 def end(tx: Storage, current: Connection, *, reason: str | None, now: datetime) -> Connection:
-    """End a connection, whoever wanted it."""
+    """End a connection, for whatever reason."""
     ended = replace(current, ended_at=now)
     tx.stripe.keep(ended)
     tx.tenants.set_stripe(None, ended.status, now)
@@ -428,7 +428,7 @@ def end(tx: Storage, current: Connection, *, reason: str | None, now: datetime) 
 
 
 def next_check(now: datetime) -> datetime:
-    """In an hour or a little more, so that many accounts spread out."""
+    """In an hour or up to a quarter more, so that the checks of many accounts spread out."""
     return now + CHECKED_EVERY * (1 + secrets.randbelow(1000) / 4000)
 
 

@@ -1,4 +1,4 @@
-"""Stripe connections: what needs both the database and Stripe, with no transaction open while Stripe is asked."""
+"""Stripe connections: what needs both database and Stripe, with no transaction open during its calls."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Departure:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a callback ended, and where the browser is to be sent, if the state said so."""
+    """How a callback ended, and where to send the browser, if the state has a return URL."""
 
     outcome: Connected | BillingError
     return_url: str | None = None
@@ -76,7 +76,7 @@ class StripeConnections:
     def starting(
         self, caller: Caller, actor: Actor, *, flow: Flow, return_url: str | None, browser: str | None
     ) -> Iterator[tuple[TenantTx, Departure]]:
-        """Send an owner on their way; the transaction is the one that keeps the state.
+        """Start a flow for an owner; yields the transaction that stores the state.
 
         Raises `ReturnUrlRefused` and `StripeAlreadyConnected`.
         """
@@ -106,7 +106,8 @@ class StripeConnections:
         chapter.require_startable(last, "account_link")
         if last is not None and last.is_living:
             return last.account
-        # Two calls at once, or a repeat, get the same account; but Stripe keeps a failure as long as a success.
+        # Two calls at once, or a repeat, get the same account. A new key each hour: Stripe keeps failures
+        # too.
         key = f"account-{tenant.id}-{last.id if last else 'first'}-{self._clock():%Y%m%d%H}"
         made = self._gateway.create_account(tenant, idempotency_key=key)
         with self._store.tenant(tenant.id, actor, exclusive=True) as tx:
@@ -118,7 +119,7 @@ class StripeConnections:
     def complete(
         self, *, state: str | None, code: str | None, error: str | None, browser: str | None, actor: Actor
     ) -> Ending:
-        """Finish what a state began. Whatever was wrong is the ending's outcome, so that a browser can be told."""
+        """Finish what a state began. A refusal is returned as the outcome, so that a browser can be told."""
         if not state:
             return Ending(AccessDenied() if error else StateMissing())
         with self._store.platform() as platform:
@@ -150,7 +151,7 @@ class StripeConnections:
             return chapter.connect(tx, grant, account, livemode=self._gateway.livemode, now=self._clock())
 
     def _ask(self, account_id: str) -> Account | None:
-        """The account, None if Stripe does not say: the worker asks again."""
+        """The account, None if Stripe does not answer: the worker checks it again."""
         try:
             return self._gateway.account(account_id)
         except StripeUnavailable:
@@ -191,7 +192,7 @@ class StripeConnections:
     # What the worker does ------------------------------------------------------------------------
 
     def deauthorize(self, task: Task) -> None:
-        """Tell Stripe of a disconnection; later again if it does not listen."""
+        """Deauthorise a disconnected account at Stripe; the task is retried later if that fails."""
         told = True
         try:
             self._gateway.revoke(task.subject)
@@ -201,13 +202,13 @@ class StripeConnections:
             chapter.note_deauthorized(tx, task, told=told, now=self._clock())
 
     def check(self, task: Task) -> None:
-        """Look whether an account is what it was, for nobody in particular."""
+        """Update what is known of an account from Stripe, outside of any request."""
         with self._store.tenant(task.tenant_id) as tx:
             known = tx.stripe.find()
             if known is None or not known.is_living or known.id != task.id:
                 tx.tasks.finish(task)
                 return
-        # If Stripe does not answer the next look is soon enough, unless there was none yet.
+        # If Stripe does not answer, the next check is soon enough, unless there was none yet.
         with suppress(StripeUnavailable, StripeNotConfigured):
             known = self._check(task.tenant_id, known) or known
         with self._store.tenant(task.tenant_id) as tx:

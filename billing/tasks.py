@@ -18,9 +18,9 @@ LONGEST_RETRY = timedelta(hours=6)
 
 @dataclass(frozen=True)
 class Task:
-    """One thing to do, as a worker holds it.
+    """One task, as a worker holds it.
 
-    `attempts` counts this one, and fences it. `revision` tells whether it was asked for again meanwhile.
+    `attempts` counts this one, and is its fencing token. `revision` shows if it was added again meanwhile.
     """
 
     tenant_id: UUID
@@ -48,9 +48,9 @@ class Depth:
 
 @dataclass(frozen=True)
 class Backlog:
-    """What waits at all tenants together: the tasks that are due, by queue, and the deliveries that have not ended.
+    """What waits, of all tenants: the tasks that are due, by queue, and the deliveries that have not ended.
 
-    The outbox is told by how the endpoints do: `working`, `failing` or `disabled`.
+    The outbox is grouped by the state of the endpoints: `working`, `failing` or `disabled`.
     """
 
     queues: Mapping[str, Depth]

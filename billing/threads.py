@@ -1,4 +1,4 @@
-"""Threads that do one piece of work after another, and that a process does not wait for when it ends."""
+"""Reusable threads, which a process does not wait for when it ends."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from typing import TypeAlias
 
 import structlog
 
-# After which a thread that has nothing to do ends.
+# An idle thread ends after this time.
 IDLE_SECONDS = 10
 
-# It raises nothing. What it returns is called when its thread is free for the next.
+# It raises nothing. What it returns is called once its thread is free for the next work.
 Work: TypeAlias = Callable[[], Callable[[], object]]
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing")
 
 
 class Threads:
-    """As many as there is work at once; how much that may be is for whoever brings it to say.
+    """As many threads as there is work at once, which callers must bound.
 
-    A ThreadPoolExecutor, whatever it is told, has the process wait at its end for what hangs.
+    A ThreadPoolExecutor, whatever its settings, makes the process wait at exit for threads that hang.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
-        # One for each thread that waits for work. Who has taken one brings some; who has not starts a thread.
+        # One permit per idle thread. Whoever brings work takes one; if there is none, a thread is started.
         self._idle = Semaphore(0)
         self._work = SimpleQueue[Work]()
 
     def start(self, work: Work) -> None:
-        """Have this done at once; raises RuntimeError, and does nothing, where the machine has no more threads."""
+        """Do this at once in a thread; raises RuntimeError, and does nothing, where none can be started."""
         if not self._idle.acquire(blocking=False):
             Thread(target=self._run, name=self._name, daemon=True).start()
         self._work.put(work)
@@ -44,12 +44,12 @@ class Threads:
             pass
 
     def _do_next(self) -> bool:
-        """Do what comes next; whether there was anything for a while."""
+        """Do the next work; False if none came for `IDLE_SECONDS`."""
         work = self._next()
         if work is None:
             return False
         announce = work()
-        # In this order who is told finds a thread idle.
+        # In this order whoever is notified finds a thread idle.
         self._idle.release()
         announce()
         return True
@@ -63,16 +63,16 @@ class Threads:
 
 
 def end_with_main_thread(patience_seconds: float) -> None:
-    """Have the process end when its main thread has, even if others go on for longer than this.
+    """Have the process end at most so long after its main thread, even if other threads still run.
 
-    Python waits for anyio's, which make connections and do the last things, and one that hangs would keep a server
-    that has drained from ending.
+    Python waits for anyio's threads, which make connections and do the last things, and one that hangs would
+    keep a drained server from ending.
     """
 
     def end() -> None:
         main_thread().join()
         time.sleep(patience_seconds)
         log.error("a thread did not end: the process ends without it")
-        os._exit(1)  # the one that waits for no thread
+        os._exit(1)  # the only exit that waits for no thread
 
     Thread(target=end, name="end", daemon=True).start()

@@ -1,4 +1,4 @@
-"""The worker: takes what is due in its queue, of any tenant, and does it in threads; any number may run."""
+"""The worker: takes due tasks of its queue, of any tenant, and does them in threads; any number may run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from billing.errors import DatabaseUnavailable
 from billing.storage.store import Store
 from billing.tasks import Queue, Task
 
-# While the database is away it is asked less often.
+# While the database is down it is polled less often.
 PATIENCE_SECONDS = 2.0
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.worker")
@@ -27,7 +27,7 @@ Job = Callable[[Task], None]
 class Worker:
     """Does the tasks of one queue, each by the job of its kind.
 
-    A task that fails, or whose worker is killed, comes again when its lease ends: every job can be repeated.
+    A task that fails, or whose worker is killed, is retried when its lease ends: every job can be repeated.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Worker:
             report(task, future.exception())
 
     def _done(self, busy: Collection[Future[None]], *, nothing_taken: bool) -> set[Future[None]]:
-        """Wait until there may be more to do: where nothing was, or all threads are busy, until one of them is not."""
+        """The tasks that have ended; waits up to a poll for one if all threads are busy or none was due."""
         if not busy:
             self._stopping.wait(self._polled_every_seconds)
         is_full = len(busy) == self._threads
@@ -73,7 +73,7 @@ class Worker:
         return wait(busy, timeout=timeout, return_when=FIRST_COMPLETED).done
 
     def take(self, most: int) -> list[Task]:
-        """What is due, as many as can be begun; nothing while the database is away."""
+        """Take tasks that are due, as many as can be begun; none while the database is down."""
         if most == 0:
             return []
         try:
@@ -96,7 +96,7 @@ class Worker:
 
 
 def span_of(task: Task) -> AbstractContextManager[object]:
-    """The span of a task, which stands at the top of a trace of its own."""
+    """The span of a task, the root of a trace of its own."""
     attributes: tracing.Attributes = {
         "billing.tenant_id": str(task.tenant_id),
         "billing.task_id": str(task.id),
@@ -106,12 +106,12 @@ def span_of(task: Task) -> AbstractContextManager[object]:
 
 
 def named(task: Task) -> dict[str, str]:
-    """Which task it is, for whatever a log line tells of it."""
+    """The log fields that identify a task."""
     return {"task": task.kind, "task_id": str(task.id), "tenant_id": str(task.tenant_id)}
 
 
 def report(task: Task, error: BaseException | None) -> None:
-    """Say what went wrong with a task, if something did. It comes again, and the others go on."""
+    """Count a task that has ended, and log its error, if any. A failed one is retried; the others go on."""
     metrics.TASKS.count(task.kind, "done" if error is None else "failed")
     whose = {**named(task), "attempts": task.attempts}
     if isinstance(error, DatabaseUnavailable):
