@@ -1,4 +1,4 @@
-"""Who does something, as the audit log keeps it."""
+"""The actor of a change, as the audit log records it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Kind = Literal["user", "api_key", "anonymous", "operator", "system"]
 
 @dataclass(frozen=True)
 class Actor:
-    """A user, an API key, a stranger (at register or login), an operator at the console, or the system."""
+    """A user, an API key, an anonymous client of a public operation, a console operator, or the system."""
 
     kind: Kind
     id: UUID | None = None

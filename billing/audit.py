@@ -1,4 +1,4 @@
-"""The audit log: what a row says, how its hash binds it to the one before, and how a log is found whole."""
+"""The audit log: what a row records, how its hash chains it to the row before, and how a log is verified."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Row:
     hash: bytes
 
     def content(self) -> dict[str, object]:
-        """All of it but the hash."""
+        """All members but the hash."""
         return {
             "action": self.action,
             "actor_id": self.actor_id,
@@ -49,7 +49,7 @@ class Row:
         }
 
     def line(self) -> bytes:
-        """The row as one line of JSON: without its last member, `hash`, and the newline it is what was hashed."""
+        """The row as a line of JSON; what was hashed is all but its last member, `hash`, and the newline."""
         return canonical(self.content())[:-1] + b',"hash":"%s"}\n' % self.hash.hex().encode()
 
 
@@ -72,7 +72,7 @@ class Head:
 
     @classmethod
     def parse(cls, text: str) -> Head | None:
-        """What `str` made, None where it is not."""
+        """The head that `str` made this text of, None where it is no such text."""
         match = HEAD.fullmatch(text)
         return cls(int(match[1]), bytes.fromhex(match[2])) if match else None
 
@@ -82,7 +82,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which rows: those that say all of this. An actor is named by kind or by id."""
+    """A filter of rows, which must match every member given. An actor is given by kind or by id."""
 
     action: str | None = None
     actor: str | UUID | None = None
@@ -90,22 +90,22 @@ class Choice:
     until: datetime | None = None
 
 
-# Whether it is whole -----------------------------------------------------------------------------
+# Verification ------------------------------------------------------------------------------------
 
 
 class Broken(Exception):
-    """A log is not what was written; the sentence names the first row that shows it."""
+    """A log is not what was written; the message names the first row that shows it."""
 
 
 class Chain:
-    """Follows a log from its first row, one at a time, past heads that are known from elsewhere."""
+    """Verifies a log row by row from its first, against heads that are known from elsewhere."""
 
     def __init__(self, heads: Sequence[Head]) -> None:
         self.end = Head(0, GENESIS)
         self._heads = heads
 
     def add(self, row: Row) -> None:
-        """The next row; raises `Broken` unless it is what was written there."""
+        """Verify the next row; raises `Broken` unless it is what was written there."""
         if row.sequence <= self.end.sequence:
             raise Broken(f"Row {row.sequence} was inserted: a log begins with row 1.")
         if row.sequence > self.end.sequence + 1:
@@ -119,7 +119,7 @@ class Chain:
             )
 
     def finish(self) -> None:
-        """There are no more rows; raises `Broken` if there should be."""
+        """Verify that no rows are missing at the end; raises `Broken` otherwise."""
         last = max(head.sequence for head in self._heads)
         if last > self.end.sequence:
             raise Broken(

@@ -9,5 +9,5 @@ Clock = Callable[[], datetime]
 
 
 def utc_now() -> datetime:
-    """Now, in UTC: what a `Clock` answers outside of tests."""
+    """Now, in UTC: what a `Clock` returns outside of tests."""
     return datetime.now(UTC)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-# Some 15 MB. Who has more addresses than this has as many budgets, and gains nothing by what is dropped.
+# Some 15 MB. A client with more addresses than this has as many budgets, and gains nothing by dropped counts.
 MOST_COUNTS = 65_536
 
 
 class InProcess:
-    """Counts of this process alone, as many as there is room for: beyond that the one idle for longest is dropped.
+    """Counts of this process alone, `most` of them: beyond that the one unused for longest is dropped.
 
-    The library's own storage in memory keeps any number, and looks at each of them on every request.
+    The `limits` library's own storage in memory keeps any number, and scans all of them as requests come.
     """
 
     def __init__(self, *, most: int = MOST_COUNTS) -> None:
@@ -24,14 +24,14 @@ class InProcess:
         return count
 
     def put(self, key: str, count: int) -> None:
-        """Have a count be this."""
+        """Set a count."""
         self.counts[key] = count
         self.counts.move_to_end(key)
         if len(self.counts) > self._most:
             self.counts.popitem(last=False)
 
     def take(self, key: str) -> int:
-        """Forget a count, and say what it was."""
+        """Remove a count, and return it."""
         return self.counts.pop(key, 0)
 
     async def forget(self, key: str) -> None:

@@ -1,6 +1,6 @@
-"""Unexpected errors, told to Sentry without what people sent us: the library is imported only where there is a DSN.
+"""Unexpected errors, reported to Sentry without any client's data; its library is imported only with a DSN.
 
-What leaves is the type of each error in the chain and where in the code it was raised. No message: a driver's
+Sent are the type of each error in the chain and where in the code it was raised. No message: a driver's
 quotes rows, ours may quote anything. No local variable, no request, no header, no breadcrumb, no user.
 """
 
@@ -15,9 +15,9 @@ import structlog
 
 from billing.logs import redact
 
-# A worker that ends because of an error still tells of it.
+# A worker that ends because of an error still reports it.
 FAREWELL_SECONDS = 2.0
-# All that an event may bear: what is not named here does not leave, whatever the library comes to gather.
+# All that an event may contain: anything else is not sent, whatever the library comes to collect.
 KEPT = frozenset(
     {"event_id", "timestamp", "platform", "level", "release", "environment", "exception", "tags", "sdk"}
 )
@@ -27,7 +27,7 @@ FRAME = frozenset({"filename", "function", "module", "lineno", "in_app"})
 
 @cache
 def begin(dsn: str, environment: str) -> None:
-    """From now on tell of what `report` is given, to this DSN."""
+    """From now on send what `report` is given to this DSN."""
     import sentry_sdk
 
     atexit.register(sentry_sdk.flush, timeout=FAREWELL_SECONDS)
@@ -35,7 +35,7 @@ def begin(dsn: str, environment: str) -> None:
         dsn=dsn,
         environment=environment,
         release=version("billing-control-plane"),
-        # None of the library's own ears: it would hear our log, and hook into whatever it finds installed.
+        # None of the library's own integrations: it would read our log, and hook into whatever is installed.
         default_integrations=False,
         auto_enabling_integrations=False,
         include_local_variables=False,
@@ -52,12 +52,12 @@ def begin(dsn: str, environment: str) -> None:
 
 
 def is_on() -> bool:
-    """Whether there is anybody to be told."""
+    """Whether errors are reported."""
     return begin.cache_info().currsize > 0
 
 
 def report(error: BaseException, **tags: str) -> None:
-    """Tell of an error that nobody expected, if there is anybody to be told, and in which request or task it was."""
+    """Report an unexpected error, with its request or task as tags; does nothing where reporting is off."""
     if not is_on():
         return
     import sentry_sdk
@@ -69,7 +69,7 @@ def report(error: BaseException, **tags: str) -> None:
 
 
 def scrubbed(event: Any, _hint: dict[str, Any]) -> Any:
-    """The event with nothing in it but what is listed here."""
+    """The event with nothing in it but what is listed above."""
     kept = {name: value for name, value in event.items() if name in KEPT}
     kept["tags"] = {name: value for name, value in (event.get("tags") or {}).items() if name in TAGS}
     errors = (event.get("exception") or {}).get("values") or []

@@ -29,7 +29,7 @@ class Vault:
         return f"{kid}:{(nonce + AESGCM(key[:32]).encrypt(nonce, secret.encode(), place.encode())).hex()}"
 
     def is_current(self, sealed: str) -> bool:
-        """Whether it was sealed with the key that seals now."""
+        """Whether it was sealed with the key that `seal` uses now."""
         return sealed.partition(":")[0] == self._keys.first[0]
 
     def open(self, sealed: str, *, place: str) -> str:

@@ -1,4 +1,4 @@
-"""Logins that failed or were not tried: noted in memory by the request, and audited outside of it."""
+"""Failed and throttled logins: noted in memory by the request, and audited outside of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from billing.users import User
 Action = Literal["user.login_failed", "user.password_change_failed"]
 THROTTLED = "user.login_throttled"
 
-# A storm of them while the database is away must not fill the memory.
+# A storm of them while the database is down must not fill the memory.
 MOST = 10_000
 NOT_AUDITED = "a failed login was not audited"
 
@@ -29,7 +29,7 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing")
 
 @dataclass(frozen=True)
 class Failure:
-    """A password that opened nothing, of an account that there is."""
+    """A failed login or change of password, of an existing account."""
 
     action: Action
     user: User
@@ -40,7 +40,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A login that was refused before its password was looked at, of an account that there may be."""
+    """A login refused before its password was checked; whether the account exists is not known yet."""
 
     email: str
     actor: Actor
@@ -49,23 +49,23 @@ class Refusal:
 
 
 class FailedLogins:
-    """Rows yet to be written. Before the answer they would tell, by the time they take, whose email is known."""
+    """Rows yet to be written. Written before the answer, their time would reveal which emails exist."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._noted: deque[Failure | Refusal] = deque(maxlen=MOST)
 
     def note(self, action: Action, actor: Actor, user: User, cause: str) -> None:
-        """Remember a password that was wrong."""
+        """Remember a failed attempt."""
         self._add(Failure(action, user, actor, cause, self._clock()))
 
     def note_throttled(self, actor: Actor, email: str, limit: str) -> None:
-        """Remember that logins with this email, in its normal form, are refused from now on for a while."""
+        """Remember that logins with this normalised email are refused from now on for a while."""
         self._add(Refusal(email, actor, limit, self._clock()))
 
     def flush(self, store: Store) -> None:
-        """Write down what was noted; raises `DatabaseUnavailable`, and keeps what is left for the next time."""
-        # At the end of the server two may be at it. Each takes what is left.
+        """Write what was noted; raises `DatabaseUnavailable`, and keeps what is left for the next time."""
+        # At shutdown two flushes may run at once: each takes rows from the same queue.
         while (noted := self._oldest()) is not None:
             try:
                 _write(store, noted)
@@ -92,7 +92,7 @@ class FailedLogins:
             self._noted.appendleft(noted)
 
     def _add(self, noted: Failure | Refusal) -> None:
-        """If none could be written for long, the oldest is forgotten for it, and a log line says so."""
+        """Add a row; where `MOST` wait already the oldest is dropped for it, and a log line says so."""
         if len(self._noted) == MOST:
             log.warning(NOT_AUDITED, cause="too many wait")
         self._noted.append(noted)

@@ -1,4 +1,4 @@
-"""Housekeeping: what is done for a tenant by and by, whether anybody calls or not."""
+"""Housekeeping: scheduled jobs for a tenant, independent of its requests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from billing.clock import Clock
 from billing.storage.store import Store
 from billing.tasks import Task
 
-# How long deliveries and their events, and sessions that ended, can be looked at.
+# How long settled deliveries, their events, and ended sessions are kept.
 KEPT = timedelta(days=30)
 
 
@@ -22,9 +22,9 @@ class Housekeeping:
         self._clock = clock
 
     def tidy(self, task: Task) -> None:
-        """Forget what is old, and seal again what an old encryption key sealed."""
+        """Delete what is old, and reseal webhook secrets that an old encryption key sealed."""
         now = self._clock()
-        # Those of strangers too, who have no day of their own.
+        # Those of all tenants, and of anonymous clients, for whom no task runs.
         self._store.forget_answers(now)
         with self._store.tenant(task.tenant_id) as tx:
             is_more = [
@@ -36,8 +36,8 @@ class Housekeeping:
             tx.tasks.postpone(task, now if any(is_more) else now + tenants.TIDIED_EVERY)
 
     def announce_expiry(self, task: Task) -> None:
-        """Tell of an API key that is about to end."""
+        """Record the event that an API key is about to expire."""
         with self._store.tenant(task.tenant_id, exclusive=True) as tx:
-            # Only as long as it is ours: another worker would tell it as another event.
+            # Only while we hold the task: another worker would record a second event.
             if tx.tasks.finish(task):
                 keys.announce_expiry(tx, UUID(task.subject), now=self._clock())

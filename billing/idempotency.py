@@ -1,4 +1,4 @@
-"""Idempotency keys: a request that is sent again is not done again, but answered as it was the first time."""
+"""Idempotency keys: a repeated request is not executed again, but answered as it was the first time."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from uuid import UUID, uuid5
 from billing.errors import IdempotencyInProgress, IdempotencyKeyReused
 from billing.ids import new_id
 
-# Longer than a request may take. One that is given more loses its claim to a repeat, and its change is rolled back.
+# Longer than a request may take by default. One that takes longer may lose its claim to a repeat, and its
+# change is then rolled back.
 LEASE = timedelta(seconds=40)
 KEPT = timedelta(hours=24)
-# Names what belongs to an address. A UUID of version 5, it can be no tenant's id.
+# The namespace for addresses. Their UUIDs have version 5, and so cannot be a tenant's id.
 ADDRESSES = UUID("9f0c6a52-3d0b-4d8a-9a55-7f1c1f0d6c11")
 
 
 @dataclass(frozen=True)
 class Request:
-    """A request with a key: whose it is, what they call it, and what it asks for.
+    """A request with a key: whose it is, the name its key is stored under, and what it asks for.
 
-    The fingerprint is a digest of the operation and all that was sent; a password may be in it.
+    The fingerprint is a digest of operation, query and body, of which a password may be part.
     """
 
     scope: UUID
@@ -33,7 +34,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Claim:
-    """The right to answer a request, until its lease ends and somebody else takes it over."""
+    """The right to answer a request, until its lease ends and a repeat takes it over."""
 
     scope: UUID
     name: bytes
@@ -42,7 +43,7 @@ class Claim:
 
     @property
     def is_strangers(self) -> bool:
-        """Whether it belongs to an address, as nobody is known yet."""
+        """Whether it belongs to an address, as the caller is not authenticated."""
         return self.scope.version == 5
 
 
@@ -57,14 +58,14 @@ class StoredAnswer:
 
 @dataclass(frozen=True)
 class Found:
-    """What stands under a name already: what was asked, and what was answered, if that is known yet."""
+    """What is stored under a name: the request's fingerprint, and its answer once there is one."""
 
     fingerprint: str = field(repr=False)
     answer: StoredAnswer | None
 
 
 def scope_of_address(address: str | None) -> UUID:
-    """Whose the keys are of a caller of whom nothing is known but the address."""
+    """The scope of the keys of an unauthenticated caller, who is known by address alone."""
     return uuid5(ADDRESSES, address or "")
 
 
@@ -74,16 +75,16 @@ def name_of(key: str, principal: UUID | None) -> bytes:
 
 
 def take(tx: Storage, request: Request, *, now: datetime) -> Claim | StoredAnswer:
-    """The right to answer the request, or what was answered before.
+    """Claim the right to answer the request, or return what was answered before.
 
     Raises `IdempotencyKeyReused` and `IdempotencyInProgress`. An answer is kept in the transaction of its change: so
-    where a claim has run out without one, nothing was changed, and it may be taken over.
+    where a claim has expired without one, nothing was changed, and it may be taken over.
     """
     claim = Claim(request.scope, request.name, new_id(), now)
     if tx.idempotency.take(claim, request.fingerprint, until=now + LEASE):
         return claim
     found = tx.idempotency.find(request.name)
-    if found is None:  # Whoever had it let go of it at this moment.
+    if found is None:  # The claim was released at this moment.
         raise IdempotencyInProgress
     if found.fingerprint != request.fingerprint:
         raise IdempotencyKeyReused
@@ -93,7 +94,7 @@ def take(tx: Storage, request: Request, *, now: datetime) -> Claim | StoredAnswe
 
 
 def keep(tx: Storage, claim: Claim, answer: StoredAnswer) -> None:
-    """Keep the answer, if the change is kept; raises `IdempotencyInProgress` if the claim is somebody else's now."""
+    """Keep the answer in its change's transaction; raises `IdempotencyInProgress` if the claim is lost."""
     if not tx.idempotency.keep(claim, answer, until=claim.at + KEPT):
         raise IdempotencyInProgress
 

@@ -14,5 +14,5 @@ def new_id() -> UUID:
 
 
 def new_name() -> str:
-    """The same as text, for what is only named by it: without an object it takes a fifth of the time."""
+    """A new UUIDv7 as text, for names alone: without making an object it takes a fifth of the time."""
     return str(uuid_utils.uuid7())

@@ -1,4 +1,4 @@
-"""When keys were last used: noted in memory by requests, and written down beside them."""
+"""When keys were last used: noted in memory by requests, and written outside of them."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from billing.storage.store import Store
 
 # Five minutes is precise enough; noting every use would be one write per request.
 NOTED_EVERY = timedelta(minutes=5)
-# So many keys, each of another tenant, one transaction holds.
+# How many keys, each of another tenant, are written in one transaction.
 WRITTEN_AT_ONCE = 100
 
 
 class KeyUses:
-    """What is noted, until `flush` writes it down."""
+    """Uses noted until `flush` writes them."""
 
     def __init__(self) -> None:
         self._noted: dict[tuple[UUID, UUID], datetime] = {}
         self._lock = threading.Lock()
 
     def note(self, key: ApiKey, now: datetime) -> None:
-        """Remember a use, unless one within five minutes is kept already."""
+        """Remember a use, unless one of the last five minutes is stored already."""
         if key.last_used_at is None or now - key.last_used_at >= NOTED_EVERY:
             with self._lock:
                 self._noted.setdefault((key.tenant_id, key.id), now)
 
     def flush(self, store: Store) -> None:
-        """Write down what was noted. What cannot be written now is forgotten: the next use notes it again."""
+        """Write what was noted. What cannot be written now is dropped: the key's next use is noted again."""
         with self._lock:
             noted, self._noted = self._noted, {}
         try:

@@ -1,4 +1,4 @@
-"""Keyrings: named secrets of one purpose, the first for new things, all of them for old ones."""
+"""Keyrings: named keys of one purpose, the first for new values, all of them for existing ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MINIMUM_BYTES = 32
 
 
 class KeyringError(ValueError):
-    """The text is no keyring."""
+    """The text is not a keyring."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -30,7 +30,7 @@ class Keyring:
 
     @property
     def first(self) -> tuple[str, bytes]:
-        """The name and the bytes of the key for new things."""
+        """The name and the bytes of the key for new values."""
         return next(iter(self.keys.items()))
 
     def get(self, kid: str) -> bytes | None:

@@ -27,7 +27,7 @@ TYPES: tuple[KeyType, ...] = get_args(KeyType)
 ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 RANDOM_CHARACTERS, CHECKSUM_CHARACTERS = 32, 6
 FORM = re.compile(r"(?P<kind>sk|pk)_(?P<mode>live|test)_[0-9A-Za-z]{38}", re.ASCII)
-# The task of telling that a key is about to end, and how long before: half of its grace at most.
+# The task that announces a key's expiry, and how long before it: at most half of the grace period.
 EXPIRING = "api_key.expiring"
 TOLD_BEFORE = timedelta(hours=24)
 PREFIXES = {"public": "pk", "secret": "sk"}
@@ -36,7 +36,7 @@ KINDS = {prefix: kind for kind, prefix in PREFIXES.items()}
 
 @dataclass(frozen=True)
 class ApiKey:
-    """What is kept of a key: for a secret one neither the text nor anything it could be made from."""
+    """What is kept of a key: for a secret one neither the text nor anything it could be recovered from."""
 
     tenant_id: UUID
     id: UUID
@@ -96,7 +96,7 @@ class Renewal:
 class KeyDigests:
     """Keyed digests by which keys are found: `pepper id:hex`.
 
-    190 random bits need no slow hash, and a keyed one can be looked up.
+    190 random bits need no slow hash, and a keyed digest can be looked up.
     """
 
     def __init__(self, peppers: Keyring) -> None:
@@ -107,7 +107,7 @@ class KeyDigests:
         return _digest(*self._peppers.first, text)
 
     def candidates(self, text: str) -> list[str]:
-        """Under which digests the key may be stored, one a pepper."""
+        """The digests under which the key may be stored, one per pepper."""
         return [_digest(kid, pepper, text) for kid, pepper in self._peppers]
 
 
@@ -116,14 +116,14 @@ def _digest(kid: str, pepper: bytes, text: str) -> str:
 
 
 def mint(key_type: KeyType) -> str:
-    """A new key's text: prefix, 190 random bits, and a checksum that tells a typing error from a stranger."""
+    """A new key's text: prefix, 190 random bits, and a checksum that tells a mistyped key from an unknown."""
     mode, kind = key_type.split("_")
     start = f"{PREFIXES[kind]}_{mode}_" + "".join(secrets.choice(ALPHABET) for _ in range(RANDOM_CHARACTERS))
     return start + _checksum(start)
 
 
 def parse(text: str) -> KeyType:
-    """The type that a well-formed key says it is; raises `KeyMalformed` without any look-up."""
+    """The type that a well-formed key names; raises `KeyMalformed`, without any query."""
     match = FORM.fullmatch(text)
     if match is None or _checksum(text[:-CHECKSUM_CHARACTERS]) != text[-CHECKSUM_CHARACTERS:]:
         raise KeyMalformed
@@ -131,7 +131,7 @@ def parse(text: str) -> KeyType:
 
 
 def looks_like_key(text: str) -> bool:
-    """Whether a bearer token means to be an API key: a JWT never begins so."""
+    """Whether a bearer token is meant as an API key: a JWT never begins so."""
     return text.startswith(("sk_", "pk_"))
 
 
@@ -151,7 +151,7 @@ def types_of(selection: Selection) -> tuple[KeyType, ...]:
 def mint_each(
     tx: Storage, types: Iterable[KeyType] = TYPES, *, digests: KeyDigests, now: datetime
 ) -> list[NewKey]:
-    """Make one key of each type and keep what may be kept of it."""
+    """Make one key of each type, and store what may be kept of it."""
     minted = [_new_key(tx.tenant_id, key_type, now) for key_type in types]
     for new in minted:
         digest = digests.of(new.text)
@@ -171,7 +171,7 @@ def regenerate(
 ) -> Renewal:
     """Replace the keys of the selection; the current ones work until `grace` is over, older ones end now.
 
-    The caller holds the tenant's lock, and looked at the clock under it.
+    The caller holds the tenant's lock, and read the clock under it.
     """
     types = types_of(selection)
     replaced = [
@@ -198,7 +198,7 @@ def regenerate(
 
 
 def ending_members(key: ApiKey) -> dict[str, object]:
-    """What may be told of a key that was replaced: nothing that opens anything."""
+    """What may be shown of a replaced key: nothing that grants access."""
     return {"type": key.type, "mode": key.mode, "last4": key.last4, "expires_at": key.expires_at}
 
 
@@ -209,16 +209,16 @@ def _announce_end(tx: Storage, key: ApiKey, now: datetime) -> None:
 
 
 def announce_expiry(tx: Storage, id: UUID, *, now: datetime) -> None:
-    """Tell the tenant's webhook that a key in its grace period will end soon, if it has not ended since."""
+    """Record the event that a key in its grace period expires soon, unless it has ended meanwhile."""
     for key in tx.api_keys.living(now, TYPES):
         if key.id == id:
             tx.events.record("api_key.expiring", ending_members(key), livemode=key.mode == "live", now=now)
 
 
 def revoke(tx: Storage, selection: Selection, *, reason: str | None, now: datetime) -> list[KeyType]:
-    """End every active key of the selection at once, in its grace period too. Returns the types ended.
+    """Revoke every working key of the selection, also in its grace period; returns the types revoked.
 
-    The caller holds the tenant's lock, and looked at the clock under it.
+    The caller holds the tenant's lock, and read the clock under it.
     """
     revoked = tx.api_keys.revoke(types_of(selection), now)
     tx.audit.record(

@@ -1,4 +1,4 @@
-"""Limits: how many requests in which window of time, whose they are, and what is left."""
+"""Limits: how many requests in which window of time, by which subject, and what is left."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Brake:
-    """Beyond `over`, counted by account from all addresses, each address has what `then` leaves it."""
+    """Once an account has used up `over`, from all addresses together, `then` limits each address."""
 
     over: Policy
     then: Policy
@@ -36,7 +36,7 @@ class Brake:
 
 @dataclass(frozen=True)
 class Policies:
-    """What is limited, by whom it is counted. docs/limits.md has the same in tables."""
+    """What is limited, grouped by the subject counted. docs/limits.md has the same in tables."""
 
     # Public operations, by address.
     by_address: Mapping[str, Policy] = field(
@@ -57,15 +57,15 @@ class Policies:
             "enterprise": Policy("default", 12_000, MINUTE),
         }
     )
-    # Operations that cost others something, by tenant: beside the tier's.
+    # Operations that cost others something, by tenant: in addition to the tier's limit.
     costly: Mapping[str, Policy] = field(
         default_factory=lambda: {
             "send_test_webhook": Policy("test-deliveries", 10, MINUTE),
-            # Right passwords too: each is a check in threads that all who log in share.
+            # Right passwords too: each check takes one of the threads that all logins share.
             "change_password": Policy("password-changes", 60, 5 * MINUTE),
-            # Keys are kept for good. To revoke them makes none, and must be possible whatever somebody else did.
+            # Keys are kept for good. Revoking makes none, and must be possible whatever anybody else did.
             "regenerate_api_keys": Policy("key-changes", 300, HOUR),
-            # What the platform's account may ask Stripe is all tenants' together.
+            # Stripe limits the requests of the platform's account, which all tenants share.
             "get_stripe_status": Policy("stripe-status", 60, MINUTE),
             "start_stripe_connect": Policy("stripe-connect", 60, HOUR),
         }
@@ -77,7 +77,7 @@ class Policies:
             "change_password": Policy("password-failures", 5, 5 * MINUTE),
         }
     )
-    # Those of one account from many addresses. One address alone makes too few to bring a brake on.
+    # Wrong passwords of one account from many addresses. One address alone makes too few to trigger a brake.
     brakes: Mapping[str, Brake] = field(
         default_factory=lambda: {
             "log_in": Brake(Policy("account-failures", 100, HOUR), Policy("braked-failures", 3, HOUR))
@@ -91,7 +91,7 @@ UNLIMITED = Policies({}, None, {}, {}, {}, {})
 
 @dataclass(frozen=True)
 class Window:
-    """One window of one policy for one subject. Its key tells nobody who that is."""
+    """One window of one policy for one subject. Its key does not reveal who that is."""
 
     policy: Policy
     key: str
@@ -111,7 +111,7 @@ class Usage:
 
     @property
     def is_just_over(self) -> bool:
-        """Whether this was the first beyond the quota: of one window one is."""
+        """Whether this was the window's first request beyond the quota."""
         return self.count == self.window.policy.quota + 1
 
     @property
@@ -122,19 +122,19 @@ class Usage:
 class Meter:
     """Counts, by policy and subject, in fixed windows.
 
-    Each subject has windows of its own phase, so that not all begin anew at once, and their ends need not be kept
-    anywhere: processes that share a clock and a pepper agree on them. docs/decisions.md says why not sliding ones.
+    Each subject's windows have a phase of their own, so that not all begin at once. Their ends are computed,
+    not stored: processes with the same clock and pepper agree on them. docs/decisions.md says why none slide.
     """
 
     def __init__(self, counters: Counters, pepper: bytes, clock: Clock) -> None:
         self._counters = counters
         self._pepper = hmac.digest(pepper, b"limits", "sha256")
         self._clock = clock
-        # Who asked just now is likely to ask again.
+        # A subject counted just now is likely to be counted again.
         self._place = lru_cache(maxsize=PLACES)(self._place_of)
 
     def window(self, policy: Policy, subject: str) -> Window:
-        """The window of now."""
+        """The current window."""
         name, phase = self._place(policy, subject)
         now = self._clock().timestamp() + phase
         number = int(now // policy.seconds)
@@ -142,26 +142,26 @@ class Meter:
         return Window(policy, f"{name}:{number}", max(1, left))
 
     def _place_of(self, policy: Policy, subject: str) -> tuple[str, int]:
-        """What names the windows of a subject, and by how many seconds they begin before the epoch's."""
+        """The name of a subject's windows, and by how many seconds they begin before the epoch's."""
         digest = hmac.digest(self._pepper, f"{policy.name}:{subject}".encode(), "sha256")[:DIGEST_BYTES]
         return f"{policy.name}:{digest.hex()}", int.from_bytes(digest[:4]) % policy.seconds
 
     async def count(self, policy: Policy, subject: str) -> Usage:
-        """Count one more."""
+        """Count one request more."""
         window = self.window(policy, subject)
         return Usage(window, await self._counters.add(window.key, 1, seconds=policy.seconds))
 
     async def peek(self, policy: Policy, subject: str) -> Usage:
-        """How it stands, without counting."""
+        """Read the count, without adding to it."""
         window = self.window(policy, subject)
         return Usage(window, await self._counters.add(window.key, 0, seconds=policy.seconds))
 
     async def take_back(self, usage: Usage) -> None:
-        """Have it not counted after all."""
+        """Undo one count."""
         await self._counters.add(usage.window.key, -1, seconds=usage.window.policy.seconds)
 
     async def forget(self, usage: Usage) -> None:
-        """Begin the window from nothing."""
+        """Reset the window's count to zero."""
         await self._counters.forget(usage.window.key)
 
 
@@ -169,10 +169,10 @@ class Counters(Protocol):
     """Where counts are kept."""
 
     async def add(self, key: str, amount: int, *, seconds: int) -> int:
-        """Add to a count, and say what it is now. `seconds` later nobody asks for it."""
+        """Add to a count, and return it. It is not needed for longer than `seconds`."""
 
     async def forget(self, key: str) -> None:
         """Forget a count."""
 
     async def close(self) -> None:
-        """Let go of whatever is open."""
+        """Close whatever is open."""

@@ -1,4 +1,4 @@
-"""Logs: one line an event, for a terminal or as JSON, and no secret in any of them."""
+"""Logs: one line per event, for a terminal or as JSON, and no secret in any of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
 OFF = logging.CRITICAL + 1
 
 # Connexion logs what it refuses, and with it what was submitted: a password too short lands in the log
-# (spec-first/connexion#1176). Others log bodies or whole URLs below WARNING; SQLAlchemy minds itself.
+# (spec-first/connexion#1176). Others log bodies or whole URLs below WARNING; SQLAlchemy sets its own level.
 LEVELS = {
     "connexion": OFF,
     "uvicorn.access": OFF,
@@ -36,7 +36,7 @@ QUOTING = frozenset(
 
 HIDDEN = "[redacted]"
 
-# What a secret cannot be without (looked for first: few strings have any), its shape, its replacement.
+# A marker in every such secret (searched first: few strings have any), its pattern, its replacement.
 SECRETS = [
     (marker, re.compile(shape, re.ASCII | re.IGNORECASE), replacement)
     for marker, shape, replacement in [
@@ -49,7 +49,7 @@ SECRETS = [
         ("basic", r"\b(basic\s+)[0-9a-z+/]+=*", rf"\1{HIDDEN}"),
         ("$2", r"\$2[abxy]?\$\d\d\$[./0-9a-z]+", HIDDEN),
         ("://", r"(://[^\s:/@]*:)[^\s/]+@", rf"\1{HIDDEN}@"),
-        ("password", r"\b(password\s*=\s*)('[^']*'|\S+)", rf"\1{HIDDEN}"),  # libpq's other form of an address
+        ("password", r"\b(password\s*=\s*)('[^']*'|\S+)", rf"\1{HIDDEN}"),  # libpq's other form of a URL
     ]
 ]
 
@@ -93,7 +93,7 @@ def _tame_libraries() -> None:
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = name != "uvicorn.access"
-    # A line that cannot be formatted is otherwise printed as it came, secrets and all.
+    # A record that cannot be formatted is otherwise printed raw, secrets and all.
     logging.raiseExceptions = False
 
 
@@ -103,7 +103,7 @@ def level_number(level: str | int) -> int:
 
 
 def stamp(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """Say when; orjson writes the time five times as fast as structlog's processor does."""
+    """Add the time; orjson formats it five times as fast as structlog's processor does."""
     event["timestamp"] = datetime.now(UTC)
     return event
 
@@ -122,8 +122,8 @@ PROGRAMS: list[Processor] = [stamp, to_json]
 
 
 def redact(text: str) -> str:
-    """The text with every secret in it replaced, and with nothing that UTF-8 cannot say."""
-    # Most of what is logged is a number, an id or a word: no shape of a secret is without another character.
+    """The text with every secret in it replaced, and what UTF-8 cannot encode escaped."""
+    # Most of what is logged is a number, an id or a word: every secret's pattern needs another character.
     if text.isascii() and text.replace("-", "").isalnum():
         return text
     lowered = text.lower()
@@ -155,12 +155,12 @@ def plain(value: object) -> object:
 
 
 def describe(exc_info: ExcInfo) -> str:
-    """The exception and its causes, the first cause first, with no local variable in sight."""
+    """The exception and its causes, the first cause first, without any local variables."""
     return "\n".join(paragraph(error) for error in reversed(list(causes(exc_info[1]))))
 
 
 def paragraph(error: BaseException) -> str:
-    """One traceback; of a library that quotes what was submitted, the type alone."""
+    """One traceback; without the message where the error's library quotes what was submitted."""
     kind = type(error)
     name = f"{kind.__module__}.{kind.__qualname__}"
     said = name if kind.__module__.partition(".")[0] in QUOTING else f"{name}: {error}"
@@ -186,7 +186,7 @@ render_exception = structlog.processors.ExceptionRenderer(describe)
 
 
 class Sink:
-    """Standard error, except that a full disk or a closed pipe costs the line and not the request."""
+    """Standard error, except that a full disk or a closed pipe loses the line and not the request."""
 
     def write(self, line: str) -> None:
         with suppress(OSError, ValueError):
@@ -198,7 +198,7 @@ class Sink:
 
 
 def lean(base: type) -> type:
-    """structlog's logger, for steps that end in a line: its own copies the event, and asks what the end of them is."""
+    """structlog's logger for processors that end in a line; its own copies the event, and checks the result."""
 
     def log(self: Any, method: str, event: str | None = None, /, **said: object) -> None:
         line: Any = {**self._context, **said, "event": event}
@@ -211,7 +211,7 @@ def lean(base: type) -> type:
 
 
 class LineLogger:
-    """structlog's last step: a line for each event. Standard error has it at the line's end, and needs no flush."""
+    """structlog's last step: writes a line per event. Standard error is line-buffered, and needs no flush."""
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink

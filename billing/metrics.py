@@ -1,8 +1,8 @@
-"""Figures for Prometheus, of all processes of a server together, and none where nobody asks for them.
+"""Metrics for Prometheus, of all processes of a server together, and none where nobody may scrape them.
 
-A process counts in its memory, and once a second writes that into files of one directory; whoever is asked reads
-the files of all. To write at once would cost a request seven microseconds, and so it costs one. The library is
-imported by `keep`: until then counting costs a look at a variable.
+A process counts in its memory, and once a second writes that to files in one directory; the process that is
+scraped reads the files of all. To write at once would cost a request seven microseconds; this costs one. The
+library is imported by `keep`: until then counting costs a check of a variable.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from typing import Any, BinaryIO, Literal
 
 import structlog
 
-# What the library's files begin with, and what it keeps of a value beside its name.
+# The initial size of the library's files, and what a value takes in them beside its name.
 FILE_BYTES = 64 * 1024
 VALUE_BYTES = 32
 WRITTEN_EVERY_SECONDS = 1.0
 PREFIX = "billing-metrics-"
-# From a key that is verified to a password that is checked, and on to what a deadline ends.
+# From the verification of a key to the check of a password, and on to a request's deadline.
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 Kind = Literal["counter", "gauge", "histogram"]
@@ -42,7 +42,7 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.metri
 
 
 class Figure:
-    """A family of figures: its name, what it tells, and the labels that tell its members apart."""
+    """A metric: its name, its help text, and the names of its labels."""
 
     kind: Kind
 
@@ -55,10 +55,10 @@ class Figure:
         REGISTRY[self.name] = self
 
     def begin(self, library: Any) -> None:
-        """From now on count."""
+        """Start counting."""
 
     def write(self) -> None:
-        """Put what was counted since the last time where others can read it."""
+        """Write what was counted since the last time where other processes can read it."""
 
     def _member(self, labels: tuple[str, ...]) -> Any:
         member = self._members.get(labels)
@@ -68,7 +68,7 @@ class Figure:
 
 
 class Counter(Figure):
-    """What only grows, until the server is started anew."""
+    """What only grows, until the server restarts."""
 
     kind = "counter"
 
@@ -109,7 +109,7 @@ class Histogram(Figure):
         if self._family is not None:
             with self._lock:
                 tally = self._observed.get(labels)
-                if tally is None:  # A number for each bucket and for what is beyond them, and then the sum.
+                if tally is None:  # A count for each bucket and one beyond them, and then the sum.
                     tally = self._observed[labels] = [0.0] * (len(SECONDS) + 2)
                 tally[bisect_left(SECONDS, seconds)] += 1
                 tally[-1] += seconds
@@ -145,7 +145,7 @@ class Gauge(Figure):
 
 
 class Asked(Figure):
-    """What is the same for all processes: found out when it is asked for, and written by nobody."""
+    """A gauge that is the same for all processes: read at each scrape, and written to no file."""
 
     kind = "gauge"
 
@@ -198,7 +198,7 @@ ATTEMPTS = Counter(
 ATTEMPT_SECONDS = Histogram("delivery_duration_seconds", "How long an attempt took.")
 DELIVERIES = Counter("deliveries_ended_total", "Deliveries that ended, `delivered` or `failed`.", "status")
 
-# Asked of the database, when somebody reads --------------------------------------------------------
+# Read from the database, at each scrape ------------------------------------------------------------
 
 OUTBOX = Asked("outbox_deliveries", "Deliveries that have not ended, by how their endpoint does.", "endpoint")
 OUTBOX_AGE = Asked("outbox_oldest_due_seconds", "For how long the oldest of them has been due.", "endpoint")
@@ -216,7 +216,7 @@ Answers = Mapping[Asked, Mapping[tuple[str, ...], float]]
 
 @contextmanager
 def directory() -> Iterator[Path]:
-    """A directory for the figures of this process and of those that it starts; gone at the end."""
+    """A directory for the metrics of this process and of those that it starts; removed at the end."""
     with tempfile.TemporaryDirectory(prefix=PREFIX) as made:
         os.environ.update(PROMETHEUS_MULTIPROC_DIR=made)
         yield Path(made)
@@ -224,9 +224,9 @@ def directory() -> Iterator[Path]:
 
 @cache
 def keep(given: Path | None) -> Path:
-    """Count from now on, in this directory or in one of this process alone; returns which."""
+    """Start counting, in this directory or in one of this process alone; returns the directory."""
     directory = given or own_directory()
-    # The library reads where that is when it is imported.
+    # The library reads this variable when it is imported.
     os.environ.update(PROMETHEUS_MULTIPROC_DIR=str(directory))
     import prometheus_client.values
 
@@ -244,9 +244,9 @@ def is_on() -> bool:
 
 
 def _allocated(base: Any) -> Any:
-    """The library's file, which has its blocks before they are written to: a full disk is an `OSError` then.
+    """The library's file with blocks allocated before they are written: a full disk then raises an `OSError`.
 
-    The library writes to a mapping of a file with holes, where a full disk is the end of the process (SIGBUS).
+    The library itself writes to a mapping of a sparse file, where a full disk kills the process (SIGBUS).
     """
 
     class Allocated(base):  # type: ignore[misc]
@@ -268,26 +268,26 @@ def _allocate(new: BinaryIO) -> None:
     try:
         os.posix_fallocate(new.fileno(), 0, FILE_BYTES)
     except OSError:
-        Path(new.name).unlink()  # Empty, it would be one that nobody can read.
+        Path(new.name).unlink()  # No process could read an empty one.
         raise
 
 
 def own_directory() -> Path:
-    """A directory that is gone when this process is."""
+    """A directory that is removed when this process exits."""
     made = tempfile.mkdtemp(prefix=PREFIX)
     atexit.register(shutil.rmtree, made, ignore_errors=True)
     return Path(made)
 
 
 def write() -> None:
-    """Put what this process counted where others can read it."""
+    """Write what this process counted where others can read it."""
     for figure in REGISTRY.values():
         figure.write()
 
 
 @contextmanager
 def written(*samples: Callable[[], None]) -> Iterator[None]:
-    """Once a second have gauges set, and write what was counted; a last time at the end of the block."""
+    """Once a second set gauges and write what was counted, and write a last time at the end of the block."""
     if not is_on():
         yield
         return
@@ -309,7 +309,7 @@ def written(*samples: Callable[[], None]) -> Iterator[None]:
 
 
 def _sample_and_write(samples: Iterable[Callable[[], None]], *, was_well: bool) -> bool:
-    """Set gauges and write, and say whether that went well; a disk that is full is told of once, and tried again."""
+    """Set gauges and write; returns whether that went well. A failure (a full disk) is logged if `was_well`."""
     try:
         for sample in samples:
             sample()
@@ -325,7 +325,7 @@ def _sample_and_write(samples: Iterable[Callable[[], None]], *, was_well: bool) 
 
 
 def page(directory: Path, answers: Answers, accept: str) -> tuple[bytes, str]:
-    """The figures of all processes and these answers, in the form that the reader asks for; and its media type."""
+    """The metrics of all processes and these answers, in the format of `accept`, and its media type."""
     from prometheus_client import CollectorRegistry
     from prometheus_client.exposition import choose_encoder
     from prometheus_client.multiprocess import MultiProcessCollector
@@ -356,12 +356,12 @@ class _Answers:
 
 
 def build() -> Answers:
-    """What runs here."""
+    """The version that runs here."""
     return {BUILD: {(version("billing-control-plane"), platform.python_version()): 1}}
 
 
 def forget_the_dead(directory: Path) -> None:
-    """Take away what a process that ended says of the present; what it counted stays."""
+    """Remove the live gauges of processes that have ended; what they counted stays."""
     for path in directory.glob("gauge_live*_*.db"):
         if (pid := re.search(r"_(\d+)\.db$", path.name)) and not is_running(int(pid[1])):
             path.unlink(missing_ok=True)

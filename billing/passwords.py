@@ -18,33 +18,33 @@ from billing.errors import PasswordTooWeak
 from billing.keyrings import Keyring
 
 SCHEME = "bcrypt-hmac-sha384"
-# In the place of the 31 characters that bcrypt makes of a password behind the salt.
+# In place of the 31 characters of digest that bcrypt puts after the salt.
 NO_DIGEST = "." * 31
 SHORTEST, LONGEST = 12, 128
 LEAST_SCORE = 3
-# zxcvbn refuses more than 72 characters; no longer password is guessed by its end.
+# zxcvbn refuses more than 72 characters; those after them make no password easier to guess.
 SCORED_CHARACTERS = 72
-# zxcvbn tries every combination of what may stand for a letter: with all of its substitutes in one password
-# that takes seconds. The digits and @ $ ! are left to it; each of the others becomes a symbol that it passes over.
+# zxcvbn tries every combination of characters that may substitute a letter: a password with all of them takes
+# it seconds. The digits and @ $ ! are left to it; each of the others becomes a symbol that it ignores.
 RARE_SUBSTITUTES = str.maketrans("({[<|+%", ")}]>;=&")
 OWN_WORD = re.compile(r"\w{3,}")
-# What must be left of a password when the words of its account are taken out of it.
+# How many characters of a password must be left without the words of its account.
 LEAST_OF_ITS_OWN = 6
-# zxcvbn keeps the words of the account in a global of its own while it looks at a password.
+# zxcvbn keeps the words of the account in a global of its own while it scores a password.
 ONE_AT_A_TIME = threading.Lock()
 
 
 class Passwords:
     """Makes and checks what is stored of a password: `scheme$pepper id$bcrypt`.
 
-    bcrypt looks at 72 bytes, so it is given base64(HMAC-SHA384(pepper, NFC(password))): 64 bytes, no NUL.
+    bcrypt reads 72 bytes, so it is given base64(HMAC-SHA384(pepper, NFC(password))): 64 bytes, no NUL.
     A check costs a quarter of a second at cost 12; callers run it off the event loop.
     """
 
     def __init__(self, peppers: Keyring, cost: int) -> None:
         self._peppers = peppers
         self._cost = cost
-        # Checking against it takes as long as against any other; to hash for it would take that at every start.
+        # Checking against it takes as long as against a real hash; making a real one would slow every start.
         self._dummy = (peppers.first[1], bcrypt.gensalt(cost).decode() + NO_DIGEST)
 
     def hash(self, password: str) -> str:
@@ -57,7 +57,7 @@ class Passwords:
     def check(self, password: str, stored: str | None) -> bool:
         """Whether the password is the stored one.
 
-        None (no such user), and what was stored with a pepper that we lack, take the same time and say no.
+        None (no such user), and a hash made with a pepper that we lack, take the same time and return False.
         """
         known = self._parts(stored) if stored else None
         pepper, hashed = known or self._dummy
@@ -72,13 +72,13 @@ class Passwords:
         return (pepper, hashed) if pepper is not None and scheme == SCHEME else None
 
     def _make_up_for(self, hashed: str, prehashed: bytes) -> None:
-        # Or an account kept since a lower cost would answer sooner than one that there is not: the costs from the
-        # stored one up to the present one add up to the difference.
+        # Otherwise an account hashed at a lower cost would be answered sooner than an unknown one. The costs
+        # from the stored one to just below the present one add up to the difference.
         for cost in range(cost_of(hashed), self._cost):
             bcrypt.hashpw(prehashed, bcrypt.gensalt(cost))
 
     def renewed(self, password: str, stored: str) -> str | None:
-        """What to store instead, if another pepper or cost is the present one."""
+        """A new hash to store, if scheme, pepper or cost of the stored one is not the present one."""
         scheme, kid, hashed = stored.split("$", 2)
         present = (SCHEME, self._peppers.first[0], self._cost)
         return None if (scheme, kid, cost_of(hashed)) == present else self.hash(password)

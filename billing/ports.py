@@ -1,4 +1,4 @@
-"""What every chapter may ask of storage; each names the rest of what it needs itself."""
+"""What several chapters need of storage; each names the rest of its needs itself."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from billing.webhooks.events import EventType
 
 class Directory(Protocol):
     def claim(self, kind: str, name: str, id: UUID) -> bool:
-        """Take a name for this tenant's thing; False when it is taken, by whomever."""
+        """Take a name for a thing of this tenant; False when any tenant has taken it."""
 
     def add(self, kind: str, name: str, id: UUID) -> None:
-        """Put a random name, which nobody else can have: if somebody did, nothing of the transaction would be kept."""
+        """Add a random name, which cannot be taken yet: if it were, the transaction would fail."""
 
 
 class Audit(Protocol):
@@ -29,16 +29,19 @@ class Audit(Protocol):
         reason: str | None = None,
         details: Mapping[str, object] | None = None,
     ) -> None:
-        """Add a row to the tenant's audit log, by whoever opened the transaction."""
+        """Add a row to the tenant's audit log; its actor is the one that opened the transaction."""
 
 
 class Events(Protocol):
-    """Each holds the tenant's row of numbers until the end, as `Audit` does its own: audit first, or two deadlock."""
+    """Recording locks the tenant's row of event numbers until commit, as `Audit` does its own.
+
+    Audit first, or two transactions deadlock.
+    """
 
     def record(
         self, type: EventType, data: Mapping[str, object], *, livemode: bool = True, now: datetime
     ) -> None:
-        """Tell the tenant's webhook of something, once the transaction is kept."""
+        """Send an event to the tenant's webhook, once the transaction is committed."""
 
 
 class Tasks(Protocol):
@@ -53,10 +56,10 @@ class Tasks(Protocol):
         queue: Queue = "general",
         moved: bool = False,
     ) -> None:
-        """Have the worker do something. One that was added already is done at the earlier of the two times.
+        """Schedule a task for the worker. One that was added already is due at the earlier of the two times.
 
         It stays in the queue it is in, unless it is `moved`.
         """
 
     def drop(self, kind: str, *, subject: str) -> None:
-        """Have the worker leave it. One that is doing it at this moment will not do it again."""
+        """Remove the task. A worker that is doing it at this moment will not do it again."""

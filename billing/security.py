@@ -1,4 +1,4 @@
-"""Credentials → Caller, and roles: who sends a request, and whether they may."""
+"""Credentials → Caller, and roles: authentication, and authorisation."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from billing.users import User
 
 @dataclass(frozen=True)
 class Caller:
-    """Whoever's credentials were good: a user of a tenant, or one of its API keys."""
+    """The owner of good credentials: a user of a tenant, or one of its API keys."""
 
     tenant: Tenant
     user: User | None = None
     key: ApiKey | None = None
     session_id: UUID | None = None
-    # What a replica must have replayed to show all that was there when the request came.
+    # How far a replica must have replayed to show all that was committed when the request came.
     position: str | None = None
 
     @property
@@ -35,7 +35,7 @@ class Caller:
 
     @property
     def sees_private_members(self) -> bool:
-        """A publishable key may stand in a browser, for anyone to read."""
+        """False for a publishable key, which anyone may read in a browser."""
         return self.key is None or not self.key.is_publishable
 
     def signed_in_user(self) -> User:
@@ -46,7 +46,7 @@ class Caller:
 
     @property
     def id(self) -> UUID:
-        """Of the key, or of the user."""
+        """The id of the key, or of the user."""
         return self.signed_in_user().id if self.key is None else self.key.id
 
     def actor(self, address: str | None, request_id: str | None) -> Actor:
@@ -55,7 +55,7 @@ class Caller:
 
 
 class Authenticator:
-    """Finds the caller behind a credential: one question to the database, none for a malformed one."""
+    """Finds the caller behind a credential: one query to the database, none for a malformed one."""
 
     def __init__(
         self, lookups: Lookups, tokens: Tokens, digests: KeyDigests, uses: KeyUses, clock: Clock
@@ -95,7 +95,7 @@ class Authenticator:
 
 
 def require_allowed(caller: Caller, *, roles: Sequence[str], keys_allowed: bool) -> None:
-    """Raises `TenantDisabled`, or `InsufficientScope` unless the document lets such a caller in."""
+    """Raises `TenantDisabled`, or `InsufficientScope` unless the document allows such a caller."""
     if not caller.tenant.is_active:
         raise TenantDisabled
     allowed = keys_allowed if caller.user is None else caller.user.role in roles

@@ -47,7 +47,7 @@ class Session:
         return self.ended_at is None and now < self.expires_at
 
     def forgives(self, jti: str, now: datetime) -> bool:
-        """Whether this is the last token's repeat, soon enough, with its successor unused."""
+        """Whether this is a repeat of the previous token, soon enough, with its successor unused."""
         return self.previous_jti == hashed(jti) and now - self.rotated_at <= RETRY_WINDOW
 
 
@@ -69,9 +69,9 @@ def start(tx: Storage, user: User, *, tokens: Tokens, now: datetime) -> TokenPai
 def authenticate(
     account: Account | None, password: str, passwords: Passwords, failed: Callable[[User, str], None]
 ) -> Account:
-    """The account, if the password is its own; raises `InvalidCredentials`, for each reason as slowly.
+    """The account, if the password is right; raises `InvalidCredentials`, equally slowly for each reason.
 
-    `failed` is told of an account that there is, and why it was refused.
+    For an existing account `failed` is called with its user and the reason.
     """
     matches = passwords.check(password, account.password_hash if account else None)
     if account is None:
@@ -93,7 +93,7 @@ def _cause(account: Account, *, matches: bool) -> str | None:
 def require_password(
     user: User, password: str, stored: str, passwords: Passwords, failed: Callable[[User, str], None]
 ) -> None:
-    """Raises `WrongPassword` unless the password is the stored one of this user, and tells `failed`."""
+    """Raises `WrongPassword`, after calling `failed`, unless the password is the stored one of this user."""
     if not passwords.check(password, stored):
         failed(user, "wrong password")
         raise WrongPassword
@@ -113,7 +113,7 @@ def log_in(
 def change_password(
     tx: Storage, user: User, password_hash: str, *, tokens: Tokens, now: datetime
 ) -> TokenPair:
-    """Put a new password in place, end every session of the user, and begin a new one."""
+    """Set a new password, end every session of the user, and begin a new one."""
     changed = tx.users.change_password(user, password_hash, now)
     if changed is None:
         raise SessionEnded
@@ -126,8 +126,8 @@ def change_password(
 def refresh(tx: Storage, claims: Claims, *, tokens: Tokens, now: datetime) -> TokenPair | BillingError:
     """Exchange a refresh token for its successor and a fresh access token.
 
-    A repeat within ten seconds gets the same successor again. Any other ends the session; as that must
-    outlast the refusal, the refusal is returned, to be raised when the transaction is over.
+    A repeat within ten seconds gets the same successor again. Any other ends the session; as that must be
+    committed, the refusal is returned, to be raised when the transaction is over.
     """
     user = tx.users.find(claims.user_id)
     if user is None or not user.is_active or user.token_version != claims.token_version:
@@ -176,7 +176,7 @@ class TenantShelf(Protocol):
 
 
 class UserShelf(Protocol):
-    """The last two return the user changed, or None if its tokens were ended in the meantime."""
+    """The last two return the changed user, or None if its tokens were invalidated in the meantime."""
 
     def find(self, id: UUID) -> User | None: ...
     def note_login(self, user: User, renewed_hash: str | None, now: datetime) -> User | None: ...

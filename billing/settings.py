@@ -75,7 +75,7 @@ class Settings:
 
     @property
     def are_figures_wanted(self) -> bool:
-        """Whether anybody may read what would be counted."""
+        """Whether metrics can be scraped at all."""
         return self.metrics_port is not None or self.metrics_token is not None
 
     @classmethod
@@ -89,7 +89,7 @@ class Settings:
 def migration_database_url(
     environ: Mapping[str, str] | None = None, *, dotenv: Path | None = Path(".env")
 ) -> str | None:
-    """All that a migration needs to know, so that its job need hold no other secret."""
+    """The one setting that a migration needs, so that its job need hold no other secret."""
     return _given(environ, dotenv).get("MIGRATION_DATABASE_URL")
 
 
@@ -97,7 +97,7 @@ def default_state_dir(environ: Mapping[str, str]) -> Path:
     """`/var/lib/billing` as root, else `$XDG_STATE_HOME/billing` (`~/.local/state/billing`)."""
     if os.geteuid() == 0:
         return Path("/var/lib/billing")
-    # The XDG Base Directory Specification has a relative path ignored.
+    # The XDG Base Directory Specification says to ignore a relative path.
     state_home = Path(environ.get("XDG_STATE_HOME", ""))
     home = Path(environ.get("HOME") or Path.home())
     return (state_home if state_home.is_absolute() else home / ".local/state") / "billing"
@@ -109,7 +109,7 @@ def new_secrets() -> dict[str, str]:
 
 
 def _given(environ: Mapping[str, str] | None, dotenv: Path | None) -> dict[str, str]:
-    """What the environment says, or else `dotenv`; what is empty is not said."""
+    """The variables of the environment, else of `dotenv`; an empty one counts as missing."""
     given = {**_dotenv(dotenv), **(os.environ if environ is None else environ)}
     return {name: value for name, value in given.items() if value}
 
@@ -267,7 +267,7 @@ class _Reader:
     def stripe_base(self, name: str, default: str) -> str:
         url = self.given.get(name, default).rstrip("/")
         parts = urlsplit(url) if _is_origin(url) else None
-        # Our secret key goes there: in clear only within this machine, and there only to try things out.
+        # Our secret key is sent there: unencrypted only to this machine, and only in development.
         if parts and (parts.scheme == "https" or (parts.hostname in LOOPBACK and not self.production)):
             return url
         raise SettingsError(
@@ -295,14 +295,14 @@ class _Reader:
 
 
 def _is_origin(text: str) -> bool:
-    """Whether a browser would say it so in `Origin`, with which it is compared."""
+    """Whether a browser would send exactly this as `Origin`, with which it is compared."""
     try:
         parts = urlsplit(text)
         scheme, host, port = parts.scheme, parts.hostname or "", parts.port
     except ValueError:
         return False
     host = f"[{host}]" if ":" in host else host
-    # Put together again it has no user, no path, no capitals, no port 65536 and none that goes without saying.
+    # Rebuilt from its parts it has no user, no path, no capitals and no default port.
     plain = f"{scheme}://{host}" + ("" if port in (None, DEFAULT_PORTS.get(scheme)) else f":{port}")
     return scheme in DEFAULT_PORTS and text == plain and HOST.fullmatch(host) is not None
 
@@ -346,7 +346,7 @@ def _write_once(path: Path, text: str) -> None:
 
 
 def _require_private(path: Path) -> None:
-    # Whoever may write here could give us secrets of their own choosing.
+    # Whoever can write here could replace our secrets with known ones.
     found = path.lstat()
     if path.is_symlink():
         raise SettingsError(

@@ -21,7 +21,7 @@ Tier = Literal["free", "pro", "enterprise"]
 
 LONGEST_SLUG = 60
 
-# The task of forgetting what need not be kept.
+# The task that deletes what need not be kept.
 HOUSEKEEPING = "housekeeping"
 TIDIED_EVERY = timedelta(days=1)
 
@@ -45,7 +45,7 @@ class Tenant:
 
 
 def public_members(tenant: Tenant) -> dict[str, object]:
-    """What anyone may know: who holds a publishable key, or a listener to webhooks."""
+    """What anyone may know, such as the holder of a publishable key or a receiver of webhooks."""
     return {
         "id": tenant.id,
         "company_name": tenant.company_name,
@@ -71,7 +71,7 @@ class TenantSummary:
 
 @dataclass(frozen=True)
 class Account:
-    """What a login looks at: a user, their tenant, and what is kept of the password."""
+    """What a login needs: a user, their tenant, and what is kept of the password."""
 
     tenant: Tenant
     user: User
@@ -89,7 +89,7 @@ class Registered:
 
 
 def own_words(details: Mapping[str, str]) -> list[str]:
-    """What an account is called, and its passwords must not be made of, from what its registration says."""
+    """The words of a registration, which the account's passwords must not be made of."""
     names = ("email", "company_name", "first_name", "last_name", "domain")
     return [details[name] for name in names if name in details]
 
@@ -101,7 +101,7 @@ def words_of(user: User, tenant: Tenant) -> list[str]:
 
 
 def slugs(company_name: str) -> Iterator[str]:
-    """Slugs to try for a name: the plain one, then ones that nobody else will have."""
+    """Slugs to try for a name: the plain one, then ones with a random suffix."""
     plain = slugify(company_name, max_length=LONGEST_SLUG, word_boundary=True) or "tenant"
     yield plain
     while True:
@@ -131,7 +131,7 @@ def register(
 
 
 def set_tier(tx: Storage, tier: Tier, *, now: datetime) -> None:
-    """Put the tenant into a tier; that it is there already is no error. The caller holds the tenant's lock."""
+    """Put the tenant into a tier, if it is in another one. The caller holds the tenant's lock."""
     tenant = tx.tenants.get()
     if tenant.tier != tier:
         tx.tenants.set_tier(tier, now)
@@ -141,7 +141,7 @@ def set_tier(tx: Storage, tier: Tier, *, now: datetime) -> None:
 
 
 def set_active(tx: Storage, *, is_active: bool, now: datetime) -> None:
-    """Switch the tenant off, or on again. Sessions and keys are kept; while it is off they open nothing.
+    """Disable the tenant, or enable it again. Sessions and keys are kept; meanwhile they grant nothing.
 
     The caller holds the tenant's lock.
     """

@@ -24,7 +24,7 @@ REFRESH_IDLE_LIFETIME = timedelta(days=7)
 LONGEST = 4096
 REMEMBERED = 1024
 CLAIMS = ["iss", "aud", "sub", "tid", "sid", "ver", "jti", "iat", "exp"]
-# The clock is an argument here, so PyJWT must not ask its own.
+# The clock is an argument here, so PyJWT must not use its own.
 OPTIONS: Any = {
     "require": CLAIMS,
     "strict_aud": True,
@@ -45,7 +45,7 @@ class TokenPair:
 
 @dataclass(frozen=True)
 class Claims:
-    """What a good token says."""
+    """The claims of a valid token."""
 
     tenant_id: UUID
     user_id: UUID
@@ -57,7 +57,7 @@ class Claims:
 
 @dataclass(frozen=True)
 class Holder:
-    """For whom tokens are made."""
+    """The user and session that tokens are issued to."""
 
     tenant_id: UUID
     user_id: UUID
@@ -67,12 +67,12 @@ class Holder:
 
 
 class Tokens:
-    """Signs and reads tokens: HS256, the key found by `kid` in our own ring, `typ` and `aud` told apart."""
+    """Signs and reads tokens: HS256, the key found by `kid` in our own ring, `typ` and `aud` both checked."""
 
     def __init__(self, keys: Keyring, issuer: str) -> None:
         self._keys = keys
         self._issuer = issuer
-        # A signature once found good stays good. Whether token and session still are is asked each time.
+        # A signature once verified stays valid. Expiry and session are checked each time.
         self._verified = lru_cache(maxsize=REMEMBERED)(self._verify)
 
     def access(self, holder: Holder, now: datetime) -> str:
@@ -86,17 +86,17 @@ class Tokens:
         return self._sign(REFRESH, holder, {"jti": jti}, issued_at, ends_at)
 
     def read_access(self, text: str, now: datetime) -> Claims:
-        """What the access token says; raises `TokenInvalid` or `TokenExpired`."""
+        """The claims of an access token; raises `TokenInvalid` or `TokenExpired`."""
         return self._read(ACCESS, text, now)
 
     def read_refresh(self, text: str, now: datetime) -> Claims:
-        """What the refresh token says; raises `TokenInvalid` or `TokenExpired`."""
+        """The claims of a refresh token; raises `TokenInvalid` or `TokenExpired`."""
         return self._read(REFRESH, text, now)
 
     def successor(self, claims: Claims) -> str:
-        """The `jti` that follows: a keyed hash of it, so that a retry finds it without its being stored.
+        """The next `jti`: a keyed hash of this one, so that a retry finds it without its being stored.
 
-        The key is the one that signed the token, so that the answer outlives a rotation of the ring.
+        The key is the one that signed the token, so that the result survives a rotation of the ring.
         """
         key = self._keys.keys[claims.signed_by]
         return hmac.digest(key, b"refresh token successor\0" + claims.jti.encode(), hashlib.sha256).hex()
@@ -122,7 +122,7 @@ class Tokens:
             raise TokenInvalid
         try:
             claims, ends_at = self._verified(typ, text)
-        # PyJWT lets some malformed members through as plain errors of their types; OSError is a time too far.
+        # For some malformed members PyJWT raises built-in errors; an OSError is a time out of range.
         except (jwt.PyJWTError, ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError):
             raise TokenInvalid from None
         if now >= ends_at:

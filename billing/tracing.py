@@ -1,7 +1,7 @@
-"""Traces by OpenTelemetry: who waited for what, in a request and in a task, and nothing where nobody collects them.
+"""OpenTelemetry traces of requests and tasks: what waited for what, and nothing where no collector is set.
 
-The libraries are imported by `begin`: until then a span costs a look at a variable. A span bears no body, no query, no
-parameter of a statement, and no message of an error: its type alone.
+The libraries are imported by `begin`: until then a span costs a check of a variable. A span has no body, no
+query, no parameter of a statement, and no message of an error: its type alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Kind = Literal["internal", "server", "client", "producer", "consumer"]
 Value = str | int | float | bool | None
 Attributes = Mapping[str, Value]
 
-# What is left at the end is sent within this time or not at all: a collector that is away keeps no server.
+# What is left at the end is sent within this time or not at all: a collector that is down delays no exit.
 FAREWELL_SECONDS = 2.0
 
 _PROVIDER: Any = None
@@ -35,24 +35,24 @@ def begin(endpoint: str, service: str) -> None:
 
     ours = {"service.name": service, "service.version": version("billing-control-plane")}
     # The environment's OTEL_RESOURCE_ATTRIBUTES and OTEL_TRACES_SAMPLER are read by the library.
-    # Whoever begins ends: at exit the library would go on trying for half a minute.
+    # `end` does it instead: at exit the library would go on trying for half a minute.
     _PROVIDER = TracerProvider(resource=Resource.create(ours), shutdown_on_exit=False)
     _PROVIDER.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=f"{endpoint}/v1/traces")))
     _TRACER = _PROVIDER.get_tracer("billing")
 
 
 def end() -> None:
-    """Send what is left, if that can be done soon, and nothing after it."""
+    """Send the spans that are left, if that can be done soon, and none after them."""
     if _PROVIDER is None:
         return
-    # A daemon, as the library's own thread is: neither keeps the process once nobody waits any more.
+    # A daemon, as the library's own thread is: neither keeps the process from ending.
     last = threading.Thread(target=_PROVIDER.shutdown, name="last-spans", daemon=True)
     last.start()
     last.join(FAREWELL_SECONDS)
 
 
 def is_on() -> bool:
-    """Whether anybody collects spans."""
+    """Whether spans are recorded."""
     return _TRACER is not None
 
 
@@ -81,7 +81,7 @@ class Span:
         self._span.set_attributes(_known(attributes))
 
     def fail(self, kind: str) -> None:
-        """Mark it as failed, by a word of ours."""
+        """Mark it as failed, with this as its `error.type`."""
         from opentelemetry.trace import StatusCode
 
         self._span.set_attribute("error.type", kind)
@@ -94,7 +94,7 @@ _NO_SPAN = nullcontext(NoSpan())
 def span(
     name: str, kind: Kind = "internal", attributes: Mapping[str, Value] = {}, *, parent: str | None = None
 ) -> AbstractContextManager[Span | NoSpan]:
-    """A span for as long as the block, below the one that is open here, or below the `traceparent` given.
+    """A span for the length of a block; its parent is the current one, or the `traceparent` given.
 
     The names of attributes are OpenTelemetry's, or begin with `billing.`; one that is None is left out.
     """
@@ -112,7 +112,7 @@ def _recorded(name: str, kind: Kind, parent: str | None, attributes: Attributes)
         context=context,
         kind=SpanKind[kind.upper()],
         attributes=_known(attributes),
-        # The library would write down the error's message and its trace.
+        # The library would record the error's message and its traceback.
         record_exception=False,
         set_status_on_exception=False,
     ) as recorded:
@@ -129,7 +129,7 @@ def _known(attributes: Attributes) -> Attributes:
 
 
 def headers() -> dict[str, str]:
-    """`traceparent` of the span that is open here, for whoever we call; nothing where nothing is traced."""
+    """The `traceparent` of the current span, for outbound calls; nothing where nothing is traced."""
     if _TRACER is None:
         return {}
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator

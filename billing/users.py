@@ -38,13 +38,13 @@ class User:
 
 
 def normalise_email(email: str) -> str:
-    """The form in which emails are compared and kept: composed, and without capitals."""
+    """The form in which emails are compared and stored: composed (NFC), and in lower case."""
     # Some capitals have no composed form, and their small letters have: J̌ becomes ǰ.
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", email.strip()).lower())
 
 
 def new_user(tenant_id: UUID, details: Mapping[str, str], *, role: Role, now: datetime) -> User:
-    """A user of the tenant, not yet kept."""
+    """A user of the tenant, not yet stored."""
     return User(
         tenant_id=tenant_id,
         id=new_id(),
@@ -61,7 +61,7 @@ def new_user(tenant_id: UUID, details: Mapping[str, str], *, role: Role, now: da
 
 
 def add(tx: Storage, user: User, *, password_hash: str, now: datetime) -> None:
-    """Give a tenant one more user; raises `EmailTaken`, whoever has taken it."""
+    """Add a user to a tenant; raises `EmailTaken`, also for another tenant's user."""
     if not tx.directory.claim("email", user.email, user.id):
         raise EmailTaken
     tx.users.add(user, password_hash=password_hash)
@@ -69,7 +69,7 @@ def add(tx: Storage, user: User, *, password_hash: str, now: datetime) -> None:
 
 
 def get(tx: Storage, email: str) -> User:
-    """The tenant's user with this email, in whatever capitals; raises `NotFound`."""
+    """The tenant's user with this email, in any letter case; raises `NotFound`."""
     user = tx.users.find_by_email(normalise_email(email))
     if user is None:
         raise NotFound("The tenant has no user with this email.")
@@ -77,7 +77,7 @@ def get(tx: Storage, email: str) -> User:
 
 
 def set_role(tx: Storage, email: str, role: Role, *, now: datetime) -> None:
-    """Give a user another role, which counts from their next request; raises `NotFound`, `Conflict`.
+    """Give a user another role, which takes effect at their next request; raises `NotFound`, `Conflict`.
 
     The caller holds the tenant's lock.
     """
@@ -90,7 +90,7 @@ def set_role(tx: Storage, email: str, role: Role, *, now: datetime) -> None:
 
 
 def disable(tx: Storage, email: str, *, now: datetime) -> None:
-    """Lock a user out, and end every session of theirs; raises `NotFound`, `Conflict` for the last owner.
+    """Disable a user, and end every session of theirs; raises `NotFound`, `Conflict` for the last owner.
 
     The caller holds the tenant's lock.
     """
@@ -112,7 +112,7 @@ def enable(tx: Storage, email: str, *, now: datetime) -> None:
 
 
 def reset_password(tx: Storage, user: User, password_hash: str, *, now: datetime) -> None:
-    """Put a password in the place of one that was lost, and end every session of the user."""
+    """Replace a lost password, and end every session of the user."""
     tx.users.reset_password(user.id, password_hash, now)
     tx.sessions.end_all(user.id, now)
     tx.audit.record("user.password_reset", subject=user.email, now=now)
@@ -121,7 +121,7 @@ def reset_password(tx: Storage, user: User, password_hash: str, *, now: datetime
 def require_another_owner(tx: Storage, user: User) -> None:
     """Raises `Conflict` if the user is the only active owner: nobody could make another one.
 
-    The caller holds the tenant's lock, or two owners could end each other.
+    The caller holds the tenant's lock, or two owners could remove each other.
     """
     others = [other for other in tx.users.all() if other.id != user.id]
     if user.is_active_owner and not any(other.is_active_owner for other in others):
