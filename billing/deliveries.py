@@ -207,7 +207,7 @@ def _keep(tx: TenantTx, batch: Batch, ended: Ended, now: datetime) -> Endpoint:
     # Results of sending to an earlier URL say nothing of the present one.
     if endpoint.url == batch.url and endpoint.is_active:
         endpoint = _note(tx, endpoint, ended, now)
-    tx.deliveries.settle(ended.settled)
+    tx.deliveries.record_results(ended.settled)
     return endpoint
 
 
@@ -289,7 +289,7 @@ def log_attempt(begun: Begun, settled: Settled) -> None:
 def _let_go(tx: TenantTx, task: Task, endpoint: Endpoint, sent: Sent, now: datetime) -> None:
     """Release an endpoint's task until more is due: into the slow queue, if it is failing or slow."""
     if sent.rest:
-        tx.deliveries.give_back(sent.rest)
+        tx.deliveries.uncount(sent.rest)
     if endpoint.url is None:
         # Some are left if one was being recorded while the URL was removed, or of more than one statement's.
         due_at = now if tx.deliveries.cancel(endpoints.CANCELLED, now) else None

@@ -428,8 +428,8 @@ IN_STORAGE = (
     Wrong(
         "queries do not name their tenant",
         "billing/storage/shelf.py",
-        "return _owner(table) == bindparam(MINE)\n",
-        "return (_owner(table) == bindparam(MINE)) | _owner(table).is_not(None)\n",
+        "return _owner(table) == bindparam(OF_TENANT)\n",
+        "return (_owner(table) == bindparam(OF_TENANT)) | _owner(table).is_not(None)\n",
         ("tests/storage/test_isolation.py",),
     ),
     Wrong(
@@ -533,7 +533,7 @@ IN_STORAGE = (
         "        return kept.rowcount == 1\n",
         "        rows = kept.rowcount\n"
         "        self._connection.connection.commit()\n"
-        "        self._connection.exec_driver_sql(f'BEGIN; {BECOME}', (str(self._tenant_id),))\n"
+        "        self._connection.exec_driver_sql(f'BEGIN; {SET_TENANT}', (str(self._tenant_id),))\n"
         "        return rows == 1\n",
         ("tests/test_idempotency.py::test_without_the_change_there_is_no_answer",),
     ),

@@ -25,7 +25,7 @@ from billing.errors import DatabaseUnavailable
 from billing.ids import new_id
 from billing.keys import KeyDigests
 from billing.settings import Settings
-from billing.storage.shelf import AT_ONCE
+from billing.storage.shelf import BATCH_ROWS
 from billing.storage.store import Store, TenantTx
 from billing.storage.tables import deliveries, events, tasks, webhook_endpoints
 from billing.tasks import LEASE, Queue, Task
@@ -657,7 +657,7 @@ def test_what_is_not_asked_for_is_not_sent_however_much_of_it_there_is(
         others = ", ".join(column.name for column in deliveries.columns if column.name != "id")
         many = f"SELECT gen_random_uuid(), {others} FROM deliveries, generate_series(1, :many)"
         with superuser.begin() as connection:
-            connection.execute(text(f"INSERT INTO deliveries (id, {others}) {many}"), {"many": AT_ONCE})
+            connection.execute(text(f"INSERT INTO deliveries (id, {others}) {many}"), {"many": BATCH_ROWS})
         bench.configure(url_of(receiver), [REVOKED])
         bench.record(type=REVOKED)
         bench.deliver_all()
@@ -986,22 +986,22 @@ def test_an_attempt_that_is_not_the_last_settles_nothing(bench: Bench, begun: Be
         assert (again.id, again.attempt) == (begun.id, 2)
     for attempt, expected in ((1, "pending"), (3, "pending"), (2, "delivered")):
         with bench.tx() as tx:
-            tx.deliveries.settle([settled(begun, bench.clock(), attempt=attempt)])
+            tx.deliveries.record_results([settled(begun, bench.clock(), attempt=attempt)])
         assert bench.statuses() == [(expected, 2)]
 
 
 def test_what_has_ended_is_settled_no_more(bench: Bench, begun: Begun) -> None:
     with bench.tx() as tx:
         tx.deliveries.cancel("cancelled", bench.clock())
-        tx.deliveries.settle([settled(begun, bench.clock())])
-        tx.deliveries.give_back([begun])
+        tx.deliveries.record_results([settled(begun, bench.clock())])
+        tx.deliveries.uncount([begun])
     [row] = bench.rows()
     assert (row.status, row.attempts, row.error, row.http_status) == ("failed", 1, "cancelled", None)
 
 
 def test_what_is_given_back_was_not_attempted(bench: Bench, begun: Begun) -> None:
     with bench.tx() as tx:
-        tx.deliveries.give_back([begun])
+        tx.deliveries.uncount([begun])
         assert tx.deliveries.next_due(types=None) == bench.clock()
     assert bench.statuses() == [("pending", 0)]
 
@@ -1010,11 +1010,11 @@ def test_many_are_settled_each_in_its_own_way(bench: Bench, begun: Begun) -> Non
     bench.record(2)
     later = bench.clock() + DAY
     with bench.tx() as tx:
-        tx.deliveries.give_back([begun])
+        tx.deliveries.uncount([begun])
         first, second, third = sorted(
             tx.deliveries.begin(bench.clock(), types=None, most=BATCH), key=lambda one: one.id
         )
-        tx.deliveries.settle(
+        tx.deliveries.record_results(
             [
                 settled(first, bench.clock()),
                 Settled(second.id, 1, "pending", later, None, "timeout", 15000, None),
@@ -1031,7 +1031,7 @@ def test_many_are_settled_each_in_its_own_way(bench: Bench, begun: Begun) -> Non
 
 def test_the_first_due_are_begun_first_and_no_more_than_asked_for(bench: Bench, begun: Begun) -> None:
     with bench.tx() as tx:
-        tx.deliveries.settle(
+        tx.deliveries.record_results(
             [Settled(begun.id, 1, "pending", bench.clock() + DAY, 500, "bad_status", 1, None)]
         )
     bench.clock.turn(seconds=1)
@@ -1044,7 +1044,9 @@ def test_the_first_due_are_begun_first_and_no_more_than_asked_for(bench: Bench, 
 
 def test_what_ended_can_begin_anew(bench: Bench, begun: Begun) -> None:
     with bench.tx() as tx:
-        tx.deliveries.settle([Settled(begun.id, 1, "failed", None, 410, "bad_status", 7, bench.clock())])
+        tx.deliveries.record_results(
+            [Settled(begun.id, 1, "failed", None, 410, "bad_status", 7, bench.clock())]
+        )
     bench.clock.turn(hours=1)
     with receiving(Answering()) as receiver:
         bench.configure(url_of(receiver))
@@ -1063,7 +1065,7 @@ def test_what_ended_can_begin_anew(bench: Bench, begun: Begun) -> None:
 def test_what_waits_begins_sooner_and_keeps_its_count(bench: Bench, begun: Begun) -> None:
     waiting = Settled(begun.id, 1, "pending", bench.clock() + DAY, 500, "bad_status", 7, None)
     with bench.tx() as tx:
-        tx.deliveries.settle([waiting])
+        tx.deliveries.record_results([waiting])
         tx.deliveries.replay([begun.event_id], bench.clock())
     [row] = bench.rows()
     assert (row.status, row.attempts, row.next_attempt_at) == ("pending", 1, bench.clock())

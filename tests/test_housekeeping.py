@@ -18,7 +18,7 @@ from billing.ids import new_id
 from billing.keyrings import Keyring, new_keyring
 from billing.keys import EXPIRING, KeyDigests
 from billing.settings import Settings
-from billing.storage.shelf import AT_ONCE
+from billing.storage.shelf import BATCH_ROWS
 from billing.storage.store import Store
 from billing.tasks import LEASE, Task
 from billing.tenants import HOUSEKEEPING, TIDIED_EVERY, Registered
@@ -209,7 +209,7 @@ def test_of_very_many_old_sessions_a_part_is_forgotten_and_the_rest_soon_after(
     )
     values = {"tenant": acme.tenant.id, "user": acme.owner.id, "then": clock() - 2 * KEPT}
     with superuser.begin() as connection:
-        connection.execute(text(query), values | {"number": AT_ONCE + 1})
+        connection.execute(text(query), values | {"number": BATCH_ROWS + 1})
     clock.now += TIDIED_EVERY
     for left in (1, 0):
         tidy(store, clock)

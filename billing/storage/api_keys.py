@@ -9,7 +9,7 @@ from uuid import UUID
 from sqlalchemy import and_, bindparam, func, or_, select, union_all, update
 
 from billing.keys import TYPES, ApiKey, KeyType
-from billing.storage.shelf import Shelf, columns_of, mine, values_of
+from billing.storage.shelf import Shelf, columns_of, of_tenant, values_of
 from billing.storage.tables import api_keys
 
 COLUMNS = columns_of(ApiKey, api_keys)
@@ -18,18 +18,18 @@ IS_LIVING = and_(
     or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > bindparam("now")),
 )
 OF_TYPES = api_keys.c.type.in_(bindparam("types", expanding=True))
-FIND_LIVING = select(*COLUMNS).where(mine(api_keys), OF_TYPES, IS_LIVING).order_by(api_keys.c.id)
+FIND_LIVING = select(*COLUMNS).where(of_tenant(api_keys), OF_TYPES, IS_LIVING).order_by(api_keys.c.id)
 # One index scan each, however many keys have expired or were revoked.
 NEWEST = [
     select(api_keys.c.id)
-    .where(mine(api_keys), api_keys.c.type == key_type)
+    .where(of_tenant(api_keys), api_keys.c.type == key_type)
     .order_by(api_keys.c.id.desc())
     .limit(1)
     for key_type in TYPES
 ]
-WORTH_SHOWING = union_all(select(api_keys.c.id).where(mine(api_keys), IS_LIVING), *NEWEST)
-FIND_WORTH_SHOWING = select(*COLUMNS).where(mine(api_keys), api_keys.c.id.in_(WORTH_SHOWING))
-IS_NAMED = and_(mine(api_keys), api_keys.c.id == bindparam("key_id"))
+WORTH_SHOWING = union_all(select(api_keys.c.id).where(of_tenant(api_keys), IS_LIVING), *NEWEST)
+FIND_WORTH_SHOWING = select(*COLUMNS).where(of_tenant(api_keys), api_keys.c.id.in_(WORTH_SHOWING))
+IS_NAMED = and_(of_tenant(api_keys), api_keys.c.id == bindparam("key_id"))
 EXPIRE = update(api_keys).where(IS_NAMED)
 NOTE_USE = (
     update(api_keys)
@@ -38,7 +38,7 @@ NOTE_USE = (
 )
 REVOKE = (
     update(api_keys)
-    .where(mine(api_keys), OF_TYPES, IS_LIVING)
+    .where(of_tenant(api_keys), OF_TYPES, IS_LIVING)
     .values(revoked_at=bindparam("now"))
     .returning(*COLUMNS)
 )
@@ -60,7 +60,7 @@ class ApiKeys(Shelf):
 
     def expire(self, key: ApiKey) -> None:
         """Store the key's expiry."""
-        self.put_off(EXPIRE, key_id=key.id, expires_at=key.expires_at)
+        self.defer(EXPIRE, key_id=key.id, expires_at=key.expires_at)
 
     def revoke(self, types: Sequence[KeyType], now: datetime) -> list[ApiKey]:
         """Revoke the living keys of these types; returns them."""
@@ -68,4 +68,4 @@ class ApiKeys(Shelf):
 
     def note_use(self, id: UUID, at: datetime) -> None:
         """Store when a key was last used; a later time written by another process stays."""
-        self.put_off(NOTE_USE, key_id=id, at=at)
+        self.defer(NOTE_USE, key_id=id, at=at)

@@ -17,7 +17,7 @@ from sqlalchemy.engine import make_url
 
 from billing import tracing
 from billing.errors import DatabaseUnavailable
-from billing.storage.driver import CONNECT_ARGS, first_host, translated
+from billing.storage.driver import CONNECT_ARGS, first_host, translate
 from billing.storage.questions import MESSAGES, QUESTIONS, Question, Row
 
 CONNECTIONS = 4
@@ -84,7 +84,7 @@ class AsyncPool:
                 return await connection.ask(question, parameters)
         except psycopg2.Error as error:
             if error.pgcode not in NOT_PREPARED:
-                raise translated(error) from error
+                raise translate(error) from error
         connection.is_prepared = False
         return await self._ask_once(question, parameters)
 
@@ -233,7 +233,7 @@ def _connect_to(arguments: Mapping[str, Any]) -> tuple[Any, bool]:
     connection = psycopg2.connect(**{**CONNECT_ARGS, **arguments}, async_=1)
     deadline = monotonic() + CONNECTING_SECONDS
     try:
-        settle(connection, deadline)
+        wait_until_ready(connection, deadline)
         return connection, _prepare(connection, deadline)
     except BaseException:
         connection.close()
@@ -245,7 +245,7 @@ def _prepare(connection: Any, deadline: float) -> bool:
     try:
         for statement in (statement for question in QUESTIONS for statement in question.prepared()):
             cursor.execute(statement)
-            settle(connection, deadline)
+            wait_until_ready(connection, deadline)
     except psycopg2.Error as error:
         if error.pgcode not in NOT_PREPARED:
             raise
@@ -253,7 +253,7 @@ def _prepare(connection: Any, deadline: float) -> bool:
     return True
 
 
-def settle(connection: Any, deadline: float) -> None:
+def wait_until_ready(connection: Any, deadline: float) -> None:
     """Wait until the connection's current operation is done; raises `psycopg2.OperationalError` at the deadline."""
     while (state := connection.poll()) != extensions.POLL_OK:
         ready = select.poll()  # `select.select` takes no descriptor above 1,023.

@@ -10,11 +10,11 @@ from sqlalchemy import ColumnElement, Connection, func, select, text
 
 from billing.actors import Actor
 from billing.audit import Choice, Head, Row, chained
-from billing.storage.shelf import Shelf, columns_of, mine
+from billing.storage.shelf import Shelf, columns_of, of_tenant
 from billing.storage.tables import audit_heads, audit_log
 
 COLUMNS = columns_of(Row, audit_log)
-FIND_HEAD = select(audit_heads.c.sequence, audit_heads.c.hash).where(mine(audit_heads))
+FIND_HEAD = select(audit_heads.c.sequence, audit_heads.c.hash).where(of_tenant(audit_heads))
 LOCK_HEAD = text("SELECT sequence, hash FROM app.lock_audit_head()")
 ADVANCE = text("SELECT app.advance_audit_head()")
 
@@ -54,7 +54,7 @@ class AuditLog(Shelf):
         )
         content = row.content()
         self.insert(audit_log, content | {"hash": chained(bytes(head.hash), content)})
-        self.put_off(ADVANCE)
+        self.defer(ADVANCE)
 
     def head(self) -> Head | None:
         """The number and hash of the last row written, as the head table has them."""
@@ -63,7 +63,7 @@ class AuditLog(Shelf):
 
     def after(self, sequence: int | None, *, most: int, upto: int | None = None) -> list[Row]:
         """The first rows after `sequence` (None: from the start), up to and including `upto`, oldest first."""
-        query = select(*COLUMNS).where(mine(audit_log)).order_by(audit_log.c.sequence).limit(most)
+        query = select(*COLUMNS).where(of_tenant(audit_log)).order_by(audit_log.c.sequence).limit(most)
         if sequence is not None:
             query = query.where(audit_log.c.sequence > sequence)
         if upto is not None:
@@ -72,16 +72,16 @@ class AuditLog(Shelf):
 
     def beyond_head(self) -> int | None:
         """The number of the first row past the head, both read in one statement; there should be none."""
-        head = select(audit_heads.c.sequence).where(mine(audit_heads)).scalar_subquery()
+        head = select(audit_heads.c.sequence).where(of_tenant(audit_heads)).scalar_subquery()
         query = select(func.min(audit_log.c.sequence)).where(
-            mine(audit_log), audit_log.c.sequence > func.coalesce(head, 0)
+            of_tenant(audit_log), audit_log.c.sequence > func.coalesce(head, 0)
         )
         found: int | None = self.run(query).scalar()
         return found
 
     def recent(self, choice: Choice, *, most: int) -> list[Row]:
         """The latest rows that match the choice, newest first."""
-        query = select(*COLUMNS).where(mine(audit_log), *_chosen(choice))
+        query = select(*COLUMNS).where(of_tenant(audit_log), *_chosen(choice))
         ordered = query.order_by(audit_log.c.sequence.desc()).limit(most)
         return [Row(*row) for row in self.run(ordered)]
 

@@ -22,7 +22,7 @@ from sqlalchemy import (
 )
 
 from billing.ids import new_id
-from billing.storage.shelf import AT_ONCE, MINE, Shelf, columns_of, mine, some_of, values_of
+from billing.storage.shelf import BATCH_ROWS, OF_TENANT, Shelf, batch_of, columns_of, of_tenant, values_of
 from billing.storage.tables import deliveries, events
 from billing.webhooks.delivery import Begun, Delivery, Settled, Stats, Status
 
@@ -34,19 +34,21 @@ HAS_DELIVERY = (
     .where(deliveries.c.tenant_id == events.c.tenant_id, deliveries.c.event_id == events.c.id)
     .exists()
 )
-RECENT = select(*COLUMNS).where(mine(deliveries)).order_by(deliveries.c.id.desc()).limit(bindparam("most"))
+RECENT = (
+    select(*COLUMNS).where(of_tenant(deliveries)).order_by(deliveries.c.id.desc()).limit(bindparam("most"))
+)
 RECENT_IN_STATUS = RECENT.where(deliveries.c.status == bindparam("status"))
 LATELY = deliveries.c.settled_at > bindparam("since")
 STATS = select(
     func.count().filter(LATELY, deliveries.c.status == "delivered"),
     func.count().filter(LATELY, deliveries.c.status == "failed"),
     func.count().filter(IS_PENDING),
-).where(mine(deliveries), or_(IS_PENDING, and_(~IS_PENDING, LATELY)))
+).where(of_tenant(deliveries), or_(IS_PENDING, and_(~IS_PENDING, LATELY)))
 BLANK = {"http_status": None, "error": None, "duration_ms": None, "settled_at": None}
 
 # The statements of every batch of a worker, built once.
 TYPES = bindparam("types", type_=ARRAY(Text))
-PENDING = and_(mine(deliveries), IS_PENDING)
+PENDING = and_(of_tenant(deliveries), IS_PENDING)
 OF_TYPE = or_(TYPES.is_(None), deliveries.c.event_type == any_(TYPES))
 IS_DUE = deliveries.c.next_attempt_at <= bindparam("now")
 FIRST_DUE = (
@@ -60,7 +62,7 @@ FIRST_DUE = (
 BEGIN = (
     update(deliveries)
     .where(
-        mine(deliveries),
+        of_tenant(deliveries),
         deliveries.c.id == FIRST_DUE.c.id,
         events.c.tenant_id == deliveries.c.tenant_id,
         events.c.id == deliveries.c.event_id,
@@ -78,19 +80,19 @@ BEGIN = (
 )
 NEXT_DUE = select(func.min(deliveries.c.next_attempt_at)).where(PENDING, OF_TYPE)
 UNWANTED = deliveries.c.event_type != all_(bindparam("wanted", type_=ARRAY(Text)))
-DROP_UNWANTED = delete(deliveries).where(some_of(deliveries, and_(IS_PENDING, IS_DUE, UNWANTED)))
+DROP_UNWANTED = delete(deliveries).where(batch_of(deliveries, and_(IS_PENDING, IS_DUE, UNWANTED)))
 # A delivery that was begun again meanwhile is left as it is.
 AS_BEGUN = f"""
-deliveries.tenant_id = %({MINE})s::uuid AND deliveries.id = s.id
+deliveries.tenant_id = %({OF_TENANT})s::uuid AND deliveries.id = s.id
     AND deliveries.attempts = s.attempt AND deliveries.status = 'pending'
 """
-GIVE_BACK = f"""
+UNCOUNT = f"""
 UPDATE deliveries SET attempts = deliveries.attempts - 1
 FROM unnest(%(id)s::uuid[], %(attempt)s::int[]) AS s (id, attempt)
 WHERE {AS_BEGUN}
 """
 # One statement for all attempts that ended at about the same time.
-SETTLE = f"""
+RECORD_RESULTS = f"""
 UPDATE deliveries SET
     status = s.status, next_attempt_at = s.next_attempt_at, http_status = s.http_status, error = s.error,
     duration_ms = s.duration_ms, settled_at = s.settled_at
@@ -118,16 +120,16 @@ class Deliveries(Shelf):
         in_order = sorted(begun, key=lambda row: (row.next_attempt_at, row.event_id))
         return [Begun(*row[:-1]) for row in in_order]
 
-    def give_back(self, begun: Sequence[Begun]) -> None:
+    def uncount(self, begun: Sequence[Begun]) -> None:
         """Take back the count of attempts that were not made after all."""
         ids, attempts = [str(one.id) for one in begun], [one.attempt for one in begun]
-        self.put_off(GIVE_BACK, id=ids, attempt=attempts)
+        self.defer(UNCOUNT, id=ids, attempt=attempts)
 
-    def settle(self, settled: Sequence[Settled]) -> None:
+    def record_results(self, settled: Sequence[Settled]) -> None:
         """Store the results of attempts."""
         columns = {field.name: [getattr(one, field.name) for one in settled] for field in fields(Settled)}
         columns["id"] = [str(one.id) for one in settled]
-        self.put_off(SETTLE, **columns)
+        self.defer(RECORD_RESULTS, **columns)
 
     def next_due(self, *, types: Sequence[str] | None) -> datetime | None:
         """When the next attempt is due, of these types or of any; None if there is none to come."""
@@ -135,16 +137,16 @@ class Deliveries(Shelf):
         return found
 
     def drop_unwanted(self, wanted: Sequence[str], now: datetime) -> None:
-        """Delete due deliveries of event types other than these, up to `AT_ONCE`."""
-        self.put_off(DROP_UNWANTED, now=now, wanted=list(wanted))
+        """Delete due deliveries of event types other than these, up to `BATCH_ROWS`."""
+        self.defer(DROP_UNWANTED, now=now, wanted=list(wanted))
 
     def cancel(self, error: str, now: datetime) -> bool:
-        """Fail pending deliveries, up to `AT_ONCE`; returns whether there were any.
+        """Fail pending deliveries, up to `BATCH_ROWS`; returns whether there were any.
 
         The caller holds the endpoint's lock, as everything that changes pending deliveries does, except housekeeping,
         which deletes them.
         """
-        given_up = update(deliveries).where(some_of(deliveries, IS_PENDING))
+        given_up = update(deliveries).where(batch_of(deliveries, IS_PENDING))
         values = {"status": "failed", "error": error, "next_attempt_at": None, "settled_at": now}
         return self.run(given_up, **values).rowcount > 0
 
@@ -156,7 +158,7 @@ class Deliveries(Shelf):
         # Not waiting for rows that a worker has locked, this cannot block one. Skipped rows are being sent anyway.
         free = self.run(
             select(deliveries.c.id, deliveries.c.status)
-            .where(mine(deliveries), deliveries.c.event_id.in_(event_ids))
+            .where(of_tenant(deliveries), deliveries.c.event_id.in_(event_ids))
             .with_for_update(skip_locked=True)
         ).all()
         anew = BLANK | {"status": "pending", "attempts": 0}
@@ -165,12 +167,12 @@ class Deliveries(Shelf):
         self._add_missing(event_ids, now)
 
     def _make_due(self, ids: Sequence[UUID], now: datetime, **values: object) -> None:
-        ours = update(deliveries).where(mine(deliveries), deliveries.c.id.in_(ids))
+        ours = update(deliveries).where(of_tenant(deliveries), deliveries.c.id.in_(ids))
         self.run(ours, next_attempt_at=now, **values)
 
     def _add_missing(self, event_ids: Sequence[UUID], now: datetime) -> None:
         missing = select(events.c.id, events.c.type).where(
-            mine(events), events.c.id.in_(event_ids), ~HAS_DELIVERY
+            of_tenant(events), events.c.id.in_(event_ids), ~HAS_DELIVERY
         )
         for event_id, event_type in self.run(missing).all():
             self.add(Delivery(new_id(), event_id, event_type, "pending", 0, now, None, None, None, now))
@@ -187,14 +189,14 @@ class Deliveries(Shelf):
     def prune(self, before: datetime) -> bool:
         """Delete deliveries that ended before this time, or were due before it, as only those of a disabled endpoint.
 
-        Then delete events of before it that have no delivery left. Up to `AT_ONCE` of each; returns whether there were
-        any.
+        Then delete events of before it that have no delivery left. Up to `BATCH_ROWS` of each; returns whether there
+        were any.
         """
         is_old = or_(
             and_(~IS_PENDING, deliveries.c.settled_at < before),
             and_(IS_PENDING, deliveries.c.next_attempt_at < before),
         )
-        forgotten = self.run(delete(deliveries).where(some_of(deliveries, is_old)))
-        old = select(events.c.id).where(mine(events), events.c.created_at < before, ~HAS_DELIVERY)
-        bare = self.run(delete(events).where(mine(events), events.c.id.in_(old.limit(AT_ONCE))))
+        forgotten = self.run(delete(deliveries).where(batch_of(deliveries, is_old)))
+        old = select(events.c.id).where(of_tenant(events), events.c.created_at < before, ~HAS_DELIVERY)
+        bare = self.run(delete(events).where(of_tenant(events), events.c.id.in_(old.limit(BATCH_ROWS))))
         return forgotten.rowcount + bare.rowcount > 0

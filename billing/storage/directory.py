@@ -7,11 +7,11 @@ from uuid import UUID
 from sqlalchemy import and_, bindparam, delete, select
 from sqlalchemy.dialects.postgresql import insert
 
-from billing.storage.shelf import Shelf, mine
+from billing.storage.shelf import Shelf, of_tenant
 from billing.storage.tables import directory
 
 CLAIM = insert(directory).on_conflict_do_nothing().returning(directory.c.id)
-IS_OF_KIND = and_(mine(directory), directory.c.kind == bindparam("kind"))
+IS_OF_KIND = and_(of_tenant(directory), directory.c.kind == bindparam("kind"))
 FIND = select(directory.c.id).where(IS_OF_KIND, directory.c.name == bindparam("name"))
 RELEASE = delete(directory).where(IS_OF_KIND, directory.c.name.in_(bindparam("names", expanding=True)))
 

@@ -57,7 +57,7 @@ class Connection(extensions.connection):
     def __init__(self, dsn: str, watch: Callable[[int], WatchedSocket], **options: Any) -> None:
         super().__init__(dsn, **options)
         self.autocommit = True
-        self.postponed: list[bytes] = []
+        self.deferred: list[bytes] = []
         self.deadline = watch(self.fileno())
 
     @property
@@ -65,24 +65,24 @@ class Connection(extensions.connection):
         """Whether a transaction is open; a failed one is, until it is rolled back."""
         return bool(self.get_transaction_status() != extensions.TRANSACTION_STATUS_IDLE)
 
-    def put_off(self, query: str, vars: Any) -> None:
-        """Postpone a statement whose result nobody needs: it is sent with the next one, or with COMMIT."""
+    def defer(self, query: str, vars: Any) -> None:
+        """Keep a statement whose result nobody needs: it is sent with the next one, or with COMMIT."""
         if not self.is_in_transaction:
             raise ProgrammingError("Only a transaction has an end with which it would go.")
         with self.cursor() as cursor:
-            self.postponed.append(cursor.mogrify(query, vars))
+            self.deferred.append(cursor.mogrify(query, vars))
 
     def commit(self) -> None:
         try:
             self._end("COMMIT")
         except Error:
-            # A postponed write may have failed. SQLAlchemy already takes the transaction for ended.
+            # A deferred write may have failed. SQLAlchemy already takes the transaction for ended.
             if not self.closed:
                 self.rollback()
             raise
 
     def rollback(self) -> None:
-        self.postponed.clear()
+        self.deferred.clear()
         self._end("ROLLBACK")
 
     def _end(self, how: str) -> None:
@@ -96,17 +96,17 @@ class Connection(extensions.connection):
 
 
 class Cursor(extensions.cursor):
-    """Sends the postponed statements ahead of its own, in the same message."""
+    """Sends the deferred statements ahead of its own, in the same message."""
 
     connection: Connection
 
     def execute(self, query: Any, vars: Any = None) -> None:  # psycopg2's name for it
-        if not self.connection.postponed:
+        if not self.connection.deferred:
             with self.connection.deadline:
                 super().execute(query, vars)
             return
-        statements = [*self.connection.postponed, self.mogrify(query, vars)]
-        self.connection.postponed.clear()
+        statements = [*self.connection.deferred, self.mogrify(query, vars)]
+        self.connection.deferred.clear()
         with self.connection.deadline:
             super().execute(b"; ".join(statements))
 
@@ -116,11 +116,11 @@ def driver_of(connection: sqlalchemy.Connection) -> Connection:
     return cast("Connection", connection.connection.driver_connection)
 
 
-# In our words --------------------------------------------------------------------------------------
+# Errors --------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def in_our_words() -> Iterator[None]:
+def translated_errors() -> Iterator[None]:
     """Translate what SQLAlchemy raises in the block to storage's exceptions."""
     try:
         yield
@@ -129,10 +129,10 @@ def in_our_words() -> Iterator[None]:
     except exc.DBAPIError as error:
         if error.connection_invalidated:
             raise DatabaseUnavailable from error
-        raise translated(error.orig) from error
+        raise translate(error.orig) from error
 
 
-def translated(error: BaseException | None) -> DatabaseUnavailable | StorageError:
+def translate(error: BaseException | None) -> DatabaseUnavailable | StorageError:
     """Translate an error of psycopg2's to storage's."""
     if isinstance(error, OperationalError | InterfaceError) or getattr(error, "pgcode", None) == READ_ONLY:
         return DatabaseUnavailable()

@@ -12,7 +12,7 @@ from sqlalchemy.dialects.postgresql import insert
 
 from billing.actors import SYSTEM, Actor
 from billing.ids import new_id
-from billing.storage.shelf import Shelf, mine, values_of
+from billing.storage.shelf import Shelf, of_tenant, values_of
 from billing.storage.tables import deliveries, event_heads, events, webhook_endpoints
 from billing.storage.tasks import Tasks
 from billing.webhooks.delivery import wake
@@ -59,7 +59,7 @@ ADD_DELIVERY = insert(deliveries).from_select(
         bindparam("now", type_=deliveries.c.created_at.type),
         bindparam("now", type_=deliveries.c.created_at.type),
     ).where(
-        mine(webhook_endpoints),
+        of_tenant(webhook_endpoints),
         webhook_endpoints.c.url.is_not(None),
         webhook_endpoints.c.disabled_reason.is_(None),
     ),
@@ -124,7 +124,7 @@ class Events(Shelf):
 
     def _chosen(self, choice: Choice, wanted: Sequence[str]) -> ColumnElement[bool]:
         of_type = events.c.type.in_(wanted) if wanted else true()
-        ours = and_(mine(events), of_type, ~events.c.is_test)
+        ours = and_(of_tenant(events), of_type, ~events.c.is_test)
         if choice.event_ids:
             return and_(ours, events.c.id.in_(choice.event_ids))
         return and_(ours, HAS_FAILED if choice.since is None else events.c.created_at >= choice.since)

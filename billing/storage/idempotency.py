@@ -14,7 +14,7 @@ from sqlalchemy.dialects.postgresql import insert
 
 from billing.encryption import Vault
 from billing.idempotency import Claim, Found, StoredAnswer
-from billing.storage.shelf import BECOME, Shelf, mine
+from billing.storage.shelf import SET_TENANT, Shelf, of_tenant
 from billing.storage.tables import idempotency_keys
 
 FORGET = "SELECT app.forget_answers(%(now)s, %(most)s)"
@@ -27,10 +27,10 @@ TAKE = NEW.on_conflict_do_update(
     where=idempotency_keys.c.expires_at <= bindparam("now"),
 )
 FIND = select(idempotency_keys.c.request, idempotency_keys.c.answer).where(
-    mine(idempotency_keys), idempotency_keys.c.name == bindparam("key")
+    of_tenant(idempotency_keys), idempotency_keys.c.name == bindparam("key")
 )
 IS_HELD = and_(
-    mine(idempotency_keys),
+    of_tenant(idempotency_keys),
     idempotency_keys.c.name == bindparam("key"),
     idempotency_keys.c.claim == bindparam("held"),
     idempotency_keys.c.answer.is_(None),
@@ -86,9 +86,9 @@ class IdempotencyKeys(Shelf):
 
     @contextmanager
     def _at(self, address: UUID) -> Iterator[IdempotencyKeys]:
-        self._connection.exec_driver_sql(BECOME, (str(address),))
+        self._connection.exec_driver_sql(SET_TENANT, (str(address),))
         yield IdempotencyKeys(self._connection, address, self._vault)
-        self._connection.exec_driver_sql(BECOME, (str(self._tenant_id),))
+        self._connection.exec_driver_sql(SET_TENANT, (str(self._tenant_id),))
 
     def release(self, claim: Claim) -> None:
         """Delete the claim, so that a repeated request may be processed; an answer is not deleted."""

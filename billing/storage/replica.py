@@ -16,7 +16,7 @@ import structlog
 from sqlalchemy import Connection, create_engine, exc
 
 from billing.storage import schema
-from billing.storage.shelf import BECOME
+from billing.storage.shelf import SET_TENANT
 from billing.storage.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -26,13 +26,13 @@ STATEMENT_SECONDS = 2.0
 REST_SECONDS = 5.0
 
 # NULL, and so false, on a server that replays nothing.
-OPEN = f"BEGIN; {BECOME}, pg_last_wal_replay_lsn() >= %s::pg_lsn"
+OPEN = f"BEGIN; {SET_TENANT}, pg_last_wal_replay_lsn() >= %s::pg_lsn"
 IDENTITY = "SELECT system_identifier FROM pg_control_system()"
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.storage")
 
 
-class NotThere(Exception):
+class NotOnReplica(Exception):
     """The replica cannot answer this: it lags, or it fails, or it is skipped for a while."""
 
 
@@ -72,15 +72,15 @@ class Replica:
             self._breaker.open_for_a_while(error)
 
     def read(self, tenant_id: UUID, since: str, query: Callable[[Connection], T]) -> T:
-        """Run `query` with everything written up to the position `since` visible; raises `NotThere`."""
+        """Run `query` with everything written up to the position `since` visible; raises `NotOnReplica`."""
         if self._breaker.is_open():
-            raise NotThere
+            raise NotOnReplica
         try:
             answer = self._ask(tenant_id, since, query)
         except (exc.DBAPIError, exc.TimeoutError, schema.SchemaError) as error:
             self._is_known = False
             self._breaker.open_for_a_while(error)
-            raise NotThere from error
+            raise NotOnReplica from error
         self._breaker.close_again()
         return answer
 
@@ -91,7 +91,7 @@ class Replica:
             _, has_it_all = connection.exec_driver_sql(OPEN, (str(tenant_id), since)).one()
             if not has_it_all:
                 self._breaker.close_again()
-                raise NotThere
+                raise NotOnReplica
             return query(connection)
 
     def _examine(self, connection: Connection) -> None:

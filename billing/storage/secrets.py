@@ -6,7 +6,7 @@ from datetime import datetime
 
 from sqlalchemy import and_, func, or_, select
 
-from billing.storage.shelf import Shelf, mine
+from billing.storage.shelf import Shelf, of_tenant
 from billing.storage.tables import api_keys, users, webhook_secrets
 
 # The ring, the name of a key in it, and how many rows need that key.
@@ -23,12 +23,12 @@ class Secrets(Shelf):
         )
         living_secrets = or_(webhook_secrets.c.expires_at.is_(None), webhook_secrets.c.expires_at > now)
         columns = (
-            ("PASSWORD_PEPPERS", func.split_part(users.c.password_hash, "$", 2), mine(users)),
-            ("KEY_PEPPERS", func.split_part(api_keys.c.digest, ":", 1), mine(api_keys) & living_keys),
+            ("PASSWORD_PEPPERS", func.split_part(users.c.password_hash, "$", 2), of_tenant(users)),
+            ("KEY_PEPPERS", func.split_part(api_keys.c.digest, ":", 1), of_tenant(api_keys) & living_keys),
             (
                 "ENCRYPTION_KEYS",
                 func.split_part(webhook_secrets.c.sealed, ":", 1),
-                mine(webhook_secrets) & living_secrets,
+                of_tenant(webhook_secrets) & living_secrets,
             ),
         )
         return [

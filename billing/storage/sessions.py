@@ -8,15 +8,15 @@ from uuid import UUID
 from sqlalchemy import and_, bindparam, delete, or_, select, update
 
 from billing.sessions import Session
-from billing.storage.shelf import Shelf, columns_of, mine, some_of, values_of
+from billing.storage.shelf import Shelf, batch_of, columns_of, of_tenant, values_of
 from billing.storage.tables import sessions
 
 COLUMNS = columns_of(Session, sessions)
-FIND = select(*COLUMNS).where(mine(sessions), sessions.c.id == bindparam("session_id"))
+FIND = select(*COLUMNS).where(of_tenant(sessions), sessions.c.id == bindparam("session_id"))
 ROTATE = (
     update(sessions)
     .where(
-        mine(sessions),
+        of_tenant(sessions),
         sessions.c.id == bindparam("session_id"),
         sessions.c.current_jti == bindparam("used"),
         sessions.c.ended_at.is_(None),
@@ -26,12 +26,12 @@ ROTATE = (
     .returning(*COLUMNS)
 )
 END = update(sessions).where(
-    mine(sessions), sessions.c.id == bindparam("session_id"), sessions.c.ended_at.is_(None)
+    of_tenant(sessions), sessions.c.id == bindparam("session_id"), sessions.c.ended_at.is_(None)
 )
 IS_LIVING = and_(sessions.c.user_id == bindparam("whose"), sessions.c.ended_at.is_(None))
-END_MOST = update(sessions).where(some_of(sessions, IS_LIVING))
+END_MOST = update(sessions).where(batch_of(sessions, IS_LIVING))
 IS_OLD = or_(sessions.c.ended_at < bindparam("before"), sessions.c.expires_at < bindparam("before"))
-PRUNE = delete(sessions).where(some_of(sessions, IS_OLD))
+PRUNE = delete(sessions).where(batch_of(sessions, IS_OLD))
 
 
 class Sessions(Shelf):
@@ -53,9 +53,9 @@ class Sessions(Shelf):
         self.run(END, session_id=id, ended_at=now)
 
     def end_all(self, user_id: UUID, now: datetime) -> None:
-        """Mark a user's sessions as ended, up to `AT_ONCE`: the user's new token version ends them all anyway."""
+        """Mark a user's sessions as ended, up to `BATCH_ROWS`: the user's new token version ends them all anyway."""
         self.run(END_MOST, whose=user_id, ended_at=now)
 
     def prune(self, before: datetime) -> bool:
-        """Delete sessions that ended or expired before this time, up to `AT_ONCE`; returns whether there were any."""
+        """Delete sessions that ended or expired before this time, up to `BATCH_ROWS`; returns whether any were."""
         return self.run(PRUNE, before=before).rowcount > 0

@@ -33,17 +33,17 @@ Write: TypeAlias = UpdateBase | TextClause
 # Only for compiling statements and converting parameters; each engine has its own.
 DIALECT = PGDialect_psycopg2(dbapi=psycopg2)  # type: ignore[no-untyped-call]
 # Scopes the rest of a transaction to a tenant.
-BECOME = "SELECT set_config('app.tenant_id', %s, true)"
+SET_TENANT = "SELECT set_config('app.tenant_id', %s, true)"
 # The name of the tenant's parameter in every condition: a test finds by it any statement that lacks the condition.
-MINE = "mine"
+OF_TENANT = "of_tenant"
 # This many rows are changed well within the statement timeout.
-AT_ONCE = 5000
+BATCH_ROWS = 5000
 
 
 class Shelf:
     """The rows of one entity, of one tenant.
 
-    Row security already hides other tenants' rows; `mine` repeats the condition, so that either alone would do.
+    Row security already hides other tenants' rows; `of_tenant` repeats the condition, so that either alone would do.
     """
 
     def __init__(self, connection: Connection, tenant_id: UUID) -> None:
@@ -51,22 +51,22 @@ class Shelf:
         self._tenant_id = tenant_id
 
     def run(self, statement: Executable, **values: object) -> CursorResult[*tuple[Any, ...]]:
-        """Run a statement whose conditions include `mine`, with these values for its other parameters."""
-        return self._connection.execute(statement, {**values, MINE: self._tenant_id})
+        """Run a statement whose conditions include `of_tenant`, with these values for its other parameters."""
+        return self._connection.execute(statement, {**values, OF_TENANT: self._tenant_id})
 
-    def put_off(self, statement: Write | str, /, **values: object) -> None:
+    def defer(self, statement: Write | str, /, **values: object) -> None:
         """Send a statement whose result nobody needs with the next one, or with COMMIT. A string is psycopg2's SQL."""
-        values[MINE] = self._tenant_id
+        values[OF_TENANT] = self._tenant_id
         driver = driver_of(self._connection)
         if isinstance(statement, str):
-            driver.put_off(statement, values)
+            driver.defer(statement, values)
         else:
             text, parameters = _compiled(statement, tuple(values))
-            driver.put_off(text, parameters(values))
+            driver.defer(text, parameters(values))
 
     def insert(self, table: Table, values: Values) -> None:
-        """Add a row, always as this tenant's whatever `values` say; postponed too."""
-        self.put_off(_insert(table), **{**values, _owner(table).name: self._tenant_id})
+        """Add a row, always as this tenant's whatever `values` say; deferred too."""
+        self.defer(_insert(table), **{**values, _owner(table).name: self._tenant_id})
 
 
 @cache
@@ -97,26 +97,26 @@ def _compiled(statement: Write, names: tuple[str, ...]) -> tuple[str, Callable[[
     return str(compiled), parameters
 
 
-def mine(table: Table) -> ColumnElement[bool]:
+def of_tenant(table: Table) -> ColumnElement[bool]:
     """The condition that a row is the tenant's; the shelf that runs the statement fills in the tenant."""
-    return _owner(table) == bindparam(MINE)
+    return _owner(table) == bindparam(OF_TENANT)
 
 
-def some_of(table: Table, condition: ColumnElement[bool]) -> ColumnElement[bool]:
-    """The condition that a row is one of up to `AT_ONCE` of the tenant's that meet the given condition.
+def batch_of(table: Table, condition: ColumnElement[bool]) -> ColumnElement[bool]:
+    """The condition that a row is one of up to `BATCH_ROWS` of the tenant's that meet the given condition.
 
     Rows locked by another transaction are skipped. Waiting for one could deadlock, and afterwards it might no longer
     meet the condition.
     """
     free = (
         select(table.c.id)
-        .where(mine(table), condition)
-        .limit(AT_ONCE)
+        .where(of_tenant(table), condition)
+        .limit(BATCH_ROWS)
         .with_for_update(skip_locked=True)
         .cte("free")
     )
     # As one array: the rows are found by their ids, whatever the table's statistics say.
-    return and_(mine(table), table.c.id == any_(func.array(select(free.c.id).scalar_subquery())))
+    return and_(of_tenant(table), table.c.id == any_(func.array(select(free.c.id).scalar_subquery())))
 
 
 def _owner(table: Table) -> ColumnElement[Any]:

@@ -21,15 +21,15 @@ from billing.storage.audit import AuditLog
 from billing.storage.backlog import read_backlog
 from billing.storage.deliveries import Deliveries
 from billing.storage.directory import Directory
-from billing.storage.driver import CONNECT_ARGS, dial_each_host, driver_of, in_our_words
+from billing.storage.driver import CONNECT_ARGS, dial_each_host, driver_of, translated_errors
 from billing.storage.events import Events
 from billing.storage.idempotency import IdempotencyKeys, forget_answers
 from billing.storage.platform import Platform
 from billing.storage.pool import Pool
-from billing.storage.replica import IDENTITY, NotThere, Replica
+from billing.storage.replica import IDENTITY, NotOnReplica, Replica
 from billing.storage.secrets import Secrets
 from billing.storage.sessions import Sessions
-from billing.storage.shelf import BECOME
+from billing.storage.shelf import SET_TENANT
 from billing.storage.stripe_connect import StripeConnect
 from billing.storage.tasks import Tasks, take_due
 from billing.storage.tenants import Tenants, all_tenants
@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 POOL_WAIT_SECONDS = 3
 
-OPEN = f"BEGIN; {BECOME}"
+OPEN = f"BEGIN; {SET_TENANT}"
 # The tenant's lock: of two transactions that take it, the second waits for the end of the first.
 OPEN_LOCKED = f"{OPEN}; SELECT FROM tenants WHERE id = app.current_tenant() FOR NO KEY UPDATE"
 # For rows of many tenants: one that is locked elsewhere must not keep the others locked for long. In ms.
@@ -130,7 +130,7 @@ class Store:
         """
         opening = OPEN_LOCKED if exclusive else OPEN
         opened = self._connect(opening, (str(tenant_id),))
-        with in_our_words(), _span("transaction"), opened as connection:
+        with translated_errors(), _span("transaction"), opened as connection:
             yield TenantTx(connection, tenant_id, actor, self._vault)
             connection.commit()
 
@@ -158,7 +158,7 @@ class Store:
         """
         if self._replica is not None and since is not None:
             # Lag does not fail this span: that of the primary's transaction follows beside it.
-            with _span("read"), suppress(NotThere):
+            with _span("read"), suppress(NotOnReplica):
                 return self._replica.read(
                     tenant_id, since, lambda c: query(TenantTx(c, tenant_id, SYSTEM, self._vault))
                 )
@@ -168,19 +168,19 @@ class Store:
     @contextmanager
     def platform(self) -> Iterator[Platform]:
         """The queries made before the tenant is known, each one message to the database."""
-        with in_our_words(), _span("question"), self._connect() as connection:
+        with translated_errors(), _span("question"), self._connect() as connection:
             yield Platform(connection)
 
     def take_due(self, queue: Queue, now: datetime, *, most: int) -> list[Task]:
         """Lease due tasks of any tenant, those that have been due longest first."""
-        with in_our_words(), self._connect() as connection:
+        with translated_errors(), self._connect() as connection:
             return take_due(connection, queue, now, most=most)
 
     def forget_answers(self, now: datetime) -> None:
         """Delete the expired idempotency keys, of tenants and of unauthenticated callers."""
         is_more = True
         while is_more:
-            with in_our_words(), self._connect() as connection:
+            with translated_errors(), self._connect() as connection:
                 is_more = forget_answers(connection, now)
 
     def note_uses(self, uses: Mapping[UUID, tuple[UUID, datetime]]) -> None:
@@ -188,27 +188,27 @@ class Store:
 
         Only one key per tenant: a revocation locks several in an order of its own, and the two could deadlock.
         """
-        with in_our_words(), _span("transaction"), self._connect(OPEN_SHORTLY) as connection:
+        with translated_errors(), _span("transaction"), self._connect(OPEN_SHORTLY) as connection:
             for tenant_id, (key_id, at) in sorted(uses.items()):
-                driver_of(connection).put_off(BECOME, (str(tenant_id),))
+                driver_of(connection).defer(SET_TENANT, (str(tenant_id),))
                 ApiKeys(connection, tenant_id).note_use(key_id, at)
             connection.commit()
 
     def backlog(self, now: datetime) -> Backlog:
         """The backlog of all tenants together, for monitoring."""
-        with in_our_words(), self._connect() as connection:
+        with translated_errors(), self._connect() as connection:
             return read_backlog(connection, now)
 
     def clock_offset(self, clock: Clock) -> timedelta:
         """How far `clock` is ahead of the database's; exact to half of a round trip."""
-        with in_our_words(), self._connect() as connection:
+        with translated_errors(), self._connect() as connection:
             sent = clock()
             database: datetime = connection.exec_driver_sql("SELECT clock_timestamp()").scalar_one()
             return sent + (clock() - sent) / 2 - database
 
     def all_tenants(self) -> list[TenantSummary]:
         """Every tenant, the oldest first, for the operator; needs a store opened with the owner's URL."""
-        with in_our_words(), self._connect() as connection:
+        with translated_errors(), self._connect() as connection:
             return all_tenants(connection)
 
     def sample(self, component: str) -> None:
@@ -219,12 +219,12 @@ class Store:
 
     def require_ready(self) -> None:
         """Raises `DatabaseUnavailable`, or `schema.SchemaError` when the tables are not this version's."""
-        with in_our_words(), self._connect() as connection:
+        with translated_errors(), self._connect() as connection:
             schema.require_current(connection)
 
     def require_safe(self) -> None:
         """Raises `schema.SchemaError` unless row security binds the role that we are, on the replica too."""
-        with in_our_words(), self._connect() as connection:
+        with translated_errors(), self._connect() as connection:
             schema.require_safe(connection)
         if self._replica is not None:
             self._replica.require_usable()

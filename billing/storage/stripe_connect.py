@@ -12,34 +12,34 @@ from sqlalchemy import and_, bindparam, delete, select, update
 from sqlalchemy.dialects.postgresql import insert
 
 from billing.errors import StateUnknown
-from billing.storage.shelf import AT_ONCE, Shelf, columns_of, mine, values_of
+from billing.storage.shelf import BATCH_ROWS, Shelf, columns_of, of_tenant, values_of
 from billing.storage.tables import connect_states, stripe_connections
 from billing.stripe_connect import Account, Connection, RequirementError, Requirements, State
 
 COLUMNS = columns_of(Connection, stripe_connections)
-FIND = select(*COLUMNS).where(mine(stripe_connections))
+FIND = select(*COLUMNS).where(of_tenant(stripe_connections))
 NEW = insert(stripe_connections)
 KEEP = NEW.on_conflict_do_update(
     index_elements=[stripe_connections.c.tenant_id],
     set_={column.name: NEW.excluded[column.name] for column in COLUMNS},
 )
 STATE_COLUMNS = columns_of(State, connect_states)
-IS_NAMED = and_(mine(connect_states), connect_states.c.id == bindparam("state_id"))
+IS_NAMED = and_(of_tenant(connect_states), connect_states.c.id == bindparam("state_id"))
 LOCK_STATE = select(*STATE_COLUMNS).where(IS_NAMED).with_for_update()
 CONSUME_STATE = update(connect_states).where(IS_NAMED)
 END_STATES = (
     update(connect_states)
-    .where(mine(connect_states), connect_states.c.expires_at > bindparam("now"))
+    .where(of_tenant(connect_states), connect_states.c.expires_at > bindparam("now"))
     .values(expires_at=bindparam("now"))
 )
 SOME_STATES = (
     select(connect_states.c.id)
-    .where(mine(connect_states), connect_states.c.created_at < bindparam("before"))
-    .limit(AT_ONCE)
+    .where(of_tenant(connect_states), connect_states.c.created_at < bindparam("before"))
+    .limit(BATCH_ROWS)
 )
 FORGET_STATES = (
     delete(connect_states)
-    .where(mine(connect_states), connect_states.c.id.in_(SOME_STATES))
+    .where(of_tenant(connect_states), connect_states.c.id.in_(SOME_STATES))
     .returning(connect_states.c.digest)
 )
 
@@ -78,7 +78,7 @@ class StripeConnect(Shelf):
         self.run(END_STATES, now=now)
 
     def forget_states(self, before: datetime) -> list[str]:
-        """Delete states made before this time, up to `AT_ONCE`; returns their digests."""
+        """Delete states made before this time, up to `BATCH_ROWS`; returns their digests."""
         return list(self.run(FORGET_STATES, before=before).scalars())
 
     def lock_state(self, id: UUID) -> State:

@@ -8,7 +8,7 @@ from uuid import UUID
 from sqlalchemy import Connection, and_, bindparam, case, func
 from sqlalchemy.dialects.postgresql import insert
 
-from billing.storage.shelf import Shelf, columns_of, mine
+from billing.storage.shelf import Shelf, columns_of, of_tenant
 from billing.storage.tables import tasks
 from billing.tasks import LEASE, Queue, Task
 
@@ -20,10 +20,10 @@ KEY = [tasks.c.tenant_id, tasks.c.kind, tasks.c.id]
 ADD = NEW.on_conflict_do_update(index_elements=KEY, set_=AGAIN)
 ADD_MOVED = NEW.on_conflict_do_update(index_elements=KEY, set_=AGAIN | {"queue": NEW.excluded.queue})
 DROP = tasks.delete().where(
-    mine(tasks), tasks.c.kind == bindparam("task_kind"), tasks.c.subject == bindparam("subject")
+    of_tenant(tasks), tasks.c.kind == bindparam("task_kind"), tasks.c.subject == bindparam("subject")
 )
 HELD = and_(
-    mine(tasks),
+    of_tenant(tasks),
     tasks.c.kind == bindparam("task_kind"),
     tasks.c.id == bindparam("task_id"),
     tasks.c.attempts == bindparam("taken"),
@@ -63,7 +63,7 @@ class Tasks(Shelf):
 
         It stays in the queue it is in, unless it is `moved`.
         """
-        self.put_off(
+        self.defer(
             ADD_MOVED if moved else ADD,
             tenant_id=self._tenant_id,
             kind=kind,
@@ -84,12 +84,12 @@ class Tasks(Shelf):
         """Delete the task, unless it was added again meanwhile; False if it was, or if it was lost or dropped."""
         if self.run(FINISH, **_held(task)).rowcount:
             return True
-        self.put_off(LET_GO, **_held(task))
+        self.defer(LET_GO, **_held(task))
         return False
 
     def postpone(self, task: Task, due_at: datetime, *, queue: Queue | None = None) -> None:
         """Release the task until then, or sooner if it was added again meanwhile; `queue`, if given, is its new one."""
-        self.put_off(POSTPONE, **_held(task), until=due_at, next_queue=queue or task.queue)
+        self.defer(POSTPONE, **_held(task), until=due_at, next_queue=queue or task.queue)
 
 
 def _held(task: Task) -> dict[str, object]:

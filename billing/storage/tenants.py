@@ -7,14 +7,14 @@ from datetime import datetime
 from sqlalchemy import Connection, select, update
 
 from billing.errors import NotFound
-from billing.storage.shelf import Shelf, columns_of, mine, values_of
+from billing.storage.shelf import Shelf, columns_of, of_tenant, values_of
 from billing.storage.tables import tenants, webhook_endpoints
 from billing.tenants import Tenant, TenantSummary
 
 COLUMNS = columns_of(Tenant, tenants, webhook_url=webhook_endpoints.c.url)
 WITH_ENDPOINT = tenants.outerjoin(webhook_endpoints, webhook_endpoints.c.tenant_id == tenants.c.id)
-GET = select(*COLUMNS).select_from(WITH_ENDPOINT).where(mine(tenants))
-UPDATE = update(tenants).where(mine(tenants))
+GET = select(*COLUMNS).select_from(WITH_ENDPOINT).where(of_tenant(tenants))
+UPDATE = update(tenants).where(of_tenant(tenants))
 FIND_ALL = select(*columns_of(TenantSummary, tenants)).order_by(tenants.c.id)
 
 
@@ -45,7 +45,7 @@ class Tenants(Shelf):
         self._update(stripe_account_id=account_id, stripe_status=status, updated_at=now)
 
     def _update(self, **values: object) -> None:
-        self.put_off(UPDATE, **values)
+        self.defer(UPDATE, **values)
 
 
 def all_tenants(connection: Connection) -> list[TenantSummary]:

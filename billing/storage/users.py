@@ -8,15 +8,15 @@ from uuid import UUID
 from sqlalchemy import and_, bindparam, select, update
 
 from billing.errors import NotFound
-from billing.storage.shelf import Shelf, columns_of, mine, values_of
+from billing.storage.shelf import Shelf, columns_of, of_tenant, values_of
 from billing.storage.tables import users
 from billing.users import User
 
 COLUMNS = columns_of(User, users)
-IS_NAMED = and_(mine(users), users.c.id == bindparam("user_id"))
+IS_NAMED = and_(of_tenant(users), users.c.id == bindparam("user_id"))
 FIND = select(*COLUMNS).where(IS_NAMED)
-FIND_BY_EMAIL = select(*COLUMNS).where(mine(users), users.c.email == bindparam("email"))
-FIND_ALL = select(*COLUMNS).where(mine(users)).order_by(users.c.id)
+FIND_BY_EMAIL = select(*COLUMNS).where(of_tenant(users), users.c.email == bindparam("email"))
+FIND_ALL = select(*COLUMNS).where(of_tenant(users)).order_by(users.c.id)
 FIND_PASSWORD_HASH = select(users.c.password_hash).where(IS_NAMED)
 UPDATE = update(users).where(IS_NAMED)
 # This ends the user's tokens too, as none of the old version is valid any more.

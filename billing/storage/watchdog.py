@@ -47,9 +47,9 @@ class Watchdog:
         self._closing.set()
 
     def _connect(self, dsn: str, **options: Any) -> Connection:
-        return Connection(dsn, self._mind, **options)
+        return Connection(dsn, self._watch, **options)
 
-    def _mind(self, descriptor: int) -> _WatchedSocket:
+    def _watch(self, descriptor: int) -> _WatchedSocket:
         watched = _WatchedSocket(descriptor, self._seconds)
         with self._lock:
             self._watched.add(watched)

@@ -11,29 +11,29 @@ from sqlalchemy import Connection, Row, bindparam, delete, or_, select, update
 
 from billing.encryption import Vault
 from billing.ids import new_id
-from billing.storage.shelf import Shelf, columns_of, mine, values_of
+from billing.storage.shelf import Shelf, columns_of, of_tenant, values_of
 from billing.storage.tables import webhook_endpoints, webhook_secrets
 from billing.webhooks.endpoints import Endpoint, Secret
 
 COLUMNS = columns_of(Endpoint, webhook_endpoints)
 SECRET_COLUMNS = columns_of(Secret, webhook_secrets)
-FIND = select(*COLUMNS).where(mine(webhook_endpoints))
+FIND = select(*COLUMNS).where(of_tenant(webhook_endpoints))
 FIND_AND_LOCK = FIND.with_for_update()
-KEEP = update(webhook_endpoints).where(mine(webhook_endpoints))
+KEEP = update(webhook_endpoints).where(of_tenant(webhook_endpoints))
 LIVING = (
     select(webhook_secrets.c.sealed, *SECRET_COLUMNS)
     .where(
-        mine(webhook_secrets),
+        of_tenant(webhook_secrets),
         or_(webhook_secrets.c.expires_at.is_(None), webhook_secrets.c.expires_at > bindparam("now")),
     )
     .order_by(webhook_secrets.c.expires_at.desc().nulls_first())
 )
 END_EARLIER = (
     update(webhook_secrets)
-    .where(mine(webhook_secrets), webhook_secrets.c.expires_at > bindparam("now"))
+    .where(of_tenant(webhook_secrets), webhook_secrets.c.expires_at > bindparam("now"))
     .values(expires_at=bindparam("now"))
 )
-RETIRE = update(webhook_secrets).where(mine(webhook_secrets), webhook_secrets.c.expires_at.is_(None))
+RETIRE = update(webhook_secrets).where(of_tenant(webhook_secrets), webhook_secrets.c.expires_at.is_(None))
 
 
 class Webhooks(Shelf):
@@ -56,7 +56,7 @@ class Webhooks(Shelf):
 
     def keep(self, endpoint: Endpoint, now: datetime) -> None:
         values = values_of(endpoint, webhook_endpoints) | {"event_types": list(endpoint.event_types)}
-        self.put_off(KEEP, **values, updated_at=now)
+        self.defer(KEEP, **values, updated_at=now)
 
     def add_secret(self, text: str, now: datetime) -> None:
         """Store a secret, which is the current one from now on."""
@@ -81,10 +81,12 @@ class Webhooks(Shelf):
     def tidy_secrets(self, now: datetime) -> None:
         """Delete expired secrets, and reseal those not sealed with the first encryption key."""
         ended = webhook_secrets.c.expires_at <= now
-        self.run(delete(webhook_secrets).where(mine(webhook_secrets), ended))
+        self.run(delete(webhook_secrets).where(of_tenant(webhook_secrets), ended))
         for row in self._living(now):
             if not self._vault.is_current(row.sealed):
-                same = update(webhook_secrets).where(mine(webhook_secrets), webhook_secrets.c.id == row.id)
+                same = update(webhook_secrets).where(
+                    of_tenant(webhook_secrets), webhook_secrets.c.id == row.id
+                )
                 self.run(same, sealed=self._seal(row.id, self._open(row)))
 
     def _living(self, now: datetime) -> list[Row[Any]]:

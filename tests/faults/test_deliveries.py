@@ -242,7 +242,7 @@ def test_what_is_given_back_too_late_is_not_taken_from_the_one_who_has_it(bench:
         late = tx.deliveries.begin(now(), types=None, most=BATCH)
     with bench.store.tenant(tenant.id) as tx:
         again = tx.deliveries.begin(now(), types=None, most=BATCH)
-        tx.deliveries.give_back(late)
+        tx.deliveries.uncount(late)
     assert [one.attempt for one in again] == [row.attempts for row in bench.rows(tenant)] == [2]
 
 

@@ -17,7 +17,7 @@ from billing import sessions, users
 from billing.errors import InvalidCredentials
 from billing.passwords import Passwords
 from billing.settings import Settings
-from billing.storage.shelf import AT_ONCE
+from billing.storage.shelf import BATCH_ROWS
 from billing.storage.store import Store
 from billing.storage.tables import metadata
 from billing.tokens import Tokens
@@ -361,7 +361,7 @@ def test_however_many_sessions_there_are_change_password_ends_all(acme: Account,
         "rotated_at, expires_at, NULL FROM (SELECT * FROM sessions LIMIT 1), generate_series(1, :number)"
     )
     with superuser.begin() as connection:
-        connection.execute(text(many), {"number": AT_ONCE})
+        connection.execute(text(many), {"number": BATCH_ROWS})
     assert change_password(acme).status_code == 200
     with superuser.connect() as connection:
         living = connection.scalar(text("SELECT count(*) FROM sessions WHERE ended_at IS NULL"))

@@ -96,7 +96,7 @@ def test_a_replay_passes_over_what_is_being_begun(store: Store, superuser: Engin
 def test_to_cancel_says_whether_there_may_be_more(
     store: Store, superuser: Engine, acme: UUID, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shelf, "AT_ONCE", 2)
+    monkeypatch.setattr(shelf, "BATCH_ROWS", 2)
     for _ in range(3):
         record(store, acme)
     more = []

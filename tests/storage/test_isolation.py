@@ -21,7 +21,7 @@ from billing.keys import KeyDigests
 from billing.settings import Settings
 from billing.storage import driver
 from billing.storage.driver import StorageError
-from billing.storage.shelf import MINE, Shelf
+from billing.storage.shelf import OF_TENANT, Shelf
 from billing.storage.store import Store, TenantTx
 from billing.storage.tables import metadata
 from billing.stripe_connect import ACCOUNT_NAME, CHECK, Account, Connected, Connection, Grant, State
@@ -93,7 +93,7 @@ class House:
         """A delivery that has arrived, and one that has not."""
         with self.store.tenant(made.tenant.id) as tx:
             [begun] = tx.deliveries.begin(NOW, types=None, most=1)
-            tx.deliveries.settle([Settled(begun.id, 1, "delivered", None, 200, None, 1, NOW)])
+            tx.deliveries.record_results([Settled(begun.id, 1, "delivered", None, 200, None, 1, NOW)])
             deliveries = {delivery.status: delivery for delivery in tx.deliveries.recent(100)}
         return deliveries["delivered"], deliveries["pending"]
 
@@ -106,26 +106,26 @@ class House:
 
 
 WAYS = ["both", "filters off", "row security off"]
-FILTER = re.compile(rf"\w+\.(tenant_id|id) = %\({MINE}\)s::UUID", re.IGNORECASE)
+FILTER = re.compile(rf"\w+\.(tenant_id|id) = %\({OF_TENANT}\)s::UUID", re.IGNORECASE)
 
 
 def take_filters_off(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have each statement be what it would be, had nobody said whose rows it is about."""
-    put_off = driver.Connection.put_off
+    defer = driver.Connection.defer
 
     @event.listens_for(store._engine, "before_cursor_execute", retval=True)
     def take_off(_: Any, __: Any, statement: str, parameters: Any, *___: Any) -> Any:
         return without_filters(statement), parameters
 
-    def put_off_without(connection: driver.Connection, statement: str, parameters: Any) -> None:
-        put_off(connection, without_filters(statement), parameters)
+    def defer_without(connection: driver.Connection, statement: str, parameters: Any) -> None:
+        defer(connection, without_filters(statement), parameters)
 
-    monkeypatch.setattr(driver.Connection, "put_off", put_off_without)
+    monkeypatch.setattr(driver.Connection, "defer", defer_without)
 
 
 def without_filters(statement: str) -> str:
     changed = FILTER.sub("true", statement)
-    assert f"%({MINE})s" not in changed
+    assert f"%({OF_TENANT})s" not in changed
     return changed
 
 
@@ -197,10 +197,10 @@ ATTEMPTS: dict[str, Attempt] = {
     "deliveries.begin": lambda tx, h: [
         begun for begun in tx.deliveries.begin(NOW, types=None, most=100) if begun.id == h.pending.id
     ],
-    "deliveries.give_back": lambda tx, h: tx.deliveries.give_back(
+    "deliveries.uncount": lambda tx, h: tx.deliveries.uncount(
         [Begun(h.pending.id, h.pending.event_id, h.pending.event_type, 0, b"")]
     ),
-    "deliveries.settle": lambda tx, h: tx.deliveries.settle(
+    "deliveries.record_results": lambda tx, h: tx.deliveries.record_results(
         [Settled(h.pending.id, 0, "delivered", None, 200, None, 1, NOW)]
     ),
     "deliveries.next_due": lambda tx, h: (

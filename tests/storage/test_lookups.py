@@ -25,7 +25,7 @@ from billing.settings import Settings
 from billing.storage import api_keys, async_pool, users
 from billing.storage.lookups import Lookups
 from billing.storage.questions import FIND_KEY, FIND_USER, Question
-from billing.storage.shelf import MINE
+from billing.storage.shelf import OF_TENANT
 from billing.storage.store import Store
 from billing.storage.tables import api_keys as table_of_keys
 from billing.storage.tables import users as table_of_users
@@ -179,7 +179,7 @@ def test_values_of_every_kind_are_those_that_the_store_reads(
 
     by_key, by_token = ask(test_database.app_url, both, connections=1)
     with superuser.connect() as connection:
-        tenant = connection.execute(GET, {MINE: two[0].tenant.id}).one()
+        tenant = connection.execute(GET, {OF_TENANT: two[0].tenant.id}).one()
         kept = connection.execute(select(*api_keys.COLUMNS).where(table_of_keys.c.id == key.key.id)).one()
         user = connection.execute(select(*users.COLUMNS).where(table_of_users.c.id == claims.user_id)).one()
     assert by_key == (Tenant(*tenant), ApiKey(*kept), None)

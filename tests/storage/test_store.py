@@ -114,7 +114,7 @@ def test_what_was_written_goes_in_one_message_with_the_commit(store: Store, acme
         tx.tenants.touch(LATER)
         tx.tenants.touch(MUCH_LATER)
         connection = tx.tenants._connection.connection.dbapi_connection
-        assert [b"UPDATE" in statement for statement in connection.postponed] == [True, True]  # type: ignore[union-attr]
+        assert [b"UPDATE" in statement for statement in connection.deferred] == [True, True]  # type: ignore[union-attr]
 
 
 def test_a_write_that_is_refused_is_told_at_the_end_and_keeps_nothing(store: Store, acme: Account) -> None:
@@ -134,7 +134,7 @@ def test_a_write_of_a_transaction_that_raises_is_forgotten(store: Store, acme: A
     assert updated_at(store, tenant_id) < LATER
 
 
-def test_a_write_that_was_put_off_goes_with_its_transaction(store: Store, acme: Account) -> None:
+def test_a_deferred_write_goes_with_its_transaction(store: Store, acme: Account) -> None:
     with pytest.raises(ZeroDivisionError), store.tenant(UUID(acme.tenant["id"])) as tx:
         tx.tenants.set_tier("none that there is", LATER)
         raise ZeroDivisionError
