@@ -103,7 +103,7 @@ class Gateway:
         """Exchange an authorization code, which works once; raises `CodeRejected`."""
         self.require_configured()
         try:
-            with _in_our_words("oauth.token"):
+            with _translated_errors("oauth.token"):
                 token = self._stripe.oauth.token({"grant_type": "authorization_code", "code": code})
                 return _grant(token.to_dict())
         except StripeUnavailable as error:
@@ -115,7 +115,7 @@ class Gateway:
         """Deauthorise the account at Stripe; no error if it is not connected there any more."""
         self.require_configured()
         try:
-            with _in_our_words("oauth.deauthorize"):
+            with _translated_errors("oauth.deauthorize"):
                 self._stripe.oauth.deauthorize({"stripe_user_id": account_id})
         except StripeUnavailable as error:
             if not isinstance(error.__cause__, stripe.oauth_error.InvalidClientError):
@@ -135,7 +135,7 @@ class Gateway:
     def create_account(self, tenant: Tenant, *, idempotency_key: str) -> Account:
         """Make an account for a tenant; the same key gives the same account."""
         self.require_configured(for_oauth=False)
-        with self._breaker, _in_our_words("accounts.create"):
+        with self._breaker, _translated_errors("accounts.create"):
             made = self._stripe.v1.accounts.create(
                 {
                     "type": "standard",
@@ -150,7 +150,7 @@ class Gateway:
     def account_link(self, account_id: str, *, return_url: str) -> str:
         """The URL of Stripe's form for an owner; valid for some minutes."""
         self.require_configured(for_oauth=False)
-        with self._breaker, _in_our_words("account_links.create"):
+        with self._breaker, _translated_errors("account_links.create"):
             made = self._stripe.v1.account_links.create(
                 {
                     "type": "account_onboarding",
@@ -167,7 +167,7 @@ class Gateway:
 
     def _retrieve(self, account_id: str) -> Account | None:
         try:
-            with _in_our_words("accounts.retrieve"):
+            with _translated_errors("accounts.retrieve"):
                 return _account(self._stripe.v1.accounts.retrieve(account_id).to_dict())
         except StripeUnavailable as error:
             cause = error.__cause__
@@ -217,7 +217,7 @@ def _client(secret_key: str, client_id: str | None, api_base: str, connect_base:
 
 
 @contextmanager
-def _in_our_words(operation: str) -> Iterator[None]:
+def _translated_errors(operation: str) -> Iterator[None]:
     try:
         with tracing.span(f"stripe {operation}", "client"):
             yield

@@ -42,7 +42,7 @@ class Claim:
     at: datetime
 
     @property
-    def is_strangers(self) -> bool:
+    def is_anonymous(self) -> bool:
         """Whether it belongs to an address, as the caller is not authenticated."""
         return self.scope.version == 5
 

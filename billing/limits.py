@@ -48,7 +48,7 @@ class Policies:
         }
     )
     # Requests whose credentials are missing or bad, by address.
-    strangers: Policy | None = Policy("credentials", 60, MINUTE)
+    bad_credentials: Policy | None = Policy("credentials", 60, MINUTE)
     # All other requests, by tenant: what each tier may do.
     by_tenant: Mapping[str, Policy] = field(
         default_factory=lambda: {

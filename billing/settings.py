@@ -117,13 +117,13 @@ def _given(environ: Mapping[str, str] | None, dotenv: Path | None) -> dict[str, 
 def _dotenv(path: Path | None) -> dict[str, str]:
     if path is None:
         return {}
-    with _in_our_words(path):
+    with _translated_errors(path):
         values = dotenv_values(path, interpolate=False)
     return {name: value for name, value in values.items() if value is not None}
 
 
 @contextmanager
-def _in_our_words(path: Path) -> Iterator[None]:
+def _translated_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -326,10 +326,10 @@ def _keyring(name: str, text: str) -> Keyring:
 def _kept_secrets(state_dir: Path) -> dict[str, str]:
     """The development secrets of this state directory, made once and readable by their owner only."""
     path = state_dir / "secrets.env"
-    with _in_our_words(state_dir):
+    with _translated_errors(state_dir):
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         _require_private(state_dir)
-    with _in_our_words(path):
+    with _translated_errors(path):
         if not path.exists():
             _write_once(path, "".join(f"{name}={value}\n" for name, value in new_secrets().items()))
         _require_private(path)

@@ -173,10 +173,10 @@ def test_without_the_change_there_is_no_answer(store: Store, request_: Request) 
         taken(store, request_)
 
 
-# Strangers ---------------------------------------------------------------------------------------
+# Anonymous callers -----------------------------------------------------------------------------
 
 
-def test_a_strangers_answer_is_kept_in_the_transaction_of_their_tenant(store: Store) -> None:
+def test_an_anonymous_callers_answer_is_kept_in_the_transaction_of_their_tenant(store: Store) -> None:
     request = Request(ADDRESS, name_of("one", None), "asked")
     claim, tenant_id = claimed(store, request), new_id()
     with store.tenant(tenant_id) as tx:

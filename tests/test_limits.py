@@ -170,10 +170,10 @@ def test_the_tables_of_the_docs_are_the_code() -> None:
         if line.startswith("| `")
     ]
     policies = Policies()
-    assert policies.strangers is not None
+    assert policies.bad_credentials is not None
     assert rows == [
         *((*said(policy), f"`{operation}`") for operation, policy in policies.by_address.items()),
-        (*said(policies.strangers), "those whose credentials are missing or bad"),
+        (*said(policies.bad_credentials), "those whose credentials are missing or bad"),
         *((*said(policy), f"tier `{tier}`") for tier, policy in policies.by_tenant.items()),
         *((*said(policy), f"`{operation}`") for operation, policy in policies.costly.items()),
         *((*said(policy), f"`{operation}`") for operation, policy in policies.wrong_passwords.items()),

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from billing import metrics
 from billing.clock import utc_now
-from billing.http.exposition import answered
+from billing.http.exposition import database_gauges
 from billing.storage import database, embedded
 from billing.storage.store import Store
 from tests import live
@@ -326,19 +326,19 @@ def test_without_either_there_is_nothing(live_server_url: str) -> None:
 
 @pytest.mark.parametrize("ahead", [0, 100, -100])
 def test_a_clock_that_is_out_of_step_with_the_databases_is_told(store: Store, ahead: int) -> None:
-    answers = answered(store, lambda: utc_now() + timedelta(seconds=ahead), "external")
+    answers = database_gauges(store, lambda: utc_now() + timedelta(seconds=ahead), "external")
     assert answers[metrics.CLOCK_OFFSET][()] == pytest.approx(ahead, abs=20)
 
 
 def test_while_the_database_is_away_the_page_says_so() -> None:
     """And tells of no backlog: nothing would look like nothing to do."""
     program = (
-        "from billing.http.exposition import answered\n"
+        "from billing.http.exposition import database_gauges\n"
         "from billing.clock import utc_now\n"
         "from billing.storage.store import Store\n"
         "store = Store(None, connections=1)\n"
         "store.open('postgresql+psycopg2://nobody@127.0.0.1:1/nothing')\n"
-        "directory_answers = answered(store, utc_now, 'external')\n"
+        "directory_answers = database_gauges(store, utc_now, 'external')\n"
         "print({figure.name: values for figure, values in directory_answers.items()})"
     )
     ran = subprocess.run(

@@ -38,9 +38,9 @@ class Access:
         except TokenExpired:
             raise  # Not counted: the token was ours, and its client must learn to renew it.
         except Unauthenticated:
-            await self._limits.note_stranger(scope)
+            await self._limits.count_bad_credentials(scope)
             raise
-        await let_in(scope, operation, self._limits)
+        await authorise(scope, operation, self._limits)
 
     async def _find(self, scope: Scope, operation: Operation) -> None:
         takes_key = API_KEY in operation.schemes
@@ -58,7 +58,7 @@ class Access:
             return False
         if not credential:
             raise TokenInvalid
-        remember(scope, await self._authenticator.by_bearer(credential))
+        store_caller(scope, await self._authenticator.by_bearer(credential))
         return True
 
     async def by_api_key(self, scope: Scope) -> bool:
@@ -67,16 +67,16 @@ class Access:
         if not given or texts(scope["headers"], b"authorization"):
             return False
         # Blanks around a field value are no part of it (RFC 9110, section 5.5).
-        remember(scope, await self._authenticator.by_key(",".join(given).strip(" \t")))
+        store_caller(scope, await self._authenticator.by_key(",".join(given).strip(" \t")))
         return True
 
 
-def remember(scope: Scope, caller: Caller) -> None:
+def store_caller(scope: Scope, caller: Caller) -> None:
     """Store the caller in the request's state."""
     scope["state"].update(caller=caller, tenant_id=caller.tenant_id)
 
 
-async def let_in(scope: Scope, operation: Operation, limits: Limits) -> None:
+async def authorise(scope: Scope, operation: Operation, limits: Limits) -> None:
     """Raise unless the document allows the caller this operation, and the limits allow one more request."""
     caller = scope["state"]["caller"]
     await limits.admit_caller(scope)
@@ -132,7 +132,7 @@ class AuthorizationMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and "caller" in scope["state"]:
-            await let_in(scope, self.operations[operation_id_of(scope)], self.limits)
+            await authorise(scope, self.operations[operation_id_of(scope)], self.limits)
         await self.app(scope, receive, send)
 
 
@@ -157,7 +157,7 @@ class LimitMiddleware:
             await self.app(scope, receive, send)
         except (Unauthenticated, ProblemException) as error:
             if operation.schemes and "caller" not in scope["state"] and is_about_credentials(error):
-                await self.limits.note_stranger(scope)
+                await self.limits.count_bad_credentials(scope)
             raise
 
     def _note_operation(self, scope: Scope) -> Operation | None:

@@ -133,7 +133,7 @@ def answer_with(allow: Mapping[str, str]) -> Callable[..., Any]:
     """Make the handler of every error."""
 
     async def answer(request: ConnexionRequest, error: Exception) -> ConnexionResponse:
-        ours = in_our_words(error)
+        ours = as_billing_error(error)
         rendered = problems.answer_to(ours, request.scope)
         headers = {name.decode(): value.decode() for name, value in rendered.headers}
         if isinstance(ours, errors.MethodNotAllowed):
@@ -151,7 +151,7 @@ def allow_of(error: Exception) -> str:
     return str(headers.get("Allow", "GET, HEAD"))
 
 
-def in_our_words(error: Exception) -> BillingError:
+def as_billing_error(error: Exception) -> BillingError:
     """The error as one of ours; an unexpected one is logged and reported, and becomes an internal error."""
     if isinstance(error, BillingError):
         return error

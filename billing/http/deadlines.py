@@ -8,7 +8,7 @@ import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from billing import errors
-from billing.http.edge import apologise
+from billing.http.edge import send_error
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.http")
 
@@ -44,7 +44,7 @@ class Deadline:
             self._expected.pop(answer, None)
         answer.settle()
         log.warning(errors.DeadlineExceeded.code())
-        await apologise(send, scope, errors.DeadlineExceeded())
+        await send_error(send, scope, errors.DeadlineExceeded())
 
     def _expect(self, send: Send) -> PendingAnswer:
         loop = asyncio.get_running_loop()

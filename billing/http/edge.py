@@ -51,7 +51,7 @@ class Edge:
     ) -> None:
         self.app = app
         self.trusted_proxies = tuple(trusted_proxies)
-        self.standing = [STRICT_TRANSPORT] if https_only else []
+        self.fixed_headers = [STRICT_TRANSPORT] if https_only else []
         self.in_flight = 0
 
     def sample(self) -> None:
@@ -66,7 +66,7 @@ class Edge:
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         state["client_address"] = client_address(scope, self.trusted_proxies)
-        state["answer_headers"] = [(b"x-request-id", request_id.encode()), *self.standing]
+        state["answer_headers"] = [(b"x-request-id", request_id.encode()), *self.fixed_headers]
         # By hand: `bound_contextvars` costs four microseconds more.
         bound = structlog.contextvars.bind_contextvars(request_id=request_id)
         try:
@@ -108,7 +108,7 @@ class Edge:
             if exchange.is_unanswered:
                 log.error("request left unanswered")
         if exchange.is_unanswered:
-            await apologise(exchange.send, scope, errors.InternalError())
+            await send_error(exchange.send, scope, errors.InternalError())
 
 
 class Exchange:
@@ -148,7 +148,7 @@ class Exchange:
         return [*others, *missing, *closing, *self._headers]
 
 
-async def apologise(send: Send, scope: Scope, error: BillingError) -> None:
+async def send_error(send: Send, scope: Scope, error: BillingError) -> None:
     """Send the error in place of an application that sent no answer."""
     await problems.answer_to(error, scope).send(send)
 

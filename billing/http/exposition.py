@@ -41,13 +41,13 @@ def reader(directory: Path, store: Store, clock: Clock, *, is_embedded: bool) ->
 
     def read(accept: str) -> tuple[bytes, str]:
         with lock:
-            answers = {**metrics.build(), **answered(store, clock, kind)}
+            answers = {**metrics.build(), **database_gauges(store, clock, kind)}
             return metrics.page(directory, answers, accept)
 
     return read
 
 
-def answered(store: Store, clock: Clock, kind: str) -> metrics.Answers:
+def database_gauges(store: Store, clock: Clock, kind: str) -> metrics.Answers:
     """Whether the database answers, and only then the backlog: zeros would pass for good news."""
     try:
         backlog, offset = store.backlog(clock()), store.clock_offset(clock)
@@ -145,7 +145,7 @@ class Exporter(ThreadingHTTPServer):
             self._open.pop(request, None)
         super().shutdown_request(request)
 
-    def heard(self, request: Any) -> None:
+    def mark_received(self, request: Any) -> None:
         """Note that the request has come: its connection is no longer closed for another."""
         with self._lock:
             if request in self._open:
@@ -154,7 +154,7 @@ class Exporter(ThreadingHTTPServer):
     def _has_room_for(self, request: Any) -> bool:
         with self._lock:
             if len(self._open) >= MOST_CONNECTIONS:
-                silent = next((other for other, is_heard in self._open.items() if not is_heard), None)
+                silent = next((other for other, is_received in self._open.items() if not is_received), None)
                 if silent is None:
                     return False
                 del self._open[silent]
@@ -172,7 +172,7 @@ class MetricsHandler(BaseHTTPRequestHandler):
     server_version, sys_version = "billing", ""
 
     def do_GET(self) -> None:
-        self.server.heard(self.connection)
+        self.server.mark_received(self.connection)
         token = self.server.token
         if self.path.partition("?")[0] != PATH:
             self._answer(HTTPStatus.NOT_FOUND, f"The figures are at {PATH}.\n".encode())

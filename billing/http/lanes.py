@@ -32,7 +32,7 @@ STRIPE_THREADS = 16
 WEBHOOK_THREADS = 16
 LONGEST_WAIT_SECONDS = 2
 # How often `emptied` checks whether the last calls have ended.
-LOOKED_EVERY_SECONDS = 0.05
+CHECKED_EVERY_SECONDS = 0.05
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.http")
 
@@ -87,7 +87,7 @@ class Lanes:
     async def emptied(self) -> None:
         """Wait until no call runs, not even one whose request is over."""
         while any(bounded.busy for bounded in self._lanes.values()):
-            await asyncio.sleep(LOOKED_EVERY_SECONDS)
+            await asyncio.sleep(CHECKED_EVERY_SECONDS)
 
 
 class BoundedThreads:
@@ -105,7 +105,7 @@ class BoundedThreads:
         self._longest_wait_seconds = longest_wait_seconds
         self._free = asyncio.Semaphore(count)
         # For calls of no tenant: as many permits as there are threads, so that none waits for this one.
-        self._anybodys = asyncio.Semaphore(count)
+        self._unshared = asyncio.Semaphore(count)
         # Each exists while a call holds it or waits for it.
         self._shares = WeakValueDictionary[Hashable, asyncio.Semaphore]()
         self._threads = Threads(name)
@@ -115,7 +115,7 @@ class BoundedThreads:
 
         Calls of no tenant (`whose` is None) may have all of them.
         """
-        share = self._anybodys if whose is None else self._share_of(whose)
+        share = self._unshared if whose is None else self._share_of(whose)
         await self._enter(share)
         answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         try:

@@ -37,20 +37,20 @@ class Limits:
         if policy is not None:
             await self._require(scope, policy, address_of(scope))
 
-    async def note_stranger(self, scope: Scope) -> None:
+    async def count_bad_credentials(self, scope: Scope) -> None:
         """Count missing or bad credentials by address; raises `RateLimited`.
 
         Good ones are accepted all the same: others at their address must not be able to lock them out.
         """
-        if self._policies.strangers is not None:
-            await self._require(scope, self._policies.strangers, address_of(scope))
+        if self._policies.bad_credentials is not None:
+            await self._require(scope, self._policies.bad_credentials, address_of(scope))
 
     async def admit_caller(self, scope: Scope) -> None:
         """Count by tenant, once the caller is known; raises `RateLimited`."""
         caller: Caller = scope["state"]["caller"]
         policy = self._policies.by_tenant.get(caller.tenant.tier)
         if policy is not None:
-            await self._require(scope, policy, share_of(caller, scope))
+            await self._require(scope, policy, tenant_subject(caller, scope))
 
     async def admit_cost(self, scope: Scope, operation: Operation) -> None:
         """Count what costs others something, once the caller is authorised; raises `RateLimited`."""
@@ -89,7 +89,7 @@ class Limits:
 
         async def attempt(scope: Scope) -> Rendered:
             policy = brake.then if brake and await self._is_on(brake, scope) else usual
-            usage = await self._count(scope, policy, holder_of(scope))
+            usage = await self._count(scope, policy, password_subject(scope))
             if usage.is_over:
                 self._note_refusal(scope, usage)
                 raise refusal(usage)
@@ -152,7 +152,7 @@ def address_of(scope: Scope) -> str:
     return network_of(scope["state"]["client_address"] or NO_ADDRESS)
 
 
-def share_of(caller: Caller, scope: Scope) -> str:
+def tenant_subject(caller: Caller, scope: Scope) -> str:
     """The subject of a tenant's limit: its users, its secret keys, or an address that uses a publishable key.
 
     A publishable key can be read in pages by anybody, so each address has its own share with it. And whatever
@@ -165,7 +165,7 @@ def share_of(caller: Caller, scope: Scope) -> str:
     return str(caller.tenant_id)
 
 
-def holder_of(scope: Scope) -> str:
+def password_subject(scope: Scope) -> str:
     """The subject of a limit on wrong passwords: a user's session, or an account as seen from one address.
 
     So nobody can lock an account for its owner, neither from elsewhere nor with a stolen session, as a thief

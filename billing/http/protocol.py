@@ -45,7 +45,7 @@ class Protocol(HttpToolsProtocol):
     waiting_since = 0.0  # On the loop's clock.
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(Joined(transport, self.loop))  # type: ignore[arg-type]
+        super().connection_made(CoalescingTransport(transport, self.loop))  # type: ignore[arg-type]
         self._await_head()
         self.watch = self.loop.call_later(CHECKED_EVERY_SECONDS, self._check_patience)
 
@@ -189,7 +189,7 @@ class Protocol(HttpToolsProtocol):
         metrics.PROBLEMS.count(OUTSIDE, error.code())
 
 
-class Joined:
+class CoalescingTransport:
     """A transport that sends together what is written within one iteration of the event loop.
 
     uvloop sends each write by itself, and uvicorn writes head and body apart: two system calls, two packets.

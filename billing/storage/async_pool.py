@@ -25,7 +25,7 @@ CONNECTING_SECONDS = 3.0
 WAITING_SECONDS = 3.0
 # A little more than the server's own statement_timeout: past it the server itself is not responding.
 ANSWERING_SECONDS = 6.0
-LOOKED_EVERY_SECONDS = 0.5
+CHECKED_EVERY_SECONDS = 0.5
 
 # The SQLSTATEs of prepared statements that are unknown, or exist already, behind a pooler that switches connections.
 NOT_PREPARED = frozenset({"26000", "42P05"})
@@ -148,7 +148,7 @@ class AsyncPool:
             connection.drop()
         while self._waiting and now - self._waiting[0][1] > WAITING_SECONDS:
             refuse(self._waiting.popleft()[0])
-        self._watch = self._loop.call_later(LOOKED_EVERY_SECONDS, self._drop_overdue)
+        self._watch = self._loop.call_later(CHECKED_EVERY_SECONDS, self._drop_overdue)
 
 
 def refuse(waiting: asyncio.Future[Any], cause: Exception | None = None) -> None:

@@ -77,7 +77,7 @@ class IdempotencyKeys(Shelf):
         A registration runs in the new tenant's transaction, but its key belongs to the client's address: for this one
         statement the transaction is scoped to the address.
         """
-        if claim.is_strangers and claim.scope != self._tenant_id:
+        if claim.is_anonymous and claim.scope != self._tenant_id:
             with self._at(claim.scope) as shelf:
                 return shelf.keep(claim, answer, until=until)
         sealed = self._vault.seal(json.dumps(asdict(answer)), place=self._place("answer", claim.name))

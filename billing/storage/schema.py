@@ -40,7 +40,7 @@ def migrate(owner_url: str) -> str:
     """
     engine = create_engine(owner_url, hide_parameters=True)
     try:
-        with _in_our_words(), engine.begin() as connection:
+        with _translated_errors(), engine.begin() as connection:
             connection.execute(text(f"SET LOCAL lock_timeout = '{TURN_PATIENCE}'"))
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
             connection.execute(text(f"SET LOCAL lock_timeout = '{PATIENCE}'"))
@@ -52,7 +52,7 @@ def migrate(owner_url: str) -> str:
 
 
 @contextmanager
-def _in_our_words() -> Iterator[None]:
+def _translated_errors() -> Iterator[None]:
     try:
         yield
     except exc.OperationalError as error:

@@ -34,7 +34,7 @@ def small() -> Policies:
     usual = Policies()
     return Policies(
         by_address={name: Policy(policy.name, 2, MINUTE) for name, policy in usual.by_address.items()},
-        strangers=Policy("credentials", 2, MINUTE),
+        bad_credentials=Policy("credentials", 2, MINUTE),
         by_tenant={tier: Policy("default", 2, MINUTE) for tier in usual.by_tenant},
         costly=usual.costly,
         wrong_passwords=usual.wrong_passwords,
@@ -183,7 +183,7 @@ def test_who_may_not_send_tests_uses_none_of_them_up(acme: Account) -> None:
     assert standing(acme.post("/webhooks/test/", {}))["test-deliveries"][2] == 9
 
 
-def test_an_expired_token_is_no_strangers(tight: TestClient, clock: TurnedClock) -> None:
+def test_an_expired_token_is_not_counted_as_bad_credentials(tight: TestClient, clock: TurnedClock) -> None:
     acme = Account(tight, register(tight).json())
     clock.turn(minutes=16)
     answers = [acme.get("/me/") for _ in range(4)]

@@ -470,11 +470,11 @@ class Wire(asyncio.Transport):
 
 def test_what_one_turn_of_the_loop_writes_goes_out_at_once() -> None:
     async def write(wire: Wire) -> None:
-        joined = protocol.Joined(wire, asyncio.get_running_loop())
-        joined.write(b"head ")
-        joined.write(b"body")
+        coalescing = protocol.CoalescingTransport(wire, asyncio.get_running_loop())
+        coalescing.write(b"head ")
+        coalescing.write(b"body")
         await asyncio.sleep(0)
-        joined.write(b"next")
+        coalescing.write(b"next")
         await asyncio.sleep(0)
 
     wire = Wire()
@@ -484,9 +484,9 @@ def test_what_one_turn_of_the_loop_writes_goes_out_at_once() -> None:
 
 def test_what_was_written_goes_out_before_the_connection_is_closed() -> None:
     async def write(wire: Wire) -> None:
-        joined = protocol.Joined(wire, asyncio.get_running_loop())
-        joined.write(b"farewell")
-        joined.close()
+        coalescing = protocol.CoalescingTransport(wire, asyncio.get_running_loop())
+        coalescing.write(b"farewell")
+        coalescing.close()
         await asyncio.sleep(0)
 
     wire = Wire()

@@ -318,7 +318,7 @@ def test_a_backend_that_has_stopped_is_given_up_and_another_asked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(async_pool, "ANSWERING_SECONDS", SHORT)
-    monkeypatch.setattr(async_pool, "LOOKED_EVERY_SECONDS", SHORT / 10)
+    monkeypatch.setattr(async_pool, "CHECKED_EVERY_SECONDS", SHORT / 10)
     candidates = digests.candidates(two[0].keys[0].text)
 
     async def past_it(asked: Lookups) -> list[Any]:
