@@ -76,7 +76,7 @@ def create_app(
     lanes = Lanes(threads_of(settings))
     served = document.served(contract, settings.public_base_url)
     begin_telemetry(settings, "billing-api")
-    figures = metrics.keep(settings.prometheus_multiproc_dir) if settings.are_figures_wanted else None
+    metrics_dir = metrics.keep(settings.prometheus_multiproc_dir) if settings.are_metrics_wanted else None
     counters = counters or counters_for(settings)
     meter = Meter(counters, settings.key_peppers.first[1], clock)
     edge = application.build(
@@ -97,7 +97,7 @@ def create_app(
         authenticator=Authenticator(lookups, tokens, digests, uses, clock),
         routes=[
             *pages(served=served, ready=readiness(store)),
-            *exposition.routes(settings, figures, store, clock),
+            *exposition.routes(settings, metrics_dir, store, clock),
         ],
         lifespan=lambda _: running(
             settings, store, lookups, (uses, failed_logins), counters, lanes, (edge.sample, lanes.sample)

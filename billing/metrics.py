@@ -36,12 +36,12 @@ Kind = Literal["counter", "gauge", "histogram"]
 # How the values of several processes become one (the words are prometheus_client's).
 Merge = Literal["livesum", "max"]
 
-REGISTRY: dict[str, Figure] = {}
+REGISTRY: dict[str, Metric] = {}
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.metrics")
 
 
-class Figure:
+class Metric:
     """A metric: its name, its help text, and the names of its labels."""
 
     kind: Kind
@@ -67,7 +67,7 @@ class Figure:
         return member
 
 
-class Counter(Figure):
+class Counter(Metric):
     """What only grows, until the server restarts."""
 
     kind = "counter"
@@ -92,7 +92,7 @@ class Counter(Figure):
             self._member(labels).inc(amount)
 
 
-class Histogram(Figure):
+class Histogram(Metric):
     """How long something takes, in seconds."""
 
     kind = "histogram"
@@ -125,7 +125,7 @@ class Histogram(Figure):
                     bucket.inc(number)
 
 
-class Gauge(Figure):
+class Gauge(Metric):
     """What goes up and down."""
 
     kind = "gauge"
@@ -144,7 +144,7 @@ class Gauge(Figure):
             self._member(labels).set(value)
 
 
-class Asked(Figure):
+class ScrapedGauge(Metric):
     """A gauge that is the same for all processes: read at each scrape, and written to no file."""
 
     kind = "gauge"
@@ -200,15 +200,21 @@ DELIVERIES = Counter("deliveries_ended_total", "Deliveries that ended, `delivere
 
 # Read from the database, at each scrape ------------------------------------------------------------
 
-OUTBOX = Asked("outbox_deliveries", "Deliveries that have not ended, by how their endpoint does.", "endpoint")
-OUTBOX_AGE = Asked("outbox_oldest_due_seconds", "For how long the oldest of them has been due.", "endpoint")
-DUE = Asked("tasks_due", "Tasks that are due and that no worker holds.", "queue")
-DUE_AGE = Asked("tasks_oldest_due_seconds", "For how long the oldest of them has been due.", "queue")
-DATABASE_UP = Asked("database_up", "Whether the database answered just now.", "kind")
-CLOCK_OFFSET = Asked("clock_offset_seconds", "How far this machine's clock is ahead of the database's.")
-BUILD = Asked("build_info", "The version that runs.", "version", "python")
+OUTBOX = ScrapedGauge(
+    "outbox_deliveries", "Deliveries that have not ended, by how their endpoint does.", "endpoint"
+)
+OUTBOX_AGE = ScrapedGauge(
+    "outbox_oldest_due_seconds", "For how long the oldest of them has been due.", "endpoint"
+)
+DUE = ScrapedGauge("tasks_due", "Tasks that are due and that no worker holds.", "queue")
+DUE_AGE = ScrapedGauge("tasks_oldest_due_seconds", "For how long the oldest of them has been due.", "queue")
+DATABASE_UP = ScrapedGauge("database_up", "Whether the database answered just now.", "kind")
+CLOCK_OFFSET = ScrapedGauge(
+    "clock_offset_seconds", "How far this machine's clock is ahead of the database's."
+)
+BUILD = ScrapedGauge("build_info", "The version that runs.", "version", "python")
 
-Answers = Mapping[Asked, Mapping[tuple[str, ...], float]]
+Answers = Mapping[ScrapedGauge, Mapping[tuple[str, ...], float]]
 
 
 # Keeping -------------------------------------------------------------------------------------------
@@ -233,8 +239,8 @@ def keep(given: Path | None) -> Path:
     if hasattr(os, "posix_fallocate"):  # Not on macOS.
         files: Any = prometheus_client.values
         files.MmapedDict = _allocated(files.MmapedDict)
-    for figure in REGISTRY.values():
-        figure.begin(prometheus_client)
+    for metric in REGISTRY.values():
+        metric.begin(prometheus_client)
     return directory
 
 
@@ -281,8 +287,8 @@ def own_directory() -> Path:
 
 def write() -> None:
     """Write what this process counted where others can read it."""
-    for figure in REGISTRY.values():
-        figure.write()
+    for metric in REGISTRY.values():
+        metric.write()
 
 
 @contextmanager
@@ -298,7 +304,7 @@ def written(*samples: Callable[[], None]) -> Iterator[None]:
         while not ended.wait(WRITTEN_EVERY_SECONDS):
             is_well = _sample_and_write(samples, was_well=is_well)
 
-    thread = threading.Thread(target=run, name="figures", daemon=True)
+    thread = threading.Thread(target=run, name="metrics-writer", daemon=True)
     thread.start()
     try:
         yield
@@ -316,7 +322,7 @@ def _sample_and_write(samples: Iterable[Callable[[], None]], *, was_well: bool) 
         write()
     except OSError as error:
         if was_well:
-            log.warning("figures cannot be written", cause=error.strerror)
+            log.warning("metrics cannot be written", cause=error.strerror)
         return False
     return True
 
@@ -348,8 +354,8 @@ class _Answers:
     def collect(self) -> Iterator[Any]:
         from prometheus_client.core import GaugeMetricFamily
 
-        for figure, values in self._answers.items():
-            family = GaugeMetricFamily(figure.name, figure.help, labels=figure.labels)
+        for metric, values in self._answers.items():
+            family = GaugeMetricFamily(metric.name, metric.help, labels=metric.labels)
             for labels, value in values.items():
                 family.add_metric(labels, value)
             yield family

@@ -74,7 +74,7 @@ class Settings:
     sentry_dsn: str | None = field(repr=False)
 
     @property
-    def are_figures_wanted(self) -> bool:
+    def are_metrics_wanted(self) -> bool:
         """Whether metrics can be scraped at all."""
         return self.metrics_port is not None or self.metrics_token is not None
 

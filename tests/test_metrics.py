@@ -1,4 +1,4 @@
-"""Figures: what is counted is told, of all processes together, and nothing is told that a client chose."""
+"""Metrics: what is counted is told, of all processes together, and nothing is told that a client chose."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ ROOT = Path(__file__).parents[1]
 TOKEN = "of-a-prometheus-that-may-see-it"
 SUFFIXES = re.compile(r"_(bucket|sum|count|created)$")
 
-Figures = dict[str, dict[frozenset[tuple[str, str]], float]]
+Samples = dict[str, dict[frozenset[tuple[str, str]], float]]
 
 
-def parsed(text: str) -> Figures:
+def parsed(text: str) -> Samples:
     """The samples by name and labels."""
-    figures: Figures = {}
+    samples: Samples = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            figures.setdefault(sample.name, {})[frozenset(sample.labels.items())] = sample.value
-    return figures
+            samples.setdefault(sample.name, {})[frozenset(sample.labels.items())] = sample.value
+    return samples
 
 
-def value(figures: Figures, name: str, **labels: str) -> float:
+def value(samples: Samples, name: str, **labels: str) -> float:
     """The sum of what has these labels, whatever its others."""
-    return sum(number for key, number in figures.get(name, {}).items() if labels.items() <= set(key))
+    return sum(number for key, number in samples.get(name, {}).items() if labels.items() <= set(key))
 
 
 # One process -------------------------------------------------------------------------------------
 
 
-def told(script: str) -> Figures:
-    """What a process of its own tells after this, so that ours keeps no figures."""
+def told(script: str) -> Samples:
+    """What a process of its own tells after this, so that ours keeps no metrics."""
     program = f"from billing import metrics\ndirectory = metrics.keep(None)\n{script}\n"
     program += "print(metrics.page(directory, metrics.build(), '')[0].decode())"
     ran = subprocess.run(
@@ -58,20 +58,20 @@ def told(script: str) -> Figures:
 
 
 def test_a_counter_counts_by_its_labels() -> None:
-    figures = told(
+    samples = told(
         "for status in ('200', '200', '500'): metrics.REQUESTS.count('log_in', 'POST', status)\n"
         "metrics.write()\nmetrics.REQUESTS.count('log_in', 'POST', '200')"
     )
-    assert value(figures, "billing_requests_total", status="200") == 3
-    assert value(figures, "billing_requests_total", status="500") == 1
+    assert value(samples, "billing_requests_total", status="200") == 3
+    assert value(samples, "billing_requests_total", status="500") == 1
 
 
 def test_a_histogram_puts_each_value_where_it_belongs() -> None:
-    figures = told("for s in (0.001, 0.0011, 40.0): metrics.REQUEST_SECONDS.observe(s, 'log_in')")
-    counted = {bound: value(figures, "billing_request_duration_seconds_bucket", le=bound) for bound in BOUNDS}
+    samples = told("for s in (0.001, 0.0011, 40.0): metrics.REQUEST_SECONDS.observe(s, 'log_in')")
+    counted = {bound: value(samples, "billing_request_duration_seconds_bucket", le=bound) for bound in BOUNDS}
     assert counted == {"0.001": 1, "0.0025": 2, "30.0": 2, "+Inf": 3}
-    assert value(figures, "billing_request_duration_seconds_sum") == pytest.approx(40.0021)
-    assert value(figures, "billing_request_duration_seconds_count") == 3
+    assert value(samples, "billing_request_duration_seconds_sum") == pytest.approx(40.0021)
+    assert value(samples, "billing_request_duration_seconds_count") == 3
 
 
 BOUNDS = ("0.001", "0.0025", "30.0", "+Inf")
@@ -95,52 +95,52 @@ async def crowd(run):
 
 lanes = Lanes({Lane.GENERAL: 1}, longest_wait_seconds=0.01)
 asyncio.run(crowd(lambda work: lanes.run(Lane.GENERAL, work)))
-asyncio.run(crowd(BoundedThreads("figures", 1, longest_wait_seconds=0.01).run))
+asyncio.run(crowd(BoundedThreads("metrics", 1, longest_wait_seconds=0.01).run))
 """
 
 
 def test_who_found_no_thread_is_counted_under_the_name_of_those_threads() -> None:
-    figures = told(CROWD)
-    assert value(figures, "billing_lane_refused_total", lane="general") == 1
-    assert value(figures, "billing_lane_refused_total", lane="figures") == 1
+    samples = told(CROWD)
+    assert value(samples, "billing_lane_refused_total", lane="general") == 1
+    assert value(samples, "billing_lane_refused_total", lane="metrics") == 1
 
 
-def test_every_figure_is_told_under_its_name_with_its_labels() -> None:
+def test_every_metric_is_told_under_its_name_with_its_labels() -> None:
     script = "\n".join(
-        f"metrics.REGISTRY[{name!r}].{call}({given}*{tuple('x' for _ in figure.labels)!r})"
-        for name, figure in metrics.REGISTRY.items()
-        if (call := {"counter": "count", "histogram": "observe", "gauge": "set"}[figure.kind])
-        if not isinstance(figure, metrics.Asked)
+        f"metrics.REGISTRY[{name!r}].{call}({given}*{tuple('x' for _ in metric.labels)!r})"
+        for name, metric in metrics.REGISTRY.items()
+        if (call := {"counter": "count", "histogram": "observe", "gauge": "set"}[metric.kind])
+        if not isinstance(metric, metrics.ScrapedGauge)
         if (given := "" if call == "count" else "1, ") is not None
     )
     families = {SUFFIXES.sub("", name) for name in told(script)}
-    asked = {name for name, figure in metrics.REGISTRY.items() if isinstance(figure, metrics.Asked)}
+    asked = {name for name, metric in metrics.REGISTRY.items() if isinstance(metric, metrics.ScrapedGauge)}
     assert families == metrics.REGISTRY.keys() - asked | {"billing_build_info"}
 
 
 def test_names_are_as_prometheus_has_them() -> None:
     """https://prometheus.io/docs/practices/naming/"""
-    for name, figure in metrics.REGISTRY.items():
+    for name, metric in metrics.REGISTRY.items():
         assert re.fullmatch(r"billing_[a-z]+(_[a-z]+)*", name)
-        assert name.endswith("_total") == (figure.kind == "counter")
-        assert figure.kind != "histogram" or name.endswith("_seconds")
-        assert figure.help.endswith(".")
+        assert name.endswith("_total") == (metric.kind == "counter")
+        assert metric.kind != "histogram" or name.endswith("_seconds")
+        assert metric.help.endswith(".")
 
 
 def test_what_a_process_that_ended_said_of_the_present_is_forgotten_and_what_it_counted_is_not() -> None:
-    figures = told(
+    samples = told(
         "import os\n"
         "metrics.WORKERS.set(1)\n"
         "if not (child := os.fork()):\n"
         "    metrics.WORKERS.set(1); metrics.REQUESTS.count('log_in', 'POST', '200'); metrics.write(); os._exit(0)\n"
         "os.waitpid(child, 0)"
     )
-    assert value(figures, "billing_worker_processes") == 1
-    assert value(figures, "billing_requests_total") == 1
+    assert value(samples, "billing_worker_processes") == 1
+    assert value(samples, "billing_requests_total") == 1
 
 
 def test_a_disk_that_is_full_for_a_while_costs_what_was_counted_then_and_no_more() -> None:
-    figures = told(
+    samples = told(
         "import threading\n"
         "from structlog.testing import capture_logs\n"
         "metrics.WRITTEN_EVERY_SECONDS = 0.01\n"
@@ -153,7 +153,7 @@ def test_a_disk_that_is_full_for_a_while_costs_what_was_counted_then_and_no_more
         "[line] = lines\n"
         "assert line['cause'] == 'No space left on device'"
     )
-    assert value(figures, "billing_worker_processes") == 1
+    assert value(samples, "billing_worker_processes") == 1
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root has a disk of its own made")
@@ -202,87 +202,87 @@ FOR_WATCHERS = {"prometheus_client", "opentelemetry", "sentry_sdk"}
 
 @pytest.fixture(scope="module")
 def database_url(cluster: embedded.Cluster, worker_id: str) -> str:
-    name = f"billing_figures_{worker_id}"
+    name = f"billing_metrics_{worker_id}"
     clone(cluster, name)
     return database.url(cluster, database.APP, name)
 
 
 @pytest.fixture(scope="module")
 def watched(database_url: str) -> Iterator[tuple[str, str]]:
-    """Two processes and a worker, and the port of their figures."""
+    """Two processes and a worker, and the port of their metrics."""
     port = str(free_port())
     with live.serving({"DATABASE_URL": database_url, "METRICS_PORT": port}, "--workers", "2") as url:
         yield url, f"http://127.0.0.1:{port}/metrics"
 
 
-def read(url: str, **headers: str) -> Figures:
+def read(url: str, **headers: str) -> Samples:
     answer = requests.get(url, headers=headers, timeout=10)
     assert answer.status_code == 200
     assert answer.headers["content-type"].startswith(("text/plain; version=", "application/openmetrics-text"))
     return parsed(answer.text)
 
 
-def test_figures_are_of_all_processes(watched: tuple[str, str]) -> None:
-    url, figures_url = watched
+def test_metrics_are_of_all_processes(watched: tuple[str, str]) -> None:
+    url, metrics_url = watched
     for _ in range(40):  # Each by a connection of its own, which either process may take.
         assert requests.get(f"{url}{API}/me/", timeout=10).status_code == 401
     live.eventually(
         lambda: (
-            value(read(figures_url), "billing_requests_total", operation="get_current_user", status="401")
+            value(read(metrics_url), "billing_requests_total", operation="get_current_user", status="401")
             == 40
         )
     )
-    figures = read(figures_url)
-    assert value(figures, "billing_request_duration_seconds_count", operation="get_current_user") == 40
-    assert value(figures, "billing_problems_total", code="credentials-missing") == 40
-    assert value(figures, "billing_worker_processes") == 1
+    samples = read(metrics_url)
+    assert value(samples, "billing_request_duration_seconds_count", operation="get_current_user") == 40
+    assert value(samples, "billing_problems_total", code="credentials-missing") == 40
+    assert value(samples, "billing_worker_processes") == 1
     live.eventually(
-        lambda: value(read(figures_url), "billing_lane_threads", lane="passwords") == 2 * 2, seconds=90
+        lambda: value(read(metrics_url), "billing_lane_threads", lane="passwords") == 2 * 2, seconds=90
     )
-    assert value(figures, "billing_database_pool_size", component="worker") > 0
-    assert value(figures, "billing_database_up", kind="external") == 1
-    [offset] = figures["billing_clock_offset_seconds"].values()
+    assert value(samples, "billing_database_pool_size", component="worker") > 0
+    assert value(samples, "billing_database_up", kind="external") == 1
+    [offset] = samples["billing_clock_offset_seconds"].values()
     assert abs(offset) < 20
     live.eventually(
-        lambda: polled(figures_url) == {"general", "checks", "webhooks", "slow_webhooks"}, seconds=90
+        lambda: polled(metrics_url) == {"general", "checks", "webhooks", "slow_webhooks"}, seconds=90
     )
-    assert set(figures["billing_tasks_due"]) == {
+    assert set(samples["billing_tasks_due"]) == {
         frozenset({("queue", name)}) for name in ("general", "checks", "webhooks", "slow_webhooks")
     }
 
 
-def polled(figures_url: str) -> set[str]:
+def polled(metrics_url: str) -> set[str]:
     """The queues of which a worker got an answer."""
-    samples = read(figures_url).get("billing_worker_polled_timestamp_seconds", {})
+    samples = read(metrics_url).get("billing_worker_polled_timestamp_seconds", {})
     return {dict(labels)["queue"] for labels, moment in samples.items() if moment > 1e9}
 
 
 def test_a_login_that_is_refused_is_told_by_its_reason(watched: tuple[str, str]) -> None:
-    url, figures_url = watched
+    url, metrics_url = watched
     body = {"email": "nobody@acme.example", "password": PASSWORD}
     assert requests.post(f"{url}{API}/login/", json=body, timeout=10).status_code == 401
     live.eventually(
         lambda: (
-            value(read(figures_url), "billing_problems_total", operation="log_in", code="invalid-credentials")
+            value(read(metrics_url), "billing_problems_total", operation="log_in", code="invalid-credentials")
             == 1
         )
     )
 
 
-def test_what_a_client_chooses_makes_no_figure(watched: tuple[str, str]) -> None:
-    url, figures_url = watched
+def test_what_a_client_chooses_makes_no_metric(watched: tuple[str, str]) -> None:
+    url, metrics_url = watched
     requests.get(f"{url}/secret-path?of=mine", timeout=10)
     requests.request("BREW", f"{url}/coffee", timeout=10)
     requests.request("PROPFIND", f"{url}{API}/me/", timeout=10)
-    live.eventually(lambda: value(read(figures_url), "billing_requests_total", method="other") > 0)
-    text = requests.get(figures_url, timeout=10).text
+    live.eventually(lambda: value(read(metrics_url), "billing_requests_total", method="other") > 0)
+    text = requests.get(metrics_url, timeout=10).text
     assert not re.search("secret-path|mine|BREW|coffee|PROPFIND", text)
 
 
-def test_the_apis_port_tells_nothing_when_figures_have_their_own(watched: tuple[str, str]) -> None:
-    url, figures_url = watched
+def test_the_apis_port_tells_nothing_when_metrics_have_their_own(watched: tuple[str, str]) -> None:
+    url, metrics_url = watched
     assert requests.get(f"{url}/metrics", timeout=10).status_code == 404
-    assert requests.get(figures_url.removesuffix("metrics"), timeout=10).status_code == 404
+    assert requests.get(metrics_url.removesuffix("metrics"), timeout=10).status_code == 404
 
 
 def test_openmetrics_is_told_to_whoever_asks_for_it(watched: tuple[str, str]) -> None:
@@ -339,7 +339,7 @@ def test_while_the_database_is_away_the_page_says_so() -> None:
         "store = Store(None, connections=1)\n"
         "store.open('postgresql+psycopg2://nobody@127.0.0.1:1/nothing')\n"
         "directory_answers = database_gauges(store, utc_now, 'external')\n"
-        "print({figure.name: values for figure, values in directory_answers.items()})"
+        "print({metric.name: values for metric, values in directory_answers.items()})"
     )
     ran = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True

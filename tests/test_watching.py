@@ -1,4 +1,4 @@
-"""What is written down about figures, for people and for machines, against the figures that there are."""
+"""What is written down about metrics, for people and for machines, against the metrics that there are."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def exists(name: str) -> bool:
     return name in series or (name in REGISTRY and REGISTRY[name].kind != "histogram")
 
 
-def test_the_table_lists_every_figure_as_it_is() -> None:
+def test_the_table_lists_every_metric_as_it_is() -> None:
     listed = re.findall(r"^\| `(billing_\w+)` \| (\w+) \| (.*?) \| (.*?) \|$", DOCS, re.MULTILINE)
     told = [
-        (name, figure.kind, ", ".join(f"`{label}`" for label in figure.labels) or "–", figure.help)
-        for name, figure in REGISTRY.items()
+        (name, metric.kind, ", ".join(f"`{label}`" for label in metric.labels) or "–", metric.help)
+        for name, metric in REGISTRY.items()
     ]
     assert listed == told
 
 
 @pytest.mark.parametrize("expression", sorted(set(expressions())))
-def test_an_alert_or_a_panel_asks_for_figures_that_there_are(expression: str) -> None:
+def test_an_alert_or_a_panel_asks_for_metrics_that_there_are(expression: str) -> None:
     names = NAME.findall(expression)
     assert names
     assert [name for name in names if not exists(name)] == []
@@ -50,12 +50,12 @@ def test_an_alert_or_a_panel_asks_for_figures_that_there_are(expression: str) ->
 def test_labels_that_are_asked_for_are_there() -> None:
     for expression in expressions():
         for name, matchers in re.findall(r"\b(billing_[a-z_]+)\{([^}]*)\}", expression):
-            figure = REGISTRY.get(name) or REGISTRY[name.rpartition("_")[0]]
+            metric = REGISTRY.get(name) or REGISTRY[name.rpartition("_")[0]]
             asked = set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", matchers)) - {"instance"}
-            assert asked <= {*figure.labels}, expression
+            assert asked <= {*metric.labels}, expression
 
 
-def test_every_figure_is_on_the_dashboard() -> None:
+def test_every_metric_is_on_the_dashboard() -> None:
     shown = set(NAME.findall(json.dumps(DASHBOARD)))
     assert {n for n in REGISTRY if not any(name.startswith(n) for name in shown)} == set()
 

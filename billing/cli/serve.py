@@ -21,7 +21,7 @@ from uvicorn.supervisors.watchfilesreload import WatchFilesReload
 from billing import logs
 from billing.cli.companion import Companion
 from billing.cli.console import opened_database
-from billing.cli.watchers import figures_kept, figures_of_server
+from billing.cli.watchers import kept_metrics, server_metrics
 from billing.settings import Settings
 from billing.storage.database import Database
 
@@ -74,11 +74,11 @@ def _settings(**options: object) -> Settings:
 def _serve(settings: Settings, config: uvicorn.Config, companion: Companion | None) -> None:
     logs.configure(tty=sys.stderr.isatty())
     signal.signal(signal.SIGTERM, interrupt)
-    with listen(settings.host, settings.port) as listener, figures_kept(settings):
+    with listen(settings.host, settings.port) as listener, kept_metrics(settings):
         settings = _settings(PORT=listener.getsockname()[1])
         with opened_database(settings) as database:
             click.echo(banner(settings, database))
-            with figures_of_server(settings, database), companion or nullcontext():
+            with server_metrics(settings, database), companion or nullcontext():
                 run(config, listener, companion)
 
 

@@ -28,13 +28,13 @@ def begin_telemetry(settings: Settings, service: str) -> None:
         crashes.begin(settings.sentry_dsn, settings.environment)
 
 
-def figures_kept(settings: Settings) -> AbstractContextManager[object]:
+def kept_metrics(settings: Settings) -> AbstractContextManager[object]:
     """The directory for the metrics of this process and of those that it starts, if metrics are wanted."""
-    return metrics.directory() if settings.are_figures_wanted else nullcontext()
+    return metrics.directory() if settings.are_metrics_wanted else nullcontext()
 
 
 @contextmanager
-def figures_of_server(settings: Settings, database: Database) -> Iterator[None]:
+def server_metrics(settings: Settings, database: Database) -> Iterator[None]:
     """Serve the metrics of the API's processes and of the worker beside them, if there is a port for it."""
     with closing(new_store(settings)) as store:
         store.open(database.app_url)
@@ -43,9 +43,9 @@ def figures_of_server(settings: Settings, database: Database) -> Iterator[None]:
 
 
 @contextmanager
-def figures_of_worker(settings: Settings, store: Store, *, is_companion: bool) -> Iterator[None]:
+def worker_metrics(settings: Settings, store: Store, *, is_companion: bool) -> Iterator[None]:
     """Keep the worker's metrics; a companion's are read with the API's, any other worker has a port of its own."""
-    if not settings.are_figures_wanted:
+    if not settings.are_metrics_wanted:
         yield
         return
     directory = metrics.keep(settings.prometheus_multiproc_dir if is_companion else None)
@@ -64,7 +64,7 @@ def exposed(settings: Settings, directory: Path | None, store: Store) -> Abstrac
     host = settings.host if settings.metrics_token else LOOPBACK
     read = reader(directory, store, utc_now, is_embedded=settings.database_url is None)
     server = listening(read, host, settings.metrics_port, settings.metrics_token)
-    done(f"Figures at http://{host}:{server.server_address[1]}{PATH}")
+    done(f"Metrics at http://{host}:{server.server_address[1]}{PATH}")
     return server
 
 

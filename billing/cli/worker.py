@@ -13,7 +13,7 @@ import click
 
 from billing import crashes, keys, logs, stripe_connect, tenants, tracing
 from billing.cli.console import done, opened_store
-from billing.cli.watchers import begin_telemetry, figures_of_worker
+from billing.cli.watchers import begin_telemetry, worker_metrics
 from billing.clock import utc_now
 from billing.deliveries import dispatcher_for
 from billing.housekeeping import Housekeeping
@@ -53,7 +53,7 @@ def worker(*, follow: bool) -> None:
     allow_descriptors()
     with (
         opened_store(connections=CONNECTIONS) as (settings, store),
-        figures_of_worker(settings, store, is_companion=follow),
+        worker_metrics(settings, store, is_companion=follow),
     ):
         begin_telemetry(settings, "billing-worker")
         crew = Crew(settings, store)

@@ -83,7 +83,7 @@ def routes(settings: Settings, directory: Path | None, store: Store, clock: Cloc
 
 def route(read: Read, token: str) -> Route:
     """The page for clients that send the token."""
-    thread = BoundedThreads("figures", 1)
+    thread = BoundedThreads("metrics", 1)
 
     async def endpoint(request: Request) -> Response:
         given = request.headers.get("authorization")
@@ -175,7 +175,7 @@ class MetricsHandler(BaseHTTPRequestHandler):
         self.server.mark_received(self.connection)
         token = self.server.token
         if self.path.partition("?")[0] != PATH:
-            self._answer(HTTPStatus.NOT_FOUND, f"The figures are at {PATH}.\n".encode())
+            self._answer(HTTPStatus.NOT_FOUND, f"The metrics are at {PATH}.\n".encode())
         elif token is not None and not is_good(self.headers.get("authorization", ""), token):
             self._answer(HTTPStatus.UNAUTHORIZED, b"It takes the token of METRICS_TOKEN.\n")
         else:

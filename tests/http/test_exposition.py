@@ -1,4 +1,4 @@
-"""The figures' own port, while somebody holds its connections open."""
+"""The metrics' own port, while somebody holds its connections open."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def is_closed(connection: socket.socket) -> bool:
 
 
 @pytest.mark.parametrize("said", [b"", b"GET /metrics HTTP/1.1\r\nHost: "], ids=["silent", "half a head"])
-def test_idle_connections_keep_nobody_from_the_figures(said: bytes) -> None:
+def test_idle_connections_keep_nobody_from_the_metrics(said: bytes) -> None:
     before = threading.active_count()
-    with exporting(lambda _: (b"figures", "text/plain")) as address, ExitStack() as stack:
+    with exporting(lambda _: (b"metrics", "text/plain")) as address, ExitStack() as stack:
         idle = [connect(stack, address, said) for _ in range(3 * MOST_CONNECTIONS)]
-        assert ask(address).content == b"figures"
+        assert ask(address).content == b"metrics"
         # Those that came first have been closed.
         for connection in idle[: 2 * MOST_CONNECTIONS]:
             assert is_closed(connection)
@@ -59,7 +59,7 @@ def test_one_that_is_being_answered_is_not_closed_for_another() -> None:
     def read(_accept: str) -> tuple[bytes, str]:
         asked.release()
         assert going_on.wait(PATIENCE_SECONDS)
-        return b"figures", "text/plain"
+        return b"metrics", "text/plain"
 
     with exporting(read) as address, ExitStack() as stack:
         whole = f"GET {PATH} HTTP/1.1\r\n\r\n".encode()
@@ -70,5 +70,5 @@ def test_one_that_is_being_answered_is_not_closed_for_another() -> None:
         assert is_closed(refused)
         going_on.set()
         for connection in heard:
-            assert connection.makefile("rb").read().endswith(b"figures")
-        assert ask(address).content == b"figures"
+            assert connection.makefile("rb").read().endswith(b"metrics")
+        assert ask(address).content == b"metrics"
