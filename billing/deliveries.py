@@ -61,7 +61,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Ended:
+class Results:
     """Attempts that ended about together: the result of each, and whether the receiver wants no more."""
 
     settled: Sequence[Settled] = ()
@@ -73,10 +73,10 @@ class Ended:
 
 
 @dataclass(frozen=True)
-class Sent:
+class BatchOutcome:
     """The outcome of a batch: the last results, not stored yet, the deliveries not begun, and how it went."""
 
-    last: Ended = Ended()
+    last: Results = Results()
     rest: Sequence[Begun] = ()
     was_slow: bool = False
     went_well: bool = False
@@ -101,13 +101,13 @@ class Dispatcher:
     def deliver(self, task: Task) -> None:
         """Send what is due to one tenant's endpoint, and postpone its task until more is due."""
         batch = self._begin(task.tenant_id)
-        sent = self._send(batch) if batch.begun else Sent()
+        outcome = self._send(batch) if batch.begun else BatchOutcome()
         with self._store.tenant(task.tenant_id) as tx:
             now = self._clock()
-            endpoint = _keep(tx, batch, sent.last, now)
-            _let_go(tx, task, endpoint, sent, now)
+            endpoint = _store_results(tx, batch, outcome.last, now)
+            _release(tx, task, endpoint, outcome, now)
         if batch.begun:
-            self._remember(task.tenant_id, went_well=sent.went_well and endpoint.url == batch.url)
+            self._remember(task.tenant_id, went_well=outcome.went_well and endpoint.url == batch.url)
 
     def _begin(self, tenant_id: UUID) -> Batch:
         with self._store.tenant(tenant_id) as tx:
@@ -123,16 +123,16 @@ class Dispatcher:
             secrets = tx.webhooks.signing_secrets(now) if begun else ()
             return Batch(tenant_id, endpoint, endpoint.url, secrets, begun)
 
-    def _send(self, batch: Batch) -> Sent:
+    def _send(self, batch: Batch) -> BatchOutcome:
         """Send a batch, and store all but the last results; stops early if it fails, is slow, or must."""
         with self._egress.to(batch.url) as post:
             return self._send_by(post, batch)
 
-    def _send_by(self, post: Post, batch: Batch) -> Sent:
+    def _send_by(self, post: Post, batch: Batch) -> BatchOutcome:
         waiting, flying = deque(batch.begun), dict[Future[Attempt | None], Begun]()
         window, until = self._first_window(batch.tenant_id), time.monotonic() + BEGUN_WITHIN_SECONDS
         durations: list[int] = []
-        last = Ended()  # The results that are not stored yet.
+        last = Results()  # The results that are not stored yet.
         while flying or (waiting and window):
             # Stored before more is begun, which must not go to a URL that the endpoint no longer has.
             if last.settled and not self._settle(batch, last):
@@ -147,7 +147,7 @@ class Dispatcher:
             durations += [one.duration_ms for one in last.settled]
             went_well = len(made) == len(ended) and last.all_delivered and not _is_slow(durations)
             window = min(2 * window, IN_FLIGHT) if went_well else 0
-        return Sent(last, list(waiting), _is_slow(durations), went_well=window > 0)
+        return BatchOutcome(last, list(waiting), _is_slow(durations), went_well=window > 0)
 
     def _submit(self, post: Post, batch: Batch, begun: Begun, until: float) -> Future[Attempt | None]:
         # In the context of the task, to which the attempt's log line and span belong.
@@ -169,10 +169,10 @@ class Dispatcher:
             return None
         return send(post, batch.secrets, begun, self._clock())
 
-    def _settle(self, batch: Batch, ended: Ended) -> bool:
+    def _settle(self, batch: Batch, results: Results) -> bool:
         """Store results; returns whether the endpoint still has the batch's URL."""
         with self._store.tenant(batch.tenant_id) as tx:
-            return _keep(tx, batch, ended, self._clock()).url == batch.url
+            return _store_results(tx, batch, results, self._clock()).url == batch.url
 
 
 def send(post: Post, secrets: Sequence[str], begun: Begun, now: datetime) -> Attempt:
@@ -198,30 +198,33 @@ def _is_slow(durations: Sequence[int]) -> bool:
     return bool(durations) and median(durations) > SLOW_MS
 
 
-def _keep(tx: TenantTx, batch: Batch, ended: Ended, now: datetime) -> Endpoint:
+def _store_results(tx: TenantTx, batch: Batch, results: Results, now: datetime) -> Endpoint:
     """Store results for deliveries and endpoint, which stays locked; returns the endpoint as it is then."""
     # Lock the endpoint before its deliveries, as its removal does: or the two deadlock.
     endpoint = tx.webhooks.find(lock=True)
-    if not ended.settled:
+    if not results.settled:
         return endpoint
     # Results of sending to an earlier URL say nothing of the present one.
     if endpoint.url == batch.url and endpoint.is_active:
-        endpoint = _note(tx, endpoint, ended, now)
-    tx.deliveries.record_results(ended.settled)
+        endpoint = _note(tx, endpoint, results, now)
+    tx.deliveries.record_results(results.settled)
     return endpoint
 
 
-def _note(tx: TenantTx, endpoint: Endpoint, ended: Ended, now: datetime) -> Endpoint:
+def _note(tx: TenantTx, endpoint: Endpoint, results: Results, now: datetime) -> Endpoint:
     """Store the endpoint's health, and disable it if that is due."""
-    if ended.all_delivered and endpoint.failing_since is None:
+    if results.all_delivered and endpoint.failing_since is None:
         return endpoint
-    failed = [one for one in ended.settled if one.status != "delivered"]
+    failed = [one for one in results.settled if one.status != "delivered"]
     first_failures = sum(one.attempt == 1 for one in failed)
     after = endpoint.after(
-        delivered=len(ended.settled) - len(failed), failed=len(failed), first_failures=first_failures, now=now
+        delivered=len(results.settled) - len(failed),
+        failed=len(failed),
+        first_failures=first_failures,
+        now=now,
     )
     tx.webhooks.keep(after, now)
-    reason = endpoints.reason_to_disable(after, gone=ended.gone, now=now)
+    reason = endpoints.reason_to_disable(after, gone=results.gone, now=now)
     return endpoints.disable(tx, after, reason, now=now) if reason else after
 
 
@@ -237,13 +240,13 @@ def _gathered(flying: Iterable[Future[Attempt | None]]) -> set[Future[Attempt | 
     return wait(flying, timeout=GATHERED_SECONDS).done
 
 
-def _judge_all(batch: Batch, made: Sequence[tuple[Begun, Attempt]], now: datetime) -> Ended:
+def _judge_all(batch: Batch, made: Sequence[tuple[Begun, Attempt]], now: datetime) -> Results:
     """What follows from attempts; each is logged at once."""
     verdicts = [_verdict(begun, attempt, batch.endpoint, now) for begun, attempt in made]
     settled = [_settled(*one, verdict, now) for one, verdict in zip(made, verdicts, strict=True)]
     for (begun, _), one in zip(made, settled, strict=True):
         log_attempt(begun, one)
-    return Ended(settled, any(verdict.gone for verdict in verdicts))
+    return Results(settled, any(verdict.gone for verdict in verdicts))
 
 
 def _verdict(begun: Begun, attempt: Attempt, endpoint: Endpoint, now: datetime) -> Verdict:
@@ -286,10 +289,10 @@ def log_attempt(begun: Begun, settled: Settled) -> None:
     )
 
 
-def _let_go(tx: TenantTx, task: Task, endpoint: Endpoint, sent: Sent, now: datetime) -> None:
+def _release(tx: TenantTx, task: Task, endpoint: Endpoint, outcome: BatchOutcome, now: datetime) -> None:
     """Release an endpoint's task until more is due: into the slow queue, if it is failing or slow."""
-    if sent.rest:
-        tx.deliveries.uncount(sent.rest)
+    if outcome.rest:
+        tx.deliveries.uncount(outcome.rest)
     if endpoint.url is None:
         # Some are left if one was being recorded while the URL was removed, or of more than one statement's.
         due_at = now if tx.deliveries.cancel(endpoints.CANCELLED, now) else None
@@ -302,7 +305,7 @@ def _let_go(tx: TenantTx, task: Task, endpoint: Endpoint, sent: Sent, now: datet
         # Not in the past: an endpoint just served goes behind those that were not. And a failing one pauses:
         # if it refuses every connection, it would come round at once and be most of what the worker does.
         soonest = now + PAUSE if is_failing else now
-        queue: Queue = "slow_webhooks" if is_failing or sent.was_slow else "webhooks"
+        queue: Queue = "slow_webhooks" if is_failing or outcome.was_slow else "webhooks"
         tx.tasks.postpone(task, max(due_at, soonest), queue=queue)
 
 
