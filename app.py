@@ -141,7 +141,7 @@ def counters_for(settings: Settings) -> Counters:
     # Imported here, as importing the client of Redis takes longer than all the rest of the server.
     from billing.shared_counters import InRedis
 
-    return InRedis(url, known=InProcess())
+    return InRedis(url, local=InProcess())
 
 
 @asynccontextmanager

@@ -25,7 +25,7 @@ DEADLINE_SECONDS = 0.1
 REST_SECONDS = 5.0
 CONNECTIONS = 16
 # Iterations of the event loop, which may itself be late: an answer that arrives within them counts.
-TURNS = 5
+LOOP_ITERATIONS = 5
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing")
 
@@ -42,7 +42,7 @@ class InRedis:
         self,
         url: str,
         *,
-        known: InProcess,
+        local: InProcess,
         deadline_seconds: float = DEADLINE_SECONDS,
         rest_seconds: float = REST_SECONDS,
     ) -> None:
@@ -59,8 +59,8 @@ class InRedis:
         self._redis = RedisStorage(
             url, wrap_exceptions=True, implementation="redispy", key_prefix=PREFIX, **options
         )
-        self._known = known
-        self._untold = InProcess()
+        self._local = local
+        self._unsent = InProcess()
         self._deadline_seconds = deadline_seconds
         self._rest_seconds = rest_seconds
         self._is_away = False
@@ -69,23 +69,23 @@ class InRedis:
     async def add(self, key: str, amount: int, *, seconds: int) -> int:
         # What Redis missed is not added by the request that finds out whether it is back: if that one's
         # answer is lost, it would be added twice.
-        told = amount if self._is_away else amount + self._untold.take(key)
+        total = amount if self._is_away else amount + self._unsent.take(key)
         try:
-            count = await self._ask(lambda: self._redis.incr(key, seconds, told))
+            count = await self._ask(lambda: self._redis.incr(key, seconds, total))
         except asyncio.CancelledError:
             # The client disconnected. Redis may have counted it: counting twice is stricter, forgetting not.
-            await self._untold.add(key, told, seconds=seconds)
+            await self._unsent.add(key, total, seconds=seconds)
             raise
         if count is None:
-            await self._untold.add(key, told, seconds=seconds)
-            return await self._known.add(key, amount, seconds=seconds)
-        count += self._untold.counts.get(key, 0)
-        self._known.put(key, count)
+            await self._unsent.add(key, total, seconds=seconds)
+            return await self._local.add(key, amount, seconds=seconds)
+        count += self._unsent.counts.get(key, 0)
+        self._local.put(key, count)
         return count
 
     async def forget(self, key: str) -> None:
-        await self._known.forget(key)
-        await self._untold.forget(key)
+        await self._local.forget(key)
+        await self._unsent.forget(key)
         await self._ask(lambda: self._redis.clear(key))
 
     async def close(self) -> None:
@@ -115,7 +115,7 @@ class InRedis:
         # left behind here ends by the socket's own timeouts.
         asking = asyncio.create_task(question())
         await asyncio.wait({asking}, timeout=self._deadline_seconds)
-        for _ in range(TURNS):
+        for _ in range(LOOP_ITERATIONS):
             await asyncio.sleep(0)
         if not asking.done():
             asking.add_done_callback(overlook)
@@ -135,7 +135,7 @@ class InRedis:
             log.info("Redis answers again: requests are counted there")
 
 
-def overlook(asked: asyncio.Task[Any]) -> None:
+def overlook(task: asyncio.Task[Any]) -> None:
     """Retrieve the exception of a task that nobody awaits, or asyncio logs that it never was."""
-    if not asked.cancelled():
-        asked.exception()
+    if not task.cancelled():
+        task.exception()

@@ -32,7 +32,7 @@ CALLBACK = "/api/v1/auth/tenants/stripe/callback/"
 
 
 @dataclass(frozen=True)
-class Departure:
+class ConnectStart:
     """Where an owner's browser goes to connect an account, and what it brings back."""
 
     url: str = field(repr=False)
@@ -43,7 +43,7 @@ class Departure:
 
 
 @dataclass(frozen=True)
-class Ending:
+class CallbackResult:
     """How a callback ended, and where to send the browser, if the state has a return URL."""
 
     outcome: Connected | BillingError
@@ -51,7 +51,7 @@ class Ending:
 
 
 @dataclass(frozen=True)
-class Seen:
+class StatusView:
     """A connection, or none, and whether Stripe was asked just now."""
 
     connection: Connection | None
@@ -75,7 +75,7 @@ class StripeConnections:
     @contextmanager
     def starting(
         self, caller: Caller, actor: Actor, *, flow: Flow, return_url: str | None, browser: str | None
-    ) -> Iterator[tuple[TenantTx, Departure]]:
+    ) -> Iterator[tuple[TenantTx, ConnectStart]]:
         """Start a flow for an owner; yields the transaction that stores the state.
 
         Raises `ReturnUrlRefused` and `StripeAlreadyConnected`.
@@ -93,7 +93,7 @@ class StripeConnections:
             state = chapter.start(
                 tx, user, text, flow=flow, return_url=return_url, browser=browser, now=self._clock()
             )
-            yield tx, Departure(url, self._redirect_uri, state, text)
+            yield tx, ConnectStart(url, self._redirect_uri, state, text)
 
     def _account_link(self, tenant: Tenant, actor: Actor, state: str) -> str:
         account = self._account_of_our_own(tenant, actor)
@@ -118,19 +118,19 @@ class StripeConnections:
 
     def complete(
         self, *, state: str | None, code: str | None, error: str | None, browser: str | None, actor: Actor
-    ) -> Ending:
+    ) -> CallbackResult:
         """Finish what a state began. A refusal is returned as the outcome, so that a browser can be told."""
         if not state:
-            return Ending(AccessDenied() if error else StateMissing())
+            return CallbackResult(AccessDenied() if error else StateMissing())
         with self._store.platform() as platform:
             found = platform.find_connect_state(chapter.hashed(state).hex())
         if found is None:
-            return Ending(StateUnknown())
+            return CallbackResult(StateUnknown())
         tenant_id, state_id = found
         with self._store.tenant(tenant_id, actor) as tx:
             used, refusal = chapter.consume(tx, state_id, browser=browser, now=self._clock())
         outcome = refusal or self._finish(tenant_id, used, code, error, actor)
-        return Ending(outcome, used.return_url)
+        return CallbackResult(outcome, used.return_url)
 
     def _finish(
         self, tenant_id: UUID, state: State, code: str | None, error: str | None, actor: Actor
@@ -167,16 +167,16 @@ class StripeConnections:
 
     # Watching ------------------------------------------------------------------------------------
 
-    def status(self, tenant_id: UUID) -> Seen:
+    def status(self, tenant_id: UUID) -> StatusView:
         """The connection as Stripe has it, or as it was last known if Stripe does not answer."""
         with self._store.tenant(tenant_id) as tx:
             known = tx.stripe.find()
         if known is None or not known.is_living:
-            return Seen(known, is_live=False)
+            return StatusView(known, is_live=False)
         try:
-            return Seen(self._check(tenant_id, known), is_live=True)
+            return StatusView(self._check(tenant_id, known), is_live=True)
         except (StripeUnavailable, StripeNotConfigured):
-            return Seen(known, is_live=False)
+            return StatusView(known, is_live=False)
 
     def _check(self, tenant_id: UUID, known: Connection) -> Connection | None:
         if known.livemode != self._gateway.livemode:

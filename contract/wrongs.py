@@ -600,8 +600,8 @@ IN_STRIPE_AND_WEBHOOKS = (
         "Stripe being away is an error of status",
         "billing/stripe_connections.py",
         "        except (StripeUnavailable, StripeNotConfigured):\n"
-        "            return Seen(known, is_live=False)\n",
-        "        except StripeNotConfigured:\n            return Seen(known, is_live=False)\n",
+        "            return StatusView(known, is_live=False)\n",
+        "        except StripeNotConfigured:\n            return StatusView(known, is_live=False)\n",
         (f"{STRIPE}::test_status_is_what_was_last_known_if_stripe_does_not_say",),
     ),
     Wrong(

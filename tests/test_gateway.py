@@ -27,7 +27,7 @@ from billing.gateway import CircuitBreaker, Gateway
 from billing.handlers import shapes
 from billing.ids import new_id
 from billing.stripe_connect import Account, Connection, Grant, Requirements
-from billing.stripe_connections import Seen
+from billing.stripe_connections import StatusView
 from billing.tenants import Tenant
 from billing.users import User
 from sandbox.faults import ONLY, Fault, Operation
@@ -417,7 +417,7 @@ def test_every_call_bears_the_key_and_no_other_address_is_asked() -> None:
 def seen(account: Account) -> Any:
     """The account as `get_stripe_status` answers it."""
     connection = Connection(new_id(), "oauth", True, account, NOW, NOW)
-    return orjson.loads(orjson.dumps(shapes.stripe_status(Seen(connection, is_live=True))))
+    return orjson.loads(orjson.dumps(shapes.stripe_status(StatusView(connection, is_live=True))))
 
 
 STATUS = Draft202012Validator(

@@ -39,7 +39,7 @@ async def processes(server: RedisServer, number: int = 1) -> AsyncIterator[list[
     # Where it answers a deadline would be one of the machine's load: two that share have a long one.
     patience = DEADLINE_SECONDS if number == 1 else 60
     made = [
-        InRedis(server.url, known=InProcess(), deadline_seconds=patience, rest_seconds=REST_SECONDS)
+        InRedis(server.url, local=InProcess(), deadline_seconds=patience, rest_seconds=REST_SECONDS)
         for _ in range(number)
     ]
     try:
@@ -78,7 +78,7 @@ def test_servers_share_a_limit(
     server: RedisServer, settings: Settings, clock: TurnedClock, clean: None
 ) -> None:
     def served() -> CheckedClient:
-        counters = InRedis(server.url, known=InProcess(), deadline_seconds=60)
+        counters = InRedis(server.url, local=InProcess(), deadline_seconds=60)
         return CheckedClient(create_app(settings, clock=clock, counters=counters))
 
     with served() as one, served() as other:
@@ -228,7 +228,7 @@ def test_a_redis_that_was_never_there_is_no_reason_not_to_start() -> None:
     required_program()
 
     async def tell() -> list[int]:
-        counters = InRedis("redis://127.0.0.1:1/0", known=InProcess())
+        counters = InRedis("redis://127.0.0.1:1/0", local=InProcess())
         counts = [await add(counters), await add(counters)]
         await counters.close()
         return counts

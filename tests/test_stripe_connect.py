@@ -25,7 +25,7 @@ from billing.stripe_connect import (
     require_startable,
     returning,
 )
-from billing.stripe_connections import Departure
+from billing.stripe_connections import ConnectStart
 from billing.tenants import Tenant
 
 NOW = datetime(2026, 1, 15, 9, 30, tzinfo=UTC)
@@ -205,7 +205,7 @@ def test_what_is_kept_of_a_state_is_no_state() -> None:
 
 def test_a_state_just_made_does_not_show_itself() -> None:
     assert "a state" not in repr(
-        Departure("https://connect.example/?state=a+state", "", state(None), "a state")
+        ConnectStart("https://connect.example/?state=a+state", "", state(None), "a state")
     )
 
 

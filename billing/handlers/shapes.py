@@ -11,7 +11,7 @@ from billing.deliveries import Report
 from billing.keys import ApiKey, NewKey
 from billing.security import Caller
 from billing.stripe_connect import MESSAGES, Connected, Requirements
-from billing.stripe_connections import Departure, Seen
+from billing.stripe_connections import ConnectStart, StatusView
 from billing.tenants import Registered, Tenant, public_members
 from billing.tokens import TokenPair
 from billing.users import User
@@ -110,14 +110,14 @@ def new_keys(minted: Sequence[NewKey]) -> Shape:
 # Stripe Connect ----------------------------------------------------------------------------------
 
 
-def departure(departure: Departure) -> Shape:
+def connect_start(start: ConnectStart) -> Shape:
     """Where to send the browser, and the state that it brings back."""
     return {
-        "url": departure.url,
-        "state": departure.state_text,
-        "redirect_uri": departure.redirect_uri,
-        "flow": departure.state.flow,
-        "expires_at": departure.state.expires_at,
+        "url": start.url,
+        "state": start.state_text,
+        "redirect_uri": start.redirect_uri,
+        "flow": start.state.flow,
+        "expires_at": start.state.expires_at,
     }
 
 
@@ -131,9 +131,9 @@ def connected(connected: Connected) -> Shape:
     }
 
 
-def stripe_status(seen: Seen) -> Shape:
+def stripe_status(view: StatusView) -> Shape:
     """What is known of the account; without one the same members, empty."""
-    connection = seen.connection
+    connection = view.connection
     living = connection if connection is not None and connection.is_living else None
     status = connection.status if connection else "not_connected"
     account = living.account if living else None
@@ -156,7 +156,7 @@ def stripe_status(seen: Seen) -> Shape:
         },
         "message": MESSAGES[status],
         "checked_at": connection and connection.checked_at,
-        "source": "live" if seen.is_live else "cache",
+        "source": "live" if view.is_live else "cache",
     }
 
 

@@ -39,8 +39,8 @@ def start_stripe_connect(
         return_url=asked.get("return_url"),
         browser=binding,
     )
-    with starting as (tx, departure):
-        reply = ok(shapes.departure(departure))
+    with starting as (tx, start):
+        reply = ok(shapes.connect_start(start))
         if binding is not None:
             reply = reply.with_header("set-cookie", browsers.cookie(binding))
         return once.keep(tx, reply)
@@ -56,14 +56,14 @@ def complete_stripe_connect(
     browser: Browser,
     connections: StripeConnections,
 ) -> Reply:
-    ending = connections.complete(state=state, code=code, error=error, browser=browser.binding, actor=actor)
-    if ending.return_url is not None:
-        reply = replies.see_other(stripe_connect.returning(ending.return_url, ending.outcome))
+    result = connections.complete(state=state, code=code, error=error, browser=browser.binding, actor=actor)
+    if result.return_url is not None:
+        reply = replies.see_other(stripe_connect.returning(result.return_url, result.outcome))
     elif browser.prefers_html:
-        reply = _page(ending.outcome)
+        reply = _page(result.outcome)
     else:
-        return ok(shapes.connected(settled(ending.outcome)))
-    return reply.refusing(ending.outcome.code()) if isinstance(ending.outcome, BillingError) else reply
+        return ok(shapes.connected(settled(result.outcome)))
+    return reply.refusing(result.outcome.code()) if isinstance(result.outcome, BillingError) else reply
 
 
 def _page(outcome: Connected | BillingError) -> Reply:
