@@ -55,7 +55,7 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing")
 NOTES_FLUSHED_EVERY_SECONDS = 1
 SHARED_CONNECTIONS = 4
 # For each step of the shutdown, and for the threads that still run after it.
-FAREWELL_SECONDS = 3
+SHUTDOWN_SECONDS = 3
 POLICIES = Policies()
 
 
@@ -168,18 +168,18 @@ async def running(
             tasks.cancel_scope.cancel()
     finally:
         lookups.close()
-        end_with_main_thread(FAREWELL_SECONDS)
+        end_with_main_thread(SHUTDOWN_SECONDS)
         for last in (lanes.emptied, counters.close):
-            with anyio.move_on_after(FAREWELL_SECONDS, shield=True):
+            with anyio.move_on_after(SHUTDOWN_SECONDS, shield=True):
                 await last()
-        await farewell(store.close)
-        await farewell(database.close)
-        await farewell(tracing.end)
+        await at_shutdown(store.close)
+        await at_shutdown(database.close)
+        await at_shutdown(tracing.end)
 
 
-async def farewell(call: Callable[[], None]) -> None:
-    """Make one blocking call of the shutdown, and wait at most `FAREWELL_SECONDS` for it."""
-    with anyio.move_on_after(FAREWELL_SECONDS, shield=True):
+async def at_shutdown(call: Callable[[], None]) -> None:
+    """Make one blocking call of the shutdown, and wait at most `SHUTDOWN_SECONDS` for it."""
+    with anyio.move_on_after(SHUTDOWN_SECONDS, shield=True):
         await to_thread.run_sync(call, abandon_on_cancel=True)
 
 
@@ -197,7 +197,7 @@ async def keep_flushing(notes: Sequence[Notes], store: Store) -> None:
             with suppress(RuntimeError):  # No thread can be started; the next time one may.
                 await to_thread.run_sync(flush, notes, store, abandon_on_cancel=True)
     finally:
-        await farewell(partial(flush, notes, store))
+        await at_shutdown(partial(flush, notes, store))
 
 
 def flush(notes: Sequence[Notes], store: Store) -> None:

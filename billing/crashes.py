@@ -16,7 +16,7 @@ import structlog
 from billing.logs import redact
 
 # A worker that ends because of an error still reports it.
-FAREWELL_SECONDS = 2.0
+SHUTDOWN_SECONDS = 2.0
 # All that an event may contain: anything else is not sent, whatever the library comes to collect.
 KEPT = frozenset(
     {"event_id", "timestamp", "platform", "level", "release", "environment", "exception", "tags", "sdk"}
@@ -30,7 +30,7 @@ def begin(dsn: str, environment: str) -> None:
     """From now on send what `report` is given to this DSN."""
     import sentry_sdk
 
-    atexit.register(sentry_sdk.flush, timeout=FAREWELL_SECONDS)
+    atexit.register(sentry_sdk.flush, timeout=SHUTDOWN_SECONDS)
     sentry_sdk.init(
         dsn=dsn,
         environment=environment,

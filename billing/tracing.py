@@ -18,7 +18,7 @@ Value = str | int | float | bool | None
 Attributes = Mapping[str, Value]
 
 # What is left at the end is sent within this time or not at all: a collector that is down delays no exit.
-FAREWELL_SECONDS = 2.0
+SHUTDOWN_SECONDS = 2.0
 
 _PROVIDER: Any = None
 _TRACER: Any = None
@@ -48,7 +48,7 @@ def end() -> None:
     # A daemon, as the library's own thread is: neither keeps the process from ending.
     last = threading.Thread(target=_PROVIDER.shutdown, name="last-spans", daemon=True)
     last.start()
-    last.join(FAREWELL_SECONDS)
+    last.join(SHUTDOWN_SECONDS)
 
 
 def is_on() -> bool:

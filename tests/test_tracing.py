@@ -153,7 +153,7 @@ def ended(url: str) -> tuple[int, bool]:
     ran = subprocess.run(
         [sys.executable, "-c", AWAY, url], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
-    return ran.returncode, time.monotonic() - float(ran.stdout) < 3 * tracing.FAREWELL_SECONDS
+    return ran.returncode, time.monotonic() - float(ran.stdout) < 3 * tracing.SHUTDOWN_SECONDS
 
 
 def test_a_collector_that_is_away_keeps_no_process_from_ending() -> None:
