@@ -135,7 +135,7 @@ def fill(installation: Installation, above: int, size: int) -> None:
         for statement in FILL:
             values = {"above": above, "size": size, "password_hash": hashed}
             connection.execute(
-                text(statement), {name: said for name, said in values.items() if f":{name}" in statement}
+                text(statement), {name: value for name, value in values.items() if f":{name}" in statement}
             )
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("VACUUM ANALYZE"))

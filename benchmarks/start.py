@@ -114,10 +114,10 @@ def children_cpu() -> float:
 
 def imported(installation: Installation) -> list[Import]:
     """Each module that `import app` imports, as reported by `-X importtime`."""
-    said = import_app(installation.environ, "-X", "importtime")
+    output = import_app(installation.environ, "-X", "importtime")
     return [
         Import(found["module"], int(found["own"]) / 1000, int(found["whole"]) / 1000)
-        for found in LINE.finditer(said)
+        for found in LINE.finditer(output)
     ]
 
 

@@ -79,14 +79,14 @@ def main(seconds: int) -> None:
     # The limits on logins, of an account and of an address, are what ends a storm; here it must go on.
     with installed(PORT=str(port), RATE_LIMITS="off") as installation:
         population = Population(installation)
-        let_in(installation)
+        give_passwords(installation)
         with ours(installation, port) as server:
             storm = measured(installation, server, population, seconds)
         cost = installation.settings.password_cost
-    click.echo(f"{said(storm)}\n\n{verdict(storm)} (bcrypt {version('bcrypt')}, cost {cost})")
+    click.echo(f"{report(storm)}\n\n{verdict(storm)} (bcrypt {version('bcrypt')}, cost {cost})")
 
 
-def let_in(installation: Installation) -> None:
+def give_passwords(installation: Installation) -> None:
     """Give every user a password."""
     settings = installation.settings
     hashed = Passwords(settings.password_peppers, settings.password_cost).hash(PASSWORD)
@@ -152,10 +152,10 @@ def bcrypt_running(seconds: int, cost: int) -> Iterator[Sequence[float]]:
         rate.append(float(process.communicate()[0]))
 
 
-# What is said -------------------------------------------------------------------------------------
+# The report --------------------------------------------------------------------------------------
 
 
-def said(storm: Storm) -> str:
+def report(storm: Storm) -> str:
     rows = [
         ["bcrypt alone", "", "", "", "", "", f"{storm.bcrypt_alone:.1f}"],
         ["verify alone", *verifying_cells(storm.quiet), "", "", ""],

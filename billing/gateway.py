@@ -88,16 +88,16 @@ class Gateway:
             "first_name": user.first_name,
             "last_name": user.last_name,
         }
-        asked: Any = {
+        parameters: Any = {
             "response_type": "code",
             "scope": "read_write",  # Stripe's own default is read_only.
             "state": state,
             "redirect_uri": redirect_uri,
         }
-        known: Any = {**asked, "stripe_user": {name: value for name, value in prefill.items() if value}}
+        known: Any = {**parameters, "stripe_user": {name: value for name, value in prefill.items() if value}}
         url = self._stripe.oauth.authorize_url(known)
         # A URL has six to twelve characters for each letter of another script.
-        return url if len(url) <= LONGEST_URL else self._stripe.oauth.authorize_url(asked)
+        return url if len(url) <= LONGEST_URL else self._stripe.oauth.authorize_url(parameters)
 
     def complete(self, code: str) -> Grant:
         """Exchange an authorization code, which works once; raises `CodeRejected`."""

@@ -163,9 +163,9 @@ def paragraph(error: BaseException) -> str:
     """One traceback; without the message where the error's library quotes what was submitted."""
     kind = type(error)
     name = f"{kind.__module__}.{kind.__qualname__}"
-    said = name if kind.__module__.partition(".")[0] in QUOTING else f"{name}: {error}"
+    message = name if kind.__module__.partition(".")[0] in QUOTING else f"{name}: {error}"
     frames = "".join(traceback.format_tb(error.__traceback__))
-    return f"Traceback (most recent call last):\n{frames}{said}"
+    return f"Traceback (most recent call last):\n{frames}{message}"
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
@@ -200,8 +200,8 @@ class Sink:
 def lean(base: type) -> type:
     """structlog's logger for processors that end in a line; its own copies the event, and checks the result."""
 
-    def log(self: Any, method: str, event: str | None = None, /, **said: object) -> None:
-        line: Any = {**self._context, **said, "event": event}
+    def log(self: Any, method: str, event: str | None = None, /, **fields: object) -> None:
+        line: Any = {**self._context, **fields, "event": event}
         with suppress(structlog.DropEvent):
             for step in self._processors:
                 line = step(self._logger, method, line)

@@ -159,10 +159,10 @@ class Resolver:
         return end
 
 
-def found_in(asked: Future[Sequence[Found]], seconds: float) -> Sequence[Found]:
+def found_in(lookup: Future[Sequence[Found]], seconds: float) -> Sequence[Found]:
     """What a lookup finds; raises `NameUnknown`, within the seconds."""
     try:
-        return asked.result(seconds)
+        return lookup.result(seconds)
     except (OSError, UnicodeError):  # A TimeoutError is an OSError.
         raise NameUnknown from None
 

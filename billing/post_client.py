@@ -199,7 +199,7 @@ class _Lookup:
     def __init__(self, resolver: Resolver) -> None:
         self._resolver = resolver
         self._lock = Lock()
-        self._asked: Future[Sequence[Found]] | None = None
+        self._lookup: Future[Sequence[Found]] | None = None
 
     def look_up(self, host: str, port: int, seconds: float) -> Sequence[Found]:
         """As the resolver's. Calls share one lookup, repeated only if it failed: a name holds one thread."""
@@ -207,12 +207,12 @@ class _Lookup:
         if not self._lock.acquire(timeout=seconds):
             raise NameUnknown
         try:
-            if self._asked is None or (self._asked.done() and self._asked.exception()):
-                self._asked = self._resolver.ask(host, port, ends_at - time.monotonic())
-            asked = self._asked
+            if self._lookup is None or (self._lookup.done() and self._lookup.exception()):
+                self._lookup = self._resolver.ask(host, port, ends_at - time.monotonic())
+            lookup = self._lookup
         finally:
             self._lock.release()
-        return found_in(asked, ends_at - time.monotonic())
+        return found_in(lookup, ends_at - time.monotonic())
 
 
 # One connection ----------------------------------------------------------------------------------

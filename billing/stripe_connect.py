@@ -102,17 +102,17 @@ class Account:
     @property
     def status(self) -> Status:
         """The one status that sums it all up: the first that applies."""
-        asked = self.requirements
-        reason = asked.disabled_reason or ""
+        requirements = self.requirements
+        reason = requirements.disabled_reason or ""
         if reason.startswith("rejected."):
             return "rejected"
         if not self.details_submitted:
             return "pending"
         if reason in UNDER_REVIEW:
             return "under_review"
-        if reason or asked.past_due or not self.charges_enabled:
+        if reason or requirements.past_due or not self.charges_enabled:
             return "restricted"
-        if asked.currently_due or not self.payouts_enabled:
+        if requirements.currently_due or not self.payouts_enabled:
             return "incomplete"
         return "active"
 
@@ -199,15 +199,15 @@ def require_return_url(url: str | None, origins: Collection[str]) -> None:
 
 def returning(url: str, outcome: Connected | BillingError) -> str:
     """The return URL with the outcome: `stripe=connected`, or `stripe=error&code=…`."""
-    told = {"stripe": "connected"}
+    parameters = {"stripe": "connected"}
     if isinstance(outcome, BillingError):
-        told = {"stripe": "error", "code": outcome.code()}
+        parameters = {"stripe": "error", "code": outcome.code()}
     parts = urlsplit(url)
     # Without those of an earlier outcome: of two the page would read the first.
     others = [
         part for part in parts.query.split("&") if part and part.partition("=")[0] not in ("stripe", "code")
     ]
-    return urlunsplit(parts._replace(query="&".join([*others, urlencode(told)])))
+    return urlunsplit(parts._replace(query="&".join([*others, urlencode(parameters)])))
 
 
 # Starting ----------------------------------------------------------------------------------------
@@ -274,8 +274,8 @@ def consume(
     if isinstance(refusal, StateUsed | StateExpired):
         return state, refusal  # A page loaded again is not audited: it must not fill the log.
     # A browser that did not start it does not learn where the one that did returns to.
-    told = replace(state, return_url=None) if isinstance(refusal, StateUnknown) else state
-    return told, refuse(tx, refusal, now)
+    shown = replace(state, return_url=None) if isinstance(refusal, StateUnknown) else state
+    return shown, refuse(tx, refusal, now)
 
 
 def _refusal(tx: Storage, state: State, browser: str | None, now: datetime) -> BillingError | None:
@@ -401,7 +401,7 @@ def disconnect(tx: Storage, *, now: datetime) -> None:
         _give_back(tx, current.account.id, now=now)
 
 
-def note_deauthorized(tx: Storage, task: Task, *, told: bool, now: datetime) -> None:
+def note_deauthorized(tx: Storage, task: Task, *, is_revoked: bool, now: datetime) -> None:
     """Note whether Stripe deauthorised an account; if not, retry later. The caller holds the tenant's lock.
 
     If the tenant connected it again meanwhile, a check asks Stripe which of the two holds.
@@ -410,7 +410,7 @@ def note_deauthorized(tx: Storage, task: Task, *, told: bool, now: datetime) -> 
     if current is not None and current.is_living and current.account.id == task.subject:
         tx.tasks.finish(task)
         tx.tasks.add(CHECK, current.id, subject=task.subject, due_at=now, now=now, queue="checks")
-    elif not told:
+    elif not is_revoked:
         tx.tasks.postpone(task, task.retry_at(now))
     elif tx.tasks.finish(task):
         tx.directory.release(ACCOUNT_NAME, task.subject)

@@ -193,13 +193,13 @@ class StripeConnections:
 
     def deauthorize(self, task: Task) -> None:
         """Deauthorise a disconnected account at Stripe; the task is retried later if that fails."""
-        told = True
+        is_revoked = True
         try:
             self._gateway.revoke(task.subject)
         except (StripeUnavailable, StripeNotConfigured):
-            told = False
+            is_revoked = False
         with self._store.tenant(task.tenant_id, exclusive=True) as tx:
-            chapter.note_deauthorized(tx, task, told=told, now=self._clock())
+            chapter.note_deauthorized(tx, task, is_revoked=is_revoked, now=self._clock())
 
     def check(self, task: Task) -> None:
         """Update what is known of an account from Stripe, outside of any request."""

@@ -137,7 +137,7 @@ class Tokens:
         claims = jwt.decode(
             text, key, algorithms=[ALGORITHM], audience=AUDIENCES[typ], issuer=self._issuer, options=OPTIONS
         )
-        said = Claims(
+        parsed = Claims(
             tenant_id=UUID(claims["tid"]),
             user_id=UUID(claims["sub"]),
             session_id=UUID(claims["sid"]),
@@ -145,4 +145,4 @@ class Tokens:
             jti=str(claims["jti"]),
             signed_by=header["kid"],
         )
-        return said, datetime.fromtimestamp(claims["exp"], UTC)
+        return parsed, datetime.fromtimestamp(claims["exp"], UTC)

@@ -31,9 +31,9 @@ def run(chosen: Sequence[Check]) -> int:
     failed = 0
     for name, check in chosen:
         began = time.monotonic()
-        verdict, said = _outcome(check)
+        verdict, message = _outcome(check)
         failed += verdict == "FAIL"
-        print(f"{verdict}  {name:<38} {time.monotonic() - began:6.1f} s  {said}", flush=True)
+        print(f"{verdict}  {name:<38} {time.monotonic() - began:6.1f} s  {message}", flush=True)
     print(f"{len(chosen) - failed} passed, {failed} failed")
     return failed
 
@@ -49,9 +49,11 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("python -m contract", description=__doc__)
     parser.add_argument("--only", metavar="NAME", action="append", help="those whose name has this in it")
     parser.add_argument("--list", action="store_true", help="say their names")
-    asked = parser.parse_args(arguments)
-    chosen = [check for check in checks() if not asked.only or any(part in check[0] for part in asked.only)]
-    if asked.list:
+    options = parser.parse_args(arguments)
+    chosen = [
+        check for check in checks() if not options.only or any(part in check[0] for part in options.only)
+    ]
+    if options.list:
         print("\n".join(name for name, _ in chosen))
         return 0
     if not chosen:

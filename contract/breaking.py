@@ -57,9 +57,9 @@ def _of_redocly(base: Path, revision: Path) -> Iterator[str]:
 
 def _of_access(before: Json, after: Json) -> Iterator[str]:
     now = dict(_operations(after))
-    for name, said in _operations(before):
+    for name, operation in _operations(before):
         if name in now:
-            yield from (f"{name}: {text}" for text in _access_lost(said, now[name], before, after))
+            yield from (f"{name}: {text}" for text in _access_lost(operation, now[name], before, after))
 
 
 def _operations(document: Json) -> Iterator[tuple[str, Json]]:
@@ -70,26 +70,26 @@ def _operations(document: Json) -> Iterator[tuple[str, Json]]:
                 yield f"{method.upper()} {path}", item[method]
 
 
-def _access_lost(said: Json, now: Json, before: Json, after: Json) -> Iterator[str]:
-    old, new = _ways_in(said, before), _ways_in(now, after)
+def _access_lost(operation: Json, now: Json, before: Json, after: Json) -> Iterator[str]:
+    old, new = _ways_in(operation, before), _ways_in(now, after)
     if ANYBODY in old and ANYBODY not in new:
         yield "it needs credentials now."
     else:
         # A new way in that needs a subset of an old one's schemes still works for its clients.
         lost = [way for way in old if not any(other <= way for other in new)]
         yield from (f"it no longer takes {' with '.join(sorted(way))}." for way in lost)
-    if roles := _roles(said) - _roles(now):
+    if roles := _roles(operation) - _roles(now):
         yield f"it is closed to {', '.join(sorted(roles))}."
 
 
-def _ways_in(said: Json, document: Json) -> list[frozenset[str]]:
+def _ways_in(operation: Json, document: Json) -> list[frozenset[str]]:
     """The alternative sets of security schemes; the empty set lets anybody in."""
-    security: list[Json] = (said if "security" in said else document).get("security", [])
+    security: list[Json] = (operation if "security" in operation else document).get("security", [])
     return [frozenset(way) for way in security] or [ANYBODY]
 
 
-def _roles(said: Json) -> set[str]:
-    return set(said.get("x-roles", ()))
+def _roles(operation: Json) -> set[str]:
+    return set(operation.get("x-roles", ()))
 
 
 # The check -----------------------------------------------------------------------------------------
@@ -101,9 +101,9 @@ def check() -> str:
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False
     )
-    said = done.stdout.strip().splitlines()
-    assert done.returncode == 0 and "skipped" not in said[-1], done.stdout[-3000:]
-    return said[-1].partition(" in ")[0]
+    lines = done.stdout.strip().splitlines()
+    assert done.returncode == 0 and "skipped" not in lines[-1], done.stdout[-3000:]
+    return lines[-1].partition(" in ")[0]
 
 
 # The command ---------------------------------------------------------------------------------------

@@ -89,33 +89,35 @@ class Described:
             yield f"{self.name} parameter {one} sent"
             if not one.required:
                 yield f"{self.name} parameter {one} left out"
-            for asked in _all_asked(one.schema, str(one)):
-                yield from (f"{self.name} keyword {asked.name} {end}" for end in asked.ends)
+            for constraint in _all_constraints(one.schema, str(one)):
+                yield from (f"{self.name} keyword {constraint.name} {end}" for end in constraint.ends)
 
 
 def described(document: Json) -> dict[str, Described]:
     """The document's operations by name."""
     return {
-        said["operationId"]: _described(document, method, item, said)
+        operation["operationId"]: _described(document, method, item, operation)
         for item in document["paths"].values()
-        for method, said in item.items()
+        for method, operation in item.items()
         if method in METHODS
     }
 
 
-def _described(document: Json, method: str, item: Json, said: Json) -> Described:
+def _described(document: Json, method: str, item: Json, operation: Json) -> Described:
     parameters = [
-        resolve(document, one) for one in (*item.get("parameters", ()), *said.get("parameters", ()))
+        resolve(document, one) for one in (*item.get("parameters", ()), *operation.get("parameters", ()))
     ]
     inputs = [
         Input(one["in"], one["name"], _as_text(_whole(document, one["schema"])), one.get("required", False))
         for one in parameters
     ]
-    if body := resolve(document, said.get("requestBody", {})):
+    if body := resolve(document, operation.get("requestBody", {})):
         schema = _whole(document, body["content"]["application/json"]["schema"])
         inputs.append(Input("body", "", schema, body.get("required", False)))
-    public = not said.get("security", document.get("security", []))
-    return Described(said["operationId"], method.upper(), tuple(inputs), tuple(said["responses"]), public)
+    public = not operation.get("security", document.get("security", []))
+    return Described(
+        operation["operationId"], method.upper(), tuple(inputs), tuple(operation["responses"]), public
+    )
 
 
 def _as_text(schema: Json) -> Json:
@@ -134,7 +136,7 @@ def _whole(document: Json, node: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Constraint:
     """One constraint of a schema: its name, a schema of it alone, and the outcomes that are counted."""
 
     name: str
@@ -155,11 +157,11 @@ def _compiled(schema: str) -> Draft4Validator:
     return Draft4Validator(json.loads(schema), validate_formats=True)
 
 
-def _all_asked(schema: Json, at: str) -> Iterator[Asked]:
+def _all_constraints(schema: Json, at: str) -> Iterator[Constraint]:
     """The constraints of a schema and of those in it; `at` is its place, as in the document."""
-    yield from _asked(schema, at)
+    yield from _constraints(schema, at)
     for inner, place in _inner(schema, at):
-        yield from _all_asked(inner, place)
+        yield from _all_constraints(inner, place)
 
 
 def _inner(schema: Json, at: str) -> Iterator[tuple[Json, str]]:
@@ -168,56 +170,56 @@ def _inner(schema: Json, at: str) -> Iterator[tuple[Json, str]]:
         yield schema["items"], f"{at}/*"
 
 
-def _asked(schema: Json, at: str) -> Iterator[Asked]:
-    for keyword, said in schema.items():
-        if keyword in SILENT or _asks_nothing(keyword, said):
+def _constraints(schema: Json, at: str) -> Iterator[Constraint]:
+    for keyword, argument in schema.items():
+        if keyword in SILENT or _asks_nothing(keyword, argument):
             continue
         # Better to fail than to skip a keyword that is new in the document, and has to be counted too.
         assert keyword in TYPES, f"{at}: it is not known how to count {keyword}"
-        yield from _asked_by(schema, keyword, said, at)
+        yield from _constraints_of(schema, keyword, argument, at)
 
 
-def _asks_nothing(keyword: str, said: Any) -> bool:
+def _asks_nothing(keyword: str, argument: Any) -> bool:
     match keyword:
         case "minLength" | "minItems" | "minProperties":
-            return bool(said == 0)
+            return bool(argument == 0)
         case "additionalProperties":
-            return said is True
+            return argument is True
         case "format":
-            return said not in FORMATS
+            return argument not in FORMATS
     return False
 
 
-def _asked_by(schema: Json, keyword: str, said: Any, at: str) -> Iterator[Asked]:
+def _constraints_of(schema: Json, keyword: str, argument: Any, at: str) -> Iterator[Constraint]:
     match keyword:
         case "required":
-            yield from (_one(schema, keyword, [name], f"{at}/{name}") for name in said)
+            yield from (_one(schema, keyword, [name], f"{at}/{name}") for name in argument)
         case "enum":
-            yield Asked(f"{at} enum", keyword, json.dumps({"enum": said}), ("broken",))
-            for value in said:
-                yield Asked(f"{at} enum {value}", keyword, json.dumps({"enum": [value]}), ("kept",))
+            yield Constraint(f"{at} enum", keyword, json.dumps({"enum": argument}), ("broken",))
+            for value in argument:
+                yield Constraint(f"{at} enum {value}", keyword, json.dumps({"enum": [value]}), ("kept",))
         case _:
-            yield _one(schema, keyword, said, at)
+            yield _one(schema, keyword, argument, at)
 
 
-def _one(schema: Json, keyword: str, said: Any, at: str) -> Asked:
-    alone: Json = {keyword: said}
+def _one(schema: Json, keyword: str, argument: Any, at: str) -> Constraint:
+    alone: Json = {keyword: argument}
     match keyword:
         case "type" if schema.get("nullable"):
-            alone = {"type": [said, "null"]}
+            alone = {"type": [argument, "null"]}
         case "additionalProperties":
             alone["properties"] = {name: {} for name in schema.get("properties", ())}
         case "minimum" | "maximum":
             exclusive = f"exclusive{keyword.capitalize()}"
             alone |= {exclusive: schema[exclusive]} if exclusive in schema else {}
-    return Asked(f"{at} {keyword}", keyword, json.dumps(alone))
+    return Constraint(f"{at} {keyword}", keyword, json.dumps(alone))
 
 
 def _ends(schema: Json, value: Any, at: str) -> Iterator[tuple[str, str]]:
     """Each constraint on a value, or on a part of it, and its outcome."""
-    for asked in _asked(schema, at):
-        if end := asked.end(value):
-            yield asked.name, end
+    for constraint in _constraints(schema, at):
+        if end := constraint.end(value):
+            yield constraint.name, end
     for inner, place in _inner(schema, at):
         for part in _parts(value, place):
             yield from _ends(inner, part, place)
@@ -283,8 +285,8 @@ class Ledger:
 
     @classmethod
     def read(cls, path: Path) -> Ledger:
-        said = json.loads(path.read_bytes())
-        return cls(set(said["names"]), Counter(said["statuses"]))
+        stored = json.loads(path.read_bytes())
+        return cls(set(stored["names"]), Counter(stored["statuses"]))
 
     def write(self, path: Path) -> None:
         path.write_text(
@@ -317,8 +319,8 @@ class Reason:
 
 def reasons(path: Path = GAPS) -> list[Reason]:
     """The table of what is not exercised, and why."""
-    said = tomllib.loads(path.read_text(encoding="utf-8"))["gap"]
-    return [Reason(one["what"], one["why"], one.get("luck", False)) for one in said]
+    gaps = tomllib.loads(path.read_text(encoding="utf-8"))["gap"]
+    return [Reason(one["what"], one["why"], one.get("luck", False)) for one in gaps]
 
 
 @dataclass(frozen=True)
@@ -338,7 +340,7 @@ class Account:
         ]
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """`18 of 18 operations, 31 of 31 parameters, …`, in one line."""
         plural = {"status": "statuses"}
         return ", ".join(
@@ -347,7 +349,7 @@ class Account:
 
     def lines(self) -> Iterator[str]:
         """The count, and each gap below its reason."""
-        yield f"exercised: {self.told}"
+        yield f"exercised: {self.summary}"
         for reason, names in self.gaps.items():
             yield f"  {len(names):3} not, {reason.pattern}: {reason.why}"
         yield from self.complaints

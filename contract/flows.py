@@ -47,5 +47,5 @@ def respected(place: Place, report: Path) -> tuple[int, Json]:
     arguments = [str(FLOWS), "--input", json.dumps(inputs), "--server", f"billing={place.url}"]
     done = ran("redocly", "respect", *arguments, "--json-output", str(report), seconds=PATIENCE_SECONDS)
     assert report.exists(), f"redocly respect failed:\n{done.stdout}{done.stderr}"
-    said: Json = json.loads(report.read_bytes())
-    return done.returncode, said
+    result: Json = json.loads(report.read_bytes())
+    return done.returncode, result

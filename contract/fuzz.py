@@ -104,7 +104,7 @@ class Effort:
         ]
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         return "always the same" if self.seconds is None else f"seed {self.seed}"
 
     @property
@@ -130,7 +130,7 @@ class Outcome:
         return int(self.report.get("test_cases", {}).get("generated", 0))
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         called = len({name.split()[0] for name in self.ledger.names})
         return f"{self.cases} cases of {called} operations in {self.report.get('running_time', 0):.0f} s"
 
@@ -316,13 +316,13 @@ def _fuzzed(
 ) -> Iterator[Outcome]:
     """The few fixed cases first, then new ones until the time is up."""
     few = fuzz(run, server, FEW)
-    tell(_told(few, FEW))
+    tell(_report(few, FEW))
     yield few
     left = until - time.monotonic()
     if left >= LEAST_SECONDS:
         effort = Effort(left, seed)
         more = fuzz(run, server, effort)
-        tell(_told(more, effort))
+        tell(_report(more, effort))
         yield more
 
 
@@ -331,9 +331,9 @@ def share(runs: Sequence[Run], seconds: float) -> float:
     return max(0, seconds * runs[0].share / sum(run.share for run in runs))
 
 
-def _told(outcome: Outcome, effort: Effort) -> str:
+def _report(outcome: Outcome, effort: Effort) -> str:
     verdict = "FAIL" if outcome.complaints else "PASS"
-    line = f"{verdict}  {outcome.run.name:<28} {outcome.told}, {effort.told}"
+    line = f"{verdict}  {outcome.run.name:<28} {outcome.summary}, {effort.description}"
     if not outcome.complaints:
         return line
     # With a minute more for the few cases, which come first.
@@ -356,12 +356,12 @@ def summary(outcomes: Sequence[Outcome]) -> tuple[Ledger, str]:
 
 def check() -> str:
     """Do all runs, and report what was tried and exercised; raises `AssertionError` with what was found."""
-    said: list[str] = []
-    outcomes, complaints = fuzzed(RUNS, MINUTES_IN_CONTRACT * 60, secrets.randbits(32), said.append)
-    ledger, told = summary(outcomes)
+    lines: list[str] = []
+    outcomes, complaints = fuzzed(RUNS, MINUTES_IN_CONTRACT * 60, secrets.randbits(32), lines.append)
+    ledger, line = summary(outcomes)
     account = exercised.account_of(ledger)
-    assert not complaints and not account.complaints, "\n".join([*said, *complaints, *account.lines()])
-    return "\n".join([told, *account.lines()])
+    assert not complaints and not account.complaints, "\n".join([*lines, *complaints, *account.lines()])
+    return "\n".join([line, *account.lines()])
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -370,15 +370,15 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all runs together")
     parser.add_argument("--seed", type=int, help="what a finding was printed with, to repeat it")
     parser.add_argument("--only", metavar="NAME", help="the one run of this name")
-    asked = parser.parse_args(arguments)
-    runs = [run for run in RUNS if asked.only in (None, run.name)]
+    options = parser.parse_args(arguments)
+    runs = [run for run in RUNS if options.only in (None, run.name)]
     if not runs:
         parser.error(f"there are the runs {', '.join(run.name for run in RUNS)}")
-    seed = secrets.randbits(32) if asked.seed is None else asked.seed
-    outcomes, complaints = fuzzed(runs, asked.minutes * 60, seed, lambda line: print(line, flush=True))
-    ledger, told = summary(outcomes)
+    seed = secrets.randbits(32) if options.seed is None else options.seed
+    outcomes, complaints = fuzzed(runs, options.minutes * 60, seed, lambda line: print(line, flush=True))
+    ledger, line = summary(outcomes)
     account = exercised.account_of(ledger)
-    print("\n".join([told, *account.lines()]) if len(runs) == len(RUNS) else told)
+    print("\n".join([line, *account.lines()]) if len(runs) == len(RUNS) else line)
     return 1 if complaints or (len(runs) == len(RUNS) and account.complaints) else 0
 
 

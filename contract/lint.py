@@ -60,10 +60,10 @@ def redocly(document: Path = DOCUMENT) -> str:
         seconds=PATIENCE_SECONDS,
     )
     assert done.stdout.startswith("{"), done.stderr[-500:]
-    said = json.loads(done.stdout)
-    found = [f"{one['ruleId']}: {one['message']}" for one in said["problems"]]
+    report = json.loads(done.stdout)
+    found = [f"{one['ruleId']}: {one['message']}" for one in report["problems"]]
     assert done.returncode == 0 and not found, _told(found)
-    return f"{said['totals']['errors']} errors, {said['totals']['warnings']} warnings"
+    return f"{report['totals']['errors']} errors, {report['totals']['warnings']} warnings"
 
 
 def _first_list(output: str) -> list[dict[str, Any]]:

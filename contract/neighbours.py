@@ -39,13 +39,13 @@ SECONDS_BETWEEN_LOOKS = 0.2
 class Neighbour:
     """A tenant that another one must not reach.
 
-    `mark` is in its names and URLs, which no other tenant may see. `told` has the ids, keys, states and emails that
+    `mark` is in its names and URLs, which no other tenant may see. `known` has the ids, keys, states and emails that
     the fuzzing tenant knows, by the name of their member.
     """
 
     id: str
     mark: str
-    told: dict[str, list[str]]
+    known: dict[str, list[str]]
 
 
 def write(neighbours: list[Neighbour], path: Path) -> None:
@@ -68,10 +68,10 @@ class Neighbourhood:
         callers = [_Caller(url, receiver) for _ in range(2)]
         callers[0].connect(stripe)
         callers[1].begin_to_connect()
-        said = [caller.said() for caller in callers]
+        answers = [caller.answers() for caller in callers]
         self.neighbours = [
-            Neighbour(caller.id, caller.mark, _told(mine, but=others, mark=caller.mark))
-            for caller, mine, others in zip(callers, said, reversed(said), strict=True)
+            Neighbour(caller.id, caller.mark, _own_texts(mine, but=others, mark=caller.mark))
+            for caller, mine, others in zip(callers, answers, reversed(answers), strict=True)
         ]
         self._await_calm()
         self._before = self._seen()
@@ -156,7 +156,7 @@ class _Caller:
         """Start connecting as a page of the API's own origin would, which binds the state to this browser."""
         self._post("stripe/connect", {"flow": "oauth"}, {"Sec-Fetch-Site": "same-origin"})
 
-    def said(self) -> list[Any]:
+    def answers(self) -> list[Any]:
         """All answers of the API to this tenant so far."""
         for path in ("me", "details", "api-keys", "stripe/status", "webhooks/config"):
             self._noted(self._session.get(f"{self._base}/{path}/", timeout=10))
@@ -171,19 +171,19 @@ class _Caller:
 
     def _noted(self, answer: requests.Response) -> Json:
         answer.raise_for_status()
-        said: Json = answer.json()
-        self._answers.append(said)
-        return said
+        body: Json = answer.json()
+        self._answers.append(body)
+        return body
 
 
-def _told(mine: list[Any], *, but: list[Any], mark: str) -> dict[str, list[str]]:
+def _own_texts(mine: list[Any], *, but: list[Any], mark: str) -> dict[str, list[str]]:
     """The texts that only this tenant was answered, by the name of their member."""
     known = {text for _, text in _texts(but)}
-    told: dict[str, set[str]] = {}
+    found: dict[str, set[str]] = {}
     for name, text in _texts(mine):
         if text not in known and name not in PROOFS and mark not in text and not _is_common(text):
-            told.setdefault(name, set()).add(text)
-    return {name: sorted(texts) for name, texts in told.items()}
+            found.setdefault(name, set()).add(text)
+    return {name: sorted(texts) for name, texts in found.items()}
 
 
 def _is_common(text: str) -> bool:
@@ -214,9 +214,9 @@ def seen_in(answer: str, neighbours: list[Neighbour], *, own: str, lent: set[str
     """
     found = [one.mark for one in neighbours if one.mark in answer]
     return found + [
-        text for text in all_told(neighbours) if text in answer and text not in own and text not in lent
+        text for text in all_known(neighbours) if text in answer and text not in own and text not in lent
     ]
 
 
-def all_told(neighbours: list[Neighbour]) -> list[str]:
-    return [text for one in neighbours for texts in one.told.values() for text in texts]
+def all_known(neighbours: list[Neighbour]) -> list[str]:
+    return [text for one in neighbours for texts in one.known.values() for text in texts]

@@ -80,9 +80,9 @@ def prism(upstream: str, log: Path) -> Iterator[str]:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [program("prism"), "proxy", str(DOCUMENT), upstream, "--port", str(port), "--host", "127.0.0.1"]
-    with log.open("wb") as said:
+    with log.open("wb") as output:
         process = subprocess.Popen(
-            command, env=environ_for(), stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT
+            command, env=environ_for(), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
         )
         try:
             _await_ready(process, url, log)
@@ -204,8 +204,8 @@ class Trip:
         self._call("configure_webhook", 200, headers=owner, json=again | {"event_types": ["api_key.revoked"]})
         inside = {"webhook_url": "https://169.254.169.254/"}
         self._call("configure_webhook", 422, "webhook-url-refused", headers=owner, json=inside)
-        said = {"event_type": "order.paid", "test_data": {"order": {"id": 7, "paid": True}}}
-        assert self._call("send_test_webhook", 200, headers=owner, json=said)["success"]
+        event = {"event_type": "order.paid", "test_data": {"order": {"id": 7, "paid": True}}}
+        assert self._call("send_test_webhook", 200, headers=owner, json=event)["success"]
         self._call("get_webhook_config", 200, headers=owner)
         self._call("remove_webhook", 200, headers=owner)
         self._call("remove_webhook", 200, headers=owner)

@@ -74,7 +74,7 @@ def checks() -> list[tuple[str, Callable[[], str]]]:
 
 
 def openapi_generator(language: str, *arguments: str, **properties: str) -> Callable[[], Command]:
-    said = ",".join(f"{name}={value}" for name, value in properties.items())
+    additional = ",".join(f"{name}={value}" for name, value in properties.items())
 
     def command() -> Command:
         generator = [
@@ -85,7 +85,7 @@ def openapi_generator(language: str, *arguments: str, **properties: str) -> Call
             "-g",
             language,
         ]
-        return [*generator, "-o", ".", *arguments, f"--additional-properties={said}"]
+        return [*generator, "-o", ".", *arguments, f"--additional-properties={additional}"]
 
     return command
 

@@ -120,18 +120,23 @@ class Api:
     # OAuth ---------------------------------------------------------------------------------------
 
     def _authorize(self, call: Call) -> Response:
-        asked = self.platform.authorization(call.query)
+        authorization = self.platform.authorization(call.query)
         accounts = list(self.platform.accounts.values())
-        return pages.page("authorize.html", asked=asked, client_id=self.platform.client_id, accounts=accounts)
+        return pages.page(
+            "authorize.html",
+            authorization=authorization,
+            client_id=self.platform.client_id,
+            accounts=accounts,
+        )
 
     def _decide(self, call: Call) -> Response:
-        asked = self.platform.authorization(call.query)
-        state = {} if asked.state is None else {"state": asked.state}
+        authorization = self.platform.authorization(call.query)
+        state = {} if authorization.state is None else {"state": authorization.state}
         if call.form.get("decision") != "connect":
             denied = {"error": "access_denied", "error_description": "The user denied your request"}
-            return _redirect(asked.redirect_uri, **denied, **state)
-        code = self.platform.connect(asked, call.form.get("account", ""))
-        return _redirect(asked.redirect_uri, scope=asked.scope, code=code, **state)
+            return _redirect(authorization.redirect_uri, **denied, **state)
+        code = self.platform.connect(authorization, call.form.get("account", ""))
+        return _redirect(authorization.redirect_uri, scope=authorization.scope, code=code, **state)
 
     def _token(self, call: Call) -> Mapping[str, Any]:
         return self.platform.token(call.form)

@@ -93,8 +93,8 @@ def profiled(
         with profiling.record(server, plan.seconds, folded, native=native) as spy:
             window = measure(installation, server, case, requests, clients=clients, seconds=plan.seconds + 1)
             spy.wait()
-    said = f"{case.name}, {clients} clients, {window.server_micros:.0f} µs a request while sampled"
-    return f"{said}; {profiling.tables(folded)}"
+    summary = f"{case.name}, {clients} clients, {window.server_micros:.0f} µs a request while sampled"
+    return f"{summary}; {profiling.tables(folded)}"
 
 
 def note(text: str) -> None:

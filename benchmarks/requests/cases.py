@@ -41,7 +41,7 @@ class Request:
             headers |= {"Content-Type": "application/json", "Content-Length": str(len(body))}
         lines = [
             f"{self.method} {self.path} HTTP/1.1",
-            *(f"{name}: {said}" for name, said in headers.items()),
+            *(f"{name}: {value}" for name, value in headers.items()),
         ]
         return "\r\n".join([*lines, "", body])
 

@@ -98,20 +98,20 @@ def processor() -> str:
 
 
 def wrk_version() -> str:
-    said = subprocess.run(["wrk", "--version"], capture_output=True, text=True, check=False).stdout
-    return " ".join(said.split()[:2])
+    output = subprocess.run(["wrk", "--version"], capture_output=True, text=True, check=False).stdout
+    return " ".join(output.split()[:2])
 
 
 def peers_python() -> str:
-    return told("import platform; print(platform.python_version())")[0]
+    return peers_output("import platform; print(platform.python_version())")[0]
 
 
 def peers_versions() -> str:
-    said = told(ASK_VERSIONS, *PEERS_LIBRARIES)
-    return ", ".join(f"{name} {found}" for name, found in zip(PEERS_LIBRARIES, said, strict=True))
+    versions = peers_output(ASK_VERSIONS, *PEERS_LIBRARIES)
+    return ", ".join(f"{name} {found}" for name, found in zip(PEERS_LIBRARIES, versions, strict=True))
 
 
-def told(program: str, *arguments: str) -> list[str]:
+def peers_output(program: str, *arguments: str) -> list[str]:
     """What the peers' Python prints, word by word."""
     command = [str(BENCH_BIN / "python"), "-c", program, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
@@ -155,8 +155,8 @@ def ratios(results: Results) -> str:
 def ratio_of(results: Results, case: str, clients: int, peer: str, share: float | None) -> list[str]:
     ratio = results.ratio(case, clients, peer)
     figures = [f"{each:.3f}" for each in (ratio.least, ratio.median, ratio.most)]
-    said = ["", ""] if share is None else [f"{share:.2f}", "met" if ratio.median <= share else "MISSED"]
-    return [case, str(clients), TITLES[peer], *figures, *said]
+    target = ["", ""] if share is None else [f"{share:.2f}", "met" if ratio.median <= share else "MISSED"]
+    return [case, str(clients), TITLES[peer], *figures, *target]
 
 
 def worst(results: Results) -> Verdict | None:

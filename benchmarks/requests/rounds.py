@@ -108,4 +108,4 @@ def require_alike(population: Population, servers: Sequence[Server], plan: Plan)
 
 def names_in(answer: object) -> object:
     """The names of an answer's members, without their values."""
-    return {name: names_in(said) for name, said in answer.items()} if isinstance(answer, dict) else None
+    return {name: names_in(value) for name, value in answer.items()} if isinstance(answer, dict) else None

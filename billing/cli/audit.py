@@ -102,8 +102,8 @@ def actor_called(tx: TenantTx, name: str) -> str | UUID:
 def shown(row: Row) -> tuple[object, ...]:
     """The cells of a row in the table, in the order of `COLUMNS`."""
     actor = f"{row.actor_kind} {row.actor_id or ''}".rstrip()
-    said = (row.sequence, row.at, row.action, actor, row.subject, row.reason)
-    return (*said, row.address, row.request_id)
+    cells = (row.sequence, row.at, row.action, actor, row.subject, row.reason)
+    return (*cells, row.address, row.request_id)
 
 
 @audit.command()

@@ -61,11 +61,11 @@ class Companion:
         pause = FIRST_PAUSE_SECONDS
         while not self._stopping.is_set():
             try:
-                said: dict[str, object] = {"exit_code": self._run()}
+                details: dict[str, object] = {"exit_code": self._run()}
             except OSError as error:  # As when there is no memory for another process.
-                said = {"cause": error.strerror}
+                details = {"cause": error.strerror}
             if not self._told.is_set():
-                log.error("the worker ended, and is started again", **said)
+                log.error("the worker ended, and is started again", **details)
             was_told = self._told.wait(pause)
             pause = FIRST_PAUSE_SECONDS if was_told else min(2 * pause, LONGEST_PAUSE_SECONDS)
 

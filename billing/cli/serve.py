@@ -199,7 +199,7 @@ def banner(settings: Settings, database: Database) -> str:
         "Environment": settings.environment,
         "State": str(settings.state_dir),
     }
-    return "\n".join([*(f"{name:<14}{said}" for name, said in lines.items()), "Ctrl-C stops."])
+    return "\n".join([*(f"{name:<14}{value}" for name, value in lines.items()), "Ctrl-C stops."])
 
 
 def stripe_line(settings: Settings) -> str:

@@ -160,10 +160,10 @@ def stripe_status(view: StatusView) -> Shape:
     }
 
 
-def _requirements(asked: Requirements) -> Shape:
-    deadline = asked.current_deadline
+def _requirements(requirements: Requirements) -> Shape:
+    deadline = requirements.current_deadline
     at = None if deadline is None else datetime.fromtimestamp(deadline, UTC)
-    return asdict(asked) | {"current_deadline": at}
+    return asdict(requirements) | {"current_deadline": at}
 
 
 # Webhooks ----------------------------------------------------------------------------------------
@@ -230,9 +230,9 @@ def delivery(delivery: Delivery) -> Shape:
 def test_report(report: Report) -> Shape:
     """The result of a test, for the developer of the receiver."""
     attempt = report.attempt
-    said = f"answered {attempt.http_status}" if attempt.http_status else "could not be reached"
+    result = f"answered {attempt.http_status}" if attempt.http_status else "could not be reached"
     return {
-        "message": f"The receiver {said}.",
+        "message": f"The receiver {result}.",
         "success": attempt.is_success,
         "webhook_url": report.url,
         "status_code": attempt.http_status,

@@ -30,13 +30,13 @@ def start_stripe_connect(
     base_url: str,
     once: Once,
 ) -> Reply:
-    asked = body or {}
+    options = body or {}
     binding = browser.bind_at(base_url)
     starting = connections.starting(
         caller,
         actor,
-        flow="account_link" if asked.get("flow") == "account_link" else "oauth",
-        return_url=asked.get("return_url"),
+        flow="account_link" if options.get("flow") == "account_link" else "oauth",
+        return_url=options.get("return_url"),
         browser=binding,
     )
     with starting as (tx, start):

@@ -72,7 +72,7 @@ def remove_webhook(*, caller: Caller, actor: Actor, store: Store, clock: Clock, 
 
 @runs_in(Lane.WEBHOOKS)
 def send_test_webhook(body: dict[str, Any] | None, *, caller: Caller, tester: Tester, once: Once) -> Reply:
-    asked = body or {}
-    event_type, data = asked.get("event_type", TEST), asked.get("test_data", {})
+    options = body or {}
+    event_type, data = options.get("event_type", TEST), options.get("test_data", {})
     with tester.sent(caller.tenant_id, event_type, data) as (tx, report):
         return once.keep(tx, ok(shapes.test_report(report)))

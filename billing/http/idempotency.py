@@ -108,8 +108,8 @@ def request_of(scope: Scope) -> Request | None:
 def fingerprint_of(scope: Scope) -> str:
     """A digest of operation, query and body: equal for equal JSON, however it is formatted."""
     state = scope["state"]
-    asked = [state["operation_id"], state["query"], state.get("body")]
-    return hashlib.sha256(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)).hexdigest()
+    content = [state["operation_id"], state["query"], state.get("body")]
+    return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 def answer_of(rendered: Rendered) -> StoredAnswer:

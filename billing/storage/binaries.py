@@ -142,8 +142,10 @@ def find(data: Path, chosen: Path | None) -> Binaries:
 def _installed(chosen: Path | None) -> Iterator[Binaries]:
     for directory in _places_to_look(chosen):
         with suppress(OSError, subprocess.CalledProcessError):  # One that does not run is none.
-            told = subprocess.run([directory / "postgres", "-V"], capture_output=True, text=True, check=True)
-            if version := re.search(r"\d+(?:\.\d+)?", told.stdout):
+            result = subprocess.run(
+                [directory / "postgres", "-V"], capture_output=True, text=True, check=True
+            )
+            if version := re.search(r"\d+(?:\.\d+)?", result.stdout):
                 yield Binaries(directory, version[0])
 
 

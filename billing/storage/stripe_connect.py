@@ -52,9 +52,9 @@ def connection_of(row: Sequence[Any]) -> Connection:
 
 def account_of(stored: Mapping[str, Any]) -> Account:
     """Build the account from the JSON that `asdict` made of it."""
-    asked = stored["requirements"]
-    errors = tuple(RequirementError(**error) for error in asked["errors"])
-    return Account(**{**stored, "requirements": Requirements(**{**asked, "errors": errors})})
+    requirements = stored["requirements"]
+    errors = tuple(RequirementError(**error) for error in requirements["errors"])
+    return Account(**{**stored, "requirements": Requirements(**{**requirements, "errors": errors})})
 
 
 class StripeConnect(Shelf):

@@ -210,8 +210,8 @@ def told(operation_id: str, place: str, name: str) -> list[str]:
     if schema is None:
         return []
     allowed = Draft4Validator(as_json_schema(schema), validate_formats=True).is_valid
-    of_that_name = [text for one in NEIGHBOURS for text in one.told.get(name, ()) if allowed(text)]
-    return of_that_name or [text for text in neighbours.all_told(NEIGHBOURS) if allowed(text)]
+    of_that_name = [text for one in NEIGHBOURS for text in one.known.get(name, ()) if allowed(text)]
+    return of_that_name or [text for text in neighbours.all_known(NEIGHBOURS) if allowed(text)]
 
 
 def schema_of(operation_id: str, place: str, name: str) -> Json | None:
@@ -239,7 +239,7 @@ def after_call(_context: HookContext, case: Case, response: Response) -> None:
     if response.request.method == operation.method:
         LEDGER.note(operation, sent_in(response), response.status_code)
     if response.status_code < 300 and not operation.is_public:
-        LENT.update(text for text in neighbours.all_told(NEIGHBOURS) if text in text_of_request(response))
+        LENT.update(text for text in neighbours.all_known(NEIGHBOURS) if text in text_of_request(response))
 
 
 def sent_in(response: Response) -> Sent:

@@ -61,10 +61,10 @@ def receiver() -> Iterator[Receiver]:
 def test_what_changes_at_them_is_noticed(server: Server, receiver: Receiver) -> None:
     street = Neighbourhood(server.url, server.superuser_url, server.stripe, receiver)
     connected, connecting = street.neighbours
-    assert {"id", "key", "email", "account_id", "state", "Idempotency-Key"} <= connected.told.keys()
-    assert "state" in connecting.told
-    told = [one for texts in connected.told.values() for one in texts]
-    assert not {"not_connected", "whsec", "access", "refresh"} & {*told, *connected.told}
+    assert {"id", "key", "email", "account_id", "state", "Idempotency-Key"} <= connected.known.keys()
+    assert "state" in connecting.known
+    known = [one for texts in connected.known.values() for one in texts]
+    assert not {"not_connected", "whsec", "access", "refresh"} & {*known, *connected.known}
     assert street.complaints() == []
     engine = create_engine(server.superuser_url)
     with engine.begin() as connection:

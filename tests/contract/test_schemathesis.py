@@ -46,7 +46,7 @@ def test_the_server_does_what_its_document_says(
     server = request.getfixturevalue("server" if run.has_stripe else "server_without_stripe")
     outcome = fuzz(run, server, FEW)
     with capsys.disabled():
-        print(f"\n{run.name}: {outcome.told}")
+        print(f"\n{run.name}: {outcome.summary}")
     assert not outcome.complaints, "\n".join([outcome.output, *outcome.complaints])
 
 
