@@ -95,7 +95,7 @@ class Dispatcher:
         self._proven: set[UUID] = set()
 
     def stop(self) -> None:
-        """Begin no more attempts; those in flight are settled, and the rest is given back."""
+        """Begin no more attempts; the results of those in flight are stored, and the rest is released."""
         self._stopping.set()
 
     def deliver(self, task: Task) -> None:
