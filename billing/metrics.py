@@ -60,6 +60,10 @@ class Metric:
     def write(self) -> None:
         """Write what was counted since the last time where other processes can read it."""
 
+    def _members_of(self, counted: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], Any]:
+        """The members, made before anything is taken: a full disk refuses them, and then no count is lost."""
+        return {labels: self._member(labels) for labels in list(counted)}
+
     def _member(self, labels: tuple[str, ...]) -> Any:
         member = self._members.get(labels)
         if member is None:
@@ -86,10 +90,11 @@ class Counter(Metric):
                 self._counted[labels] = self._counted.get(labels, 0) + amount
 
     def write(self) -> None:
+        members = self._members_of(self._counted)
         with self._lock:
-            counted, self._counted = self._counted, {}
+            counted = {labels: self._counted.pop(labels) for labels in members if labels in self._counted}
         for labels, amount in counted.items():
-            self._member(labels).inc(amount)
+            members[labels].inc(amount)
 
 
 class Histogram(Metric):
@@ -115,10 +120,11 @@ class Histogram(Metric):
                 tally[-1] += seconds
 
     def write(self) -> None:
+        members = self._members_of(self._observed)
         with self._lock:
-            observed, self._observed = self._observed, {}
+            observed = {labels: self._observed.pop(labels) for labels in members if labels in self._observed}
         for labels, (*numbers, total) in observed.items():
-            member = self._member(labels)
+            member = members[labels]
             member._sum.inc(total)  # noqa: SLF001  # what its `observe` does, for many at once
             for bucket, number in zip(member._buckets, numbers, strict=True):  # noqa: SLF001
                 if number:
@@ -311,7 +317,7 @@ def written(*samples: Callable[[], None]) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        _sample_and_write((), was_well=True)
+        _sample_and_write((), was_well=False)  # The thread that writes says it once.
 
 
 def _sample_and_write(samples: Iterable[Callable[[], None]], *, was_well: bool) -> bool:

@@ -55,14 +55,16 @@ class Worker:
     def run(self) -> None:
         """Work until `stop`."""
         busy: dict[Future[None], Task] = {}
-        with ThreadPoolExecutor(self._threads, thread_name_prefix="task") as pool:
-            while not self._stopping.is_set():
-                taken = self.take(self._threads - len(busy))
-                busy |= {pool.submit(self.do, task): task for task in taken}
-                for future in self._done(busy, nothing_taken=not taken):
-                    report(busy.pop(future), future.exception())
-        for future, task in busy.items():
-            report(task, future.exception())
+        try:
+            with ThreadPoolExecutor(self._threads, thread_name_prefix="task") as pool:
+                while not self._stopping.is_set():
+                    taken = self.take(self._threads - len(busy))
+                    busy |= {pool.submit(self.do, task): task for task in taken}
+                    for future in self._done(busy, nothing_taken=not taken):
+                        report(busy.pop(future), future.exception())
+        finally:
+            for future, task in busy.items():
+                report(task, future.exception())
 
     def _done(self, busy: Collection[Future[None]], *, nothing_taken: bool) -> set[Future[None]]:
         """The tasks that have ended; waits up to a poll for one if all threads are busy or none was due."""

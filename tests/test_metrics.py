@@ -157,7 +157,7 @@ def test_a_disk_that_is_full_for_a_while_costs_what_was_counted_then_and_no_more
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root has a disk of its own made")
-def test_a_disk_that_is_really_full_ends_no_process(tmp_path: Path) -> None:
+def test_a_disk_that_is_really_full_ends_no_process_and_costs_no_count(tmp_path: Path) -> None:
     program = (
         "import sys\n"
         "from pathlib import Path\n"
@@ -170,9 +170,10 @@ def test_a_disk_that_is_really_full_ends_no_process(tmp_path: Path) -> None:
         "except OSError: pass\n"
         "def count():\n"
         "    for n in range(1000): metrics.REQUESTS.count(f'operation_{n}', 'GET', '200')\n"
-        "count(); assert not metrics._sample_and_write((), was_well=True)\n"
+        "count(); assert not metrics._sample_and_write((), was_well=False)\n"
         "filler.truncate(0)\n"
         "count(); assert metrics._sample_and_write((), was_well=False)\n"
+        "print(metrics.page(disk, metrics.build(), '')[0].decode())\n"
     )
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", tmp_path]).returncode:
         pytest.skip("nothing can be mounted here")
@@ -183,6 +184,7 @@ def test_a_disk_that_is_really_full_ends_no_process(tmp_path: Path) -> None:
     finally:
         subprocess.run(["umount", tmp_path], check=True)
     assert ran.returncode == 0, ran.stderr
+    assert value(parsed(ran.stdout), "billing_requests_total") == 2000
 
 
 def test_where_nobody_asks_nothing_is_imported() -> None:

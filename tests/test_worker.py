@@ -21,6 +21,7 @@ from billing.errors import DatabaseUnavailable
 from billing.ids import new_id
 from billing.keys import KeyDigests
 from billing.settings import Settings
+from billing.storage.driver import StorageError
 from billing.storage.store import Store
 from billing.storage.tables import tasks
 from billing.tasks import LEASE, Queue, Task
@@ -378,6 +379,29 @@ def test_what_fails_after_stop_is_told_as_well(bench: Bench, lines: Lines) -> No
         worker.stop()
         time.sleep(0.1)  # It looks at what has ended, a last time.
         go_on.set()
+    assert [failure["task"] for failure in failures(lines())] == ["test.late"]
+
+
+def test_what_fails_while_the_worker_itself_fails_is_told_as_well(bench: Bench, lines: Lines) -> None:
+    begun, has_failed = threading.Event(), threading.Event()
+    take = bench.store.take_due
+
+    def fail(*given: Any, **more: Any) -> list[Task]:
+        if begun.is_set():
+            has_failed.set()
+            raise StorageError
+        return take(*given, **more)
+
+    def fail_late(_: Task) -> None:
+        begun.set()
+        has_failed.wait(PATIENCE_SECONDS)
+        raise ValueError
+
+    bench.store.take_due = fail  # type: ignore[method-assign]
+    bench.add("test.late")
+    worker = Worker(bench.store, {"test.late": fail_late}, bench.clock, threads=THREADS)
+    with pytest.raises(StorageError):
+        worker.run()
     assert [failure["task"] for failure in failures(lines())] == ["test.late"]
 
 

@@ -15,7 +15,7 @@ from billing.stripe_connections import ConnectStart, StatusView
 from billing.tenants import Registered, Tenant, public_members
 from billing.tokens import TokenPair
 from billing.users import User
-from billing.webhooks.delivery import Delivery, Stats
+from billing.webhooks.delivery import MESSAGES_OF_FAILURES, Delivery, Stats
 from billing.webhooks.endpoints import Configured, Endpoint, Secret, previous_expiry
 
 Shape = dict[str, Any]
@@ -230,9 +230,10 @@ def delivery(delivery: Delivery) -> Shape:
 def test_report(report: Report) -> Shape:
     """The result of a test, for the developer of the receiver."""
     attempt = report.attempt
-    result = f"answered {attempt.http_status}" if attempt.http_status else "could not be reached"
     return {
-        "message": f"The receiver {result}.",
+        "message": MESSAGES_OF_FAILURES[attempt.error]
+        if attempt.error
+        else f"The receiver answered {attempt.http_status}.",
         "success": attempt.is_success,
         "webhook_url": report.url,
         "status_code": attempt.http_status,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,6 +13,7 @@ from pathlib import Path
 from socket import AF_INET, AF_INET6, SHUT_RDWR
 from typing import Any, Self
 
+import structlog
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -24,6 +26,8 @@ from billing.settings import Settings
 from billing.storage.driver import StorageError
 from billing.storage.store import Store
 from billing.tasks import Backlog
+
+log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.metrics")
 
 PATH = "/metrics"
 # A client slower than this is not Prometheus.
@@ -139,6 +143,12 @@ class Exporter(ThreadingHTTPServer):
             super().process_request(request, client_address)
         else:
             self.shutdown_request(request)
+
+    def handle_error(self, *_: object) -> None:
+        """Log what a connection's thread raised, unless its client has gone; the library would print a traceback."""
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            log.error("metrics cannot be shown", exc_info=error)
 
     def shutdown_request(self, request: Any) -> None:
         with self._lock:

@@ -120,6 +120,9 @@ def check_target(scope: Scope) -> None:
     path: bytes = scope.get("raw_path") or scope["path"].encode("utf-8", "surrogatepass")
     if not (path.startswith(b"/") and is_text(path)):
         raise errors.NotFound
+    # Decoded, it would be a separator (RFC 3986, section 2.2), and get past a proxy that filters by prefixes.
+    if b"%2f" in path.lower():
+        raise errors.NotFound
     if not is_text(scope["query_string"]):
         fault = errors.Fault("/query", "It must be percent-encoded UTF-8 without NUL.")
         raise errors.InvalidRequest("The query string is not text in UTF-8.", faults=[fault])

@@ -11,7 +11,7 @@ from starlette.types import Scope
 
 from billing import idempotency
 from billing.clock import Clock
-from billing.errors import BillingError, Conflict, DatabaseUnavailable, Refused
+from billing.errors import BillingError, Conflict, DatabaseUnavailable, IdempotencyInProgress, Refused
 from billing.http import problems
 from billing.http.replies import Rendered, Reply
 from billing.idempotency import Claim, Request, StoredAnswer
@@ -70,6 +70,8 @@ class Idempotency:
             reply = handle(once=once)
             once.require_kept()
             return reply.rendered()
+        except IdempotencyInProgress:
+            raise  # The claim expired, and is a later attempt's by now: that one's answer counts.
         except (Conflict, Refused) as refusal:
             return self._refused(claim, refusal, scope)
         except BaseException:

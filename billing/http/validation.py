@@ -78,7 +78,7 @@ class Rules:
             return None
         body = parse_json(raw)
         if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and is_deep(body):
-            raise MalformedBody
+            raise MalformedBody(f"The body is nested more than {MAX_DEPTH} deep.")
         if self._body:
             has_many_parts = raw.count(b",") >= MAX_PARTS
             _refuse(list((_first_fault if has_many_parts else _faults)(self._body, body)))
@@ -93,7 +93,7 @@ def parse_json(raw: bytes) -> Any:
         raise MalformedBody from None
     # PostgreSQL cannot store NUL, and few bodies contain what could be its escape.
     if b"\\u0000" in raw and _has_nul(parsed):
-        raise MalformedBody
+        raise MalformedBody("The body has text with a NUL character.")
     return parsed
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
@@ -38,14 +39,21 @@ Status = Literal["pending", "delivered", "failed"]
 Failure = Literal["refused_url", "connection_failed", "tls_failed", "timeout", "connection_broken"]
 """Why there is no answer, as a tenant may be told.
 
-- `refused_url`: the URL is not one we call (see `UrlPolicy`).
-- `connection_failed`: the name is unknown, has an address that we do not call, or none took the connection. One
-  class for the three, or our answers would be a map of the network we stand in.
-- `tls_failed`: no TLS with a certificate that is good for the name.
-- `timeout`: the answer was not whole in time, be it that it never came or that it dripped.
-- `connection_broken`: the connection ended before the answer was whole, or the answer was no HTTP/1.1, or had a head of
-  more than 64 KiB.
+- `refused_url`: the URL is not allowed (see `UrlPolicy`).
+- `connection_failed`: the name is unknown, or has an address that may not be called, or no address accepted the
+  connection. One value for the three, or a tenant could map the network that we are in.
+- `tls_failed`: no TLS with a certificate that is valid for the name.
+- `timeout`: the answer was not complete in time, whether it never came or dripped.
+- `connection_broken`: the connection ended before the answer was complete, or the answer was no HTTP/1.1, or had a
+  head of more than 64 KiB.
 """
+MESSAGES_OF_FAILURES: Mapping[Failure, str] = {
+    "refused_url": "The webhook URL is not allowed.",
+    "connection_failed": "The receiver could not be reached.",
+    "tls_failed": "The receiver has no certificate that is valid for its name.",
+    "timeout": "The receiver did not answer in time.",
+    "connection_broken": "The receiver's answer was not complete, or no HTTP.",
+}
 
 # Ten digits are three hundred years, and no overflow.
 DELAY_SECONDS = re.compile(r"[0-9]{1,10}", re.ASCII)

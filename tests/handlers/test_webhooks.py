@@ -570,7 +570,7 @@ def test_a_receiver_that_hangs_is_a_timeout(local: Account) -> None:
         configure(local, url_of(receiver))
         report = send_test(local)
     assert (report["success"], report["status_code"], report["error"]) == (False, None, "timeout")
-    assert (report["message"], report["response_body"]) == ("The receiver could not be reached.", "")
+    assert (report["message"], report["response_body"]) == ("The receiver did not answer in time.", "")
     assert report["response_time_ms"] >= PATIENCE_SECONDS * 1000 - 50
 
 

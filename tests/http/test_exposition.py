@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import socket
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import pytest
 import requests
+from structlog.testing import capture_logs
 
 from billing.http.exposition import MOST_CONNECTIONS, PATH, Exporter, Read
 from tests.live import eventually
@@ -72,3 +74,32 @@ def test_one_that_is_being_answered_is_not_closed_for_another() -> None:
         for connection in heard:
             assert connection.makefile("rb").read().endswith(b"metrics")
         assert ask(address).content == b"metrics"
+
+
+def test_a_client_that_leaves_is_no_news(capfd: pytest.CaptureFixture[str]) -> None:
+    has_left, has_answered = threading.Event(), threading.Event()
+
+    def read(_accept: str) -> tuple[bytes, str]:
+        has_left.wait(PATIENCE_SECONDS)
+        has_answered.set()
+        return b"x" * 10_000_000, "text/plain"
+
+    with exporting(read) as address:
+        with ExitStack() as stack:
+            leaving = connect(stack, address, b"GET /metrics HTTP/1.1\r\n\r\n")
+            leaving.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        has_left.set()
+        assert has_answered.wait(PATIENCE_SECONDS)
+        assert ask(address).status_code == 200
+    assert capfd.readouterr().err == ""
+
+
+def test_an_error_is_logged_and_not_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    def read(_accept: str) -> tuple[bytes, str]:
+        raise ValueError
+
+    with capture_logs() as lines, exporting(read) as address:
+        with pytest.raises(requests.ConnectionError):
+            ask(address)
+        eventually(lambda: [line["event"] for line in lines] == ["metrics cannot be shown"])
+    assert capfd.readouterr().err == ""

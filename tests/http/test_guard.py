@@ -239,7 +239,8 @@ def test_a_query_that_is_text(query: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [b"/%00", b"/%ff", b"/%ED%A0%80", b"*", b"http://host/path", b"relative", b"/\xff"]
+    "path",
+    [b"/%00", b"/%ff", b"/%ED%A0%80", b"*", b"http://host/path", b"relative", b"/\xff", b"/a%2Fb", b"/a%2fb"],
 )
 def test_404_for_a_path_that_is_none(path: bytes) -> None:
     with pytest.raises(errors.NotFound):
