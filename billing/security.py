@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
-from billing import keys
+from billing import keys, sessions
 from billing.actors import Actor
 from billing.clock import Clock
 from billing.errors import InsufficientScope, KeyUnknown, SessionEnded, TenantDisabled
@@ -43,6 +43,11 @@ class Caller:
         if self.user is None:
             raise InsufficientScope
         return self.user
+
+    def require_standing(self, tx: sessions.Storage) -> None:
+        """Raises unless the user may still act, now that the change is about to be made; see `sessions`."""
+        if self.session_id is not None:
+            sessions.require_standing(tx, self.signed_in_user(), self.session_id)
 
     @property
     def id(self) -> UUID:

@@ -11,6 +11,7 @@ from uuid import UUID
 
 from billing.errors import (
     BillingError,
+    InsufficientScope,
     InvalidCredentials,
     RefreshTokenReused,
     SessionEnded,
@@ -118,9 +119,26 @@ def change_password(
     if changed is None:
         raise SessionEnded
     tx.sessions.end_all(user.id, now)
+    tx.stripe.end_states_of(user.id)
     tx.audit.record("user.password_changed", subject=user.email, now=now)
     tx.events.record("user.password_changed", {"user_id": user.id, "email": user.email}, now=now)
     return start(tx, changed, tokens=tokens, now=now)
+
+
+def require_standing(tx: Storage, user: User, session_id: UUID) -> None:
+    """Raises `SessionEnded`, `TenantDisabled` or `InsufficientScope` unless a user may still act as when read.
+
+    A request waits for a thread and for the tenant's lock after its credentials were checked, and its session may end
+    in that time. From here it cannot: what ends it waits for the end of the transaction.
+    """
+    standing = tx.sessions.lock_standing(user, session_id)
+    if standing is None:
+        raise SessionEnded
+    role, is_active = standing
+    if not is_active:
+        raise TenantDisabled
+    if role != user.role:
+        raise InsufficientScope("The role of this user has just been changed: repeat the request.")
 
 
 def refresh(tx: Storage, claims: Claims, *, tokens: Tokens, now: datetime) -> TokenPair | BillingError:
@@ -146,6 +164,7 @@ def refresh(tx: Storage, claims: Claims, *, tokens: Tokens, now: datetime) -> To
 
 def _end_for_reuse(tx: Storage, session: Session, now: datetime) -> RefreshTokenReused:
     tx.sessions.end(session.id, now)
+    tx.stripe.end_states_of(session.user_id)
     tx.audit.record("session.refresh_token_reused", subject=str(session.id), now=now)
     return RefreshTokenReused()
 
@@ -164,6 +183,7 @@ def _holder(user: User, session_id: UUID) -> Holder:
 class SessionShelf(Protocol):
     def add(self, session: Session) -> None: ...
     def find(self, id: UUID) -> Session | None: ...
+    def lock_standing(self, user: User, id: UUID) -> tuple[str, bool] | None: ...
     def rotate(self, id: UUID, used: bytes, successor: bytes, now: datetime) -> Session | None:
         """Put the successor in the place of the token used, if that is the current one of a living session."""
 
@@ -183,9 +203,16 @@ class UserShelf(Protocol):
     def change_password(self, user: User, password_hash: str, now: datetime) -> User | None: ...
 
 
+class StateShelf(Protocol):
+    def end_states_of(self, user_id: UUID) -> None:
+        """End what the user began at Stripe: a session that has ended can finish nothing."""
+
+
 class Storage(Protocol):
     """What this chapter asks of storage, inside one transaction of one tenant."""
 
+    @property
+    def stripe(self) -> StateShelf: ...
     @property
     def tenants(self) -> TenantShelf: ...
     @property

@@ -237,7 +237,7 @@ def start(
     expires_at = now + STATE_LIFETIME
     bound = hashed(browser) if browser else None
     state = State(new_id(), user.id, digest, flow, return_url, bound, now, expires_at)
-    tx.stripe.end_states(now)
+    tx.stripe.end_unused_states()
     tx.directory.add(STATE_NAME, digest, state.id)
     tx.stripe.add_state(state)
     tx.audit.record("stripe.connect_started", subject=flow, now=now)
@@ -283,10 +283,20 @@ def _refusal(tx: Storage, state: State, browser: str | None, now: datetime) -> B
         return StateUnknown()
     if state.consumed_at is not None:
         return StateUsed()
+    return StateExpired() if now >= state.expires_at else _withdrawal(tx, state)
+
+
+def _withdrawal(tx: Storage, state: State) -> BillingError | None:
     user = tx.users.find(state.user_id)
-    if now >= state.expires_at or user is None or not user.is_active_owner:
+    if user is None or not user.is_active_owner:
         return StateExpired()
     return None if tx.tenants.get().is_active else TenantDisabled()
+
+
+def withdrawal(tx: Storage, used: State) -> BillingError | None:
+    """Why what a state began may not be finished, if it was ended since it was used, as while Stripe was asked."""
+    has_ended = tx.stripe.lock_state(used.id).expires_at < used.expires_at
+    return StateExpired() if has_ended else _withdrawal(tx, used)
 
 
 def refuse(tx: Storage, refusal: BillingError, now: datetime) -> BillingError:
@@ -296,17 +306,24 @@ def refuse(tx: Storage, refusal: BillingError, now: datetime) -> BillingError:
 
 
 def connect(
-    tx: Storage, grant: Grant, account: Account | None, *, livemode: bool, now: datetime
+    tx: Storage,
+    grant: Grant,
+    account: Account | None,
+    *,
+    livemode: bool,
+    now: datetime,
+    withdrawn: BillingError | None = None,
 ) -> Connected | BillingError:
     """Link the tenant to the account that was granted, or return why that is refused.
 
     The caller holds the tenant's lock. `account` is None if Stripe did not say more than its id; `livemode`
-    is the platform's own. A refused grant is revoked at Stripe, unless a tenant holds the account.
+    is the platform's own; `withdrawn` is the `withdrawal` of the state. A refused grant is revoked at Stripe,
+    unless a tenant holds the account.
     """
     current = tx.stripe.find()
     if not _claim(tx, grant.account_id):
         return refuse(tx, StripeAccountTaken(), now)
-    if refusal := _unfit(grant, current, livemode=livemode):
+    if refusal := withdrawn or _unfit(grant, current, livemode=livemode):
         if current is None or not current.is_living or current.account.id != grant.account_id:
             _give_back(tx, grant.account_id, now=now)
         return refuse(tx, refusal, now)
@@ -444,7 +461,7 @@ class StripeShelf(Protocol):
     def find(self) -> Connection | None: ...
     def keep(self, connection: Connection) -> None: ...
     def add_state(self, state: State) -> None: ...
-    def end_states(self, now: datetime) -> None: ...
+    def end_unused_states(self) -> None: ...
     def forget_states(self, before: datetime) -> list[str]: ...
     def lock_state(self, id: UUID) -> State: ...
     def consume_state(self, id: UUID, now: datetime) -> None: ...

@@ -26,7 +26,6 @@ from billing.settings import Settings
 from billing.storage.store import Store, TenantTx
 from billing.stripe_connect import Account, Connected, Connection, Flow, State
 from billing.tasks import Task
-from billing.tenants import Tenant
 
 CALLBACK = "/api/v1/auth/tenants/stripe/callback/"
 
@@ -84,23 +83,25 @@ class StripeConnections:
         chapter.require_return_url(return_url, self._return_origins)
         user, text = caller.signed_in_user(), chapter.new_state()
         if flow == "account_link":
-            url = self._account_link(caller.tenant, actor, text)
+            url = self._account_link(caller, actor, text)
         else:
             url = self._gateway.authorize_url(
                 state=text, redirect_uri=self._redirect_uri, tenant=caller.tenant, user=user
             )
         with self._store.tenant(caller.tenant_id, actor, exclusive=True) as tx:
+            caller.require_standing(tx)
             state = chapter.start(
                 tx, user, text, flow=flow, return_url=return_url, browser=browser, now=self._clock()
             )
             yield tx, ConnectStart(url, self._redirect_uri, state, text)
 
-    def _account_link(self, tenant: Tenant, actor: Actor, state: str) -> str:
-        account = self._account_of_our_own(tenant, actor)
+    def _account_link(self, caller: Caller, actor: Actor, state: str) -> str:
+        account = self._account_of_our_own(caller, actor)
         return self._gateway.account_link(account.id, return_url=f"{self._redirect_uri}?state={state}")
 
-    def _account_of_our_own(self, tenant: Tenant, actor: Actor) -> Account:
+    def _account_of_our_own(self, caller: Caller, actor: Actor) -> Account:
         """The unfinished account that we made for the tenant, made now if there is none."""
+        tenant = caller.tenant
         with self._store.tenant(tenant.id, actor) as tx:
             last = tx.stripe.find()
         chapter.require_startable(last, "account_link")
@@ -111,6 +112,7 @@ class StripeConnections:
         key = f"account-{tenant.id}-{last.id if last else 'first'}-{self._clock():%Y%m%d%H}"
         made = self._gateway.create_account(tenant, idempotency_key=key)
         with self._store.tenant(tenant.id, actor, exclusive=True) as tx:
+            caller.require_standing(tx)
             now = self._clock()
             return chapter.adopt(tx, made, livemode=self._gateway.livemode, now=now).account
 
@@ -148,7 +150,9 @@ class StripeConnections:
                 return chapter.refuse(tx, refusal, self._clock())
         account = self._ask(grant.account_id)
         with self._store.tenant(tenant_id, actor, exclusive=True) as tx:
-            return chapter.connect(tx, grant, account, livemode=self._gateway.livemode, now=self._clock())
+            withdrawn = chapter.withdrawal(tx, state)
+            livemode, now = self._gateway.livemode, self._clock()
+            return chapter.connect(tx, grant, account, livemode=livemode, now=now, withdrawn=withdrawn)
 
     def _ask(self, account_id: str) -> Account | None:
         """The account, None if Stripe does not answer: the worker checks it again."""

@@ -100,6 +100,7 @@ def disable(tx: Storage, email: str, *, now: datetime) -> None:
     require_another_owner(tx, user)
     tx.users.disable(user.id, now)
     tx.sessions.end_all(user.id, now)
+    tx.stripe.end_states_of(user.id)
     tx.audit.record("user.disabled", subject=user.email, now=now)
 
 
@@ -115,6 +116,7 @@ def reset_password(tx: Storage, user: User, password_hash: str, *, now: datetime
     """Replace a lost password, and end every session of the user."""
     tx.users.reset_password(user.id, password_hash, now)
     tx.sessions.end_all(user.id, now)
+    tx.stripe.end_states_of(user.id)
     tx.audit.record("user.password_reset", subject=user.email, now=now)
 
 
@@ -142,9 +144,15 @@ class SessionShelf(Protocol):
     def end_all(self, user_id: UUID, now: datetime) -> None: ...
 
 
+class StateShelf(Protocol):
+    def end_states_of(self, user_id: UUID) -> None: ...
+
+
 class Storage(Protocol):
     """What this chapter asks of storage, inside one transaction of one tenant."""
 
+    @property
+    def stripe(self) -> StateShelf: ...
     @property
     def users(self) -> UserShelf: ...
     @property

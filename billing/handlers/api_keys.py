@@ -38,6 +38,7 @@ def regenerate_api_keys(
 ) -> Reply:
     grace = timedelta(seconds=body.get("grace_period_seconds", 0))
     with store.tenant(caller.tenant_id, actor, exclusive=True) as tx:
+        caller.require_standing(tx)
         renewal = keys.regenerate(tx, body["key_type"], grace=grace, digests=digests, now=clock())
         reply = ok(
             {
@@ -55,6 +56,7 @@ def revoke_api_keys(
 ) -> Reply:
     reason = body.get("reason")
     with store.tenant(caller.tenant_id, actor, exclusive=True) as tx:
+        caller.require_standing(tx)
         revoked = keys.revoke(tx, body["key_type"], reason=reason, now=clock())
         reply = ok(
             {

@@ -52,6 +52,7 @@ def configure_webhook(
 ) -> Reply:
     url = url_policy.check(body["webhook_url"])
     with store.tenant(caller.tenant_id, actor, exclusive=True) as tx:
+        caller.require_standing(tx)
         configured = endpoints.configure(
             tx,
             url=url,
@@ -65,6 +66,7 @@ def configure_webhook(
 
 def remove_webhook(*, caller: Caller, actor: Actor, store: Store, clock: Clock, once: Once) -> Reply:
     with store.tenant(caller.tenant_id, actor, exclusive=True) as tx:
+        caller.require_standing(tx)
         endpoints.remove(tx, now=clock())
         note = "Nothing is sent any more. The secret is kept for when a URL is configured again."
         return once.keep(tx, ok({"message": "The webhook is removed.", "note": note}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, cast
 from uuid import UUID
 
@@ -27,11 +27,15 @@ STATE_COLUMNS = columns_of(State, connect_states)
 IS_NAMED = and_(of_tenant(connect_states), connect_states.c.id == bindparam("state_id"))
 LOCK_STATE = select(*STATE_COLUMNS).where(IS_NAMED).with_for_update()
 CONSUME_STATE = update(connect_states).where(IS_NAMED)
+# In the past by every machine's clock.
+LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
 END_STATES = (
     update(connect_states)
-    .where(of_tenant(connect_states), connect_states.c.expires_at > bindparam("now"))
-    .values(expires_at=bindparam("now"))
+    .where(of_tenant(connect_states), connect_states.c.expires_at > LONG_AGO)
+    .values(expires_at=LONG_AGO)
 )
+END_UNUSED_STATES = END_STATES.where(connect_states.c.consumed_at.is_(None))
+END_STATES_OF = END_STATES.where(connect_states.c.user_id == bindparam("whose"))
 SOME_STATES = (
     select(connect_states.c.id)
     .where(of_tenant(connect_states), connect_states.c.created_at < bindparam("before"))
@@ -73,9 +77,13 @@ class StripeConnect(Shelf):
     def add_state(self, state: State) -> None:
         self.insert(connect_states, values_of(state, connect_states))
 
-    def end_states(self, now: datetime) -> None:
-        """Expire the states that are still valid."""
-        self.run(END_STATES, now=now)
+    def end_unused_states(self) -> None:
+        """End the states that no callback has brought back yet."""
+        self.run(END_UNUSED_STATES)
+
+    def end_states_of(self, user_id: UUID) -> None:
+        """End the states of a user, also one whose callback is waiting for Stripe at this moment."""
+        self.run(END_STATES_OF, whose=user_id)
 
     def forget_states(self, before: datetime) -> list[str]:
         """Delete states made before this time, up to `BATCH_ROWS`; returns their digests."""

@@ -22,10 +22,11 @@ from sqlalchemy import Engine, text
 from starlette.testclient import TestClient
 
 from app import create_app
-from billing import gateway
+from billing import gateway, users
 from billing.counters import InProcess
 from billing.errors import StripeAlreadyConnected
 from billing.http.lanes import STRIPE_THREADS
+from billing.ids import new_id
 from billing.settings import Settings
 from billing.storage.store import Store
 from billing.stripe_connect import CHECK, DEAUTHORIZE, Grant, forget_states, hashed, note
@@ -39,7 +40,7 @@ from sandbox.faults import Fault
 from sandbox.stripe import Sandbox
 from tests.answers import COMPONENTS
 from tests.clock import TurnedClock
-from tests.conftest import API, Account, CheckedClient, bearer, log_in, register, waits_for_a_lock
+from tests.conftest import API, PASSWORD, Account, CheckedClient, bearer, log_in, register, waits_for_a_lock
 
 CONNECT, CALLBACK = f"{API}/stripe/connect/", f"{API}/stripe/callback/"
 STATUS, DISCONNECT = f"{API}/stripe/status/", f"{API}/stripe/disconnect/"
@@ -1495,3 +1496,78 @@ def test_a_worker_without_stripe_keeps_what_is_to_be_done(
     jobs: dict[str, Callable[[Task], None]] = {CHECK: idle.check, DEAUTHORIZE: idle.deauthorize}
     assert work(Worker(store, jobs, clock, threads=1)) == [CHECK]
     assert tasks(superuser) == [(CHECK, account_id)]
+
+
+# Sessions that end ------------------------------------------------------------------------------
+
+
+def change_password(account: Account) -> None:
+    body = {"old_password": PASSWORD, "new_password": "correct horse battery staple"}
+    assert account.post("/change-password/", body).status_code == 200
+
+
+def is_connected(account: Account, store: Store) -> bool:
+    with store.tenant(UUID(account.tenant["id"])) as tx:
+        return tx.stripe.find() is not None
+
+
+def reuse_a_refresh_token(account: Account, clock: TurnedClock) -> None:
+    body = {"refresh": account.tokens["refresh"]}
+    assert account.client.post(f"{API}/token/refresh/", json=body).status_code == 200
+    clock.turn(seconds=60)
+    assert account.client.post(f"{API}/token/refresh/", json=body).status_code == 401
+
+
+@pytest.mark.parametrize("ending", ["password changed", "token reused", "reset", "disabled and enabled"])
+def test_what_a_session_began_ends_with_it(
+    acme: Account, stripe: Sandbox, store: Store, clock: TurnedClock, ending: str
+) -> None:
+    """Or whoever stole it could have the tenant's payments go to an account of theirs."""
+    url = agree(acme, stripe)
+    with store.tenant(UUID(acme.tenant["id"])) as tx:
+        owner = tx.users.all()[0]
+    match ending:
+        case "password changed":
+            change_password(acme)
+        case "token reused":
+            reuse_a_refresh_token(acme, clock)
+        case "reset":
+            with store.tenant(owner.tenant_id, exclusive=True) as tx:
+                users.reset_password(tx, owner, "new", now=clock())
+        case _:
+            with store.tenant(owner.tenant_id, exclusive=True) as tx:
+                another = replace(owner, id=new_id(), email="bob@acme.example")
+                users.add(tx, another, password_hash="-", now=clock())
+                users.disable(tx, owner.email, now=clock())
+                users.enable(tx, owner.email, now=clock())
+    assert refusal(call_back(acme.client, url)) == (400, "state-expired")
+    assert not is_connected(acme, store)
+
+
+@pytest.mark.parametrize("flow", ["oauth", "account_link"])
+def test_a_start_that_waited_while_its_session_ended_starts_nothing(
+    acme: Account, stripe: Sandbox, superuser: Engine, store: Store, flow: str
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        with store.tenant(UUID(acme.tenant["id"]), exclusive=True):
+            late = pool.submit(start, acme, flow=flow)
+            await_waiter(superuser, late)
+            change_password(acme)
+        assert refusal(late.result()) == (401, "session-ended")
+    assert not is_connected(acme, store)
+
+
+def test_what_is_withdrawn_while_stripe_is_asked_is_not_finished(
+    acme: Account, stripe: Sandbox, superuser: Engine, store: Store, clock: TurnedClock, worker: Worker
+) -> None:
+    url = agree(acme, stripe)
+    with ThreadPoolExecutor(1) as pool:
+        with store.tenant(UUID(acme.tenant["id"]), exclusive=True):
+            late = pool.submit(call_back, acme.client, url)
+            await_waiter(superuser, late)
+            change_password(acme)
+        assert refusal(late.result()) == (400, "state-expired")
+    assert not is_connected(acme, store)
+    # What was granted is given back.
+    assert work(worker) == [DEAUTHORIZE]
+    assert not any(account.is_connected for account in stripe.accounts.values())

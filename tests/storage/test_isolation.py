@@ -158,6 +158,7 @@ ATTEMPTS: dict[str, Attempt] = {
     "users.disable": lambda tx, h: tx.users.disable(h.acme.owner.id, NOW),
     "users.reset_password": lambda tx, h: tx.users.reset_password(h.acme.owner.id, "stolen", NOW),
     "sessions.find": lambda tx, h: tx.sessions.find(session_of(tx, h)),
+    "sessions.lock_standing": lambda tx, h: tx.sessions.lock_standing(h.acme.owner, session_of(tx, h)),
     "sessions.rotate": lambda tx, h: tx.sessions.rotate(session_of(tx, h), b"", b"", NOW),
     "sessions.end": lambda tx, h: tx.sessions.end(session_of(tx, h), NOW),
     "sessions.end_all": lambda tx, h: tx.sessions.end_all(h.acme.owner.id, NOW),
@@ -176,7 +177,8 @@ ATTEMPTS: dict[str, Attempt] = {
     "stripe.find": lambda tx, h: [c for c in [tx.stripe.find()] if c is None or c.id == h.connection.id],
     "stripe.keep": lambda tx, h: tx.stripe.keep(replace(h.connection, ended_at=NOW)),
     "stripe.add_state": lambda tx, h: tx.stripe.add_state(replace(h.state, user_id=h.globex.owner.id)),
-    "stripe.end_states": lambda tx, h: tx.stripe.end_states(NOW),
+    "stripe.end_unused_states": lambda tx, h: tx.stripe.end_unused_states(),
+    "stripe.end_states_of": lambda tx, h: tx.stripe.end_states_of(h.acme.owner.id),
     "stripe.forget_states": lambda tx, h: [
         digest for digest in tx.stripe.forget_states(LATER) if digest == h.state.digest
     ],
