@@ -90,7 +90,7 @@ bench-tools: $(VENV)/.test $(BENCH_VENV)/.installed ## Install what the measurem
 	  || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq wrk >/dev/null; } \
 	  || { echo "Install wrk."; exit 1; }
 
-faults: $(VENV)/.test cluster ## Kill, stop, cut off and fill a whole installation, for some twenty minutes; ARGS="--only 'disk full'"
+faults: $(VENV)/.test cluster ## Kill, stop, cut off and fill a whole installation, for under twenty minutes; ARGS="--only 'disk full'"
 	@$(BIN)/python -m tests.faults.cluster $(ARGS)
 
 cluster: ## Install PostgreSQL, Patroni, etcd, Redis, HAProxy and libfaketime where that can be done (Debian, as root)
