@@ -153,7 +153,8 @@ def test_a_client_that_leaves_while_sending_ends_it_quietly() -> None:
 
 
 def test_after_the_body_the_server_is_heard_again() -> None:
-    gone: Message = {"type": "http.disconnect"}
+    # As only the server says it: what the guard made up would be another.
+    gone: Message = {"type": "http.disconnect", "said_by": "the server"}
     messages: list[Message] = [{"type": "http.request", "body": b"{}", "more_body": False}, gone]
     seen = asyncio.run(pass_through(messages, [JSON], {}))
     assert seen
