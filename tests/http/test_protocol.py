@@ -30,8 +30,12 @@ ROOT = Path(__file__).parents[2]
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers with what it saw; `/early` answers before it reads, `/slow` takes its time."""
+    """Answers with what it saw; `/early` answers before it reads, `/slow` takes its time, `/begun` never ends."""
     if scope["type"] != "http":
+        return
+    if scope["path"] == "/begun":
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"9")]})
+        await read(receive)
         return
     if scope["path"] == "/slow":
         await asyncio.sleep(0.6)
@@ -281,6 +285,13 @@ def test_malformed_http_is_a_problem_and_the_end(connection: Connection, sent: b
 def test_garbage_after_a_request_is_not_taken_for_its_answer(connection: Connection) -> None:
     connection.send(request("POST", "/", body=b"hello") + b"garbage\r\n\r\n")
     assert connection.receive().status == 200
+    assert connection.is_closed_by_server()
+
+
+def test_a_body_that_breaks_off_once_its_answer_has_begun_gets_no_second_one(connection: Connection) -> None:
+    connection.send(request("POST", "/begun", "Transfer-Encoding: chunked"))
+    assert connection.receive(to_head=True).status == 200
+    connection.send(b"garbage\r\n")
     assert connection.is_closed_by_server()
 
 
