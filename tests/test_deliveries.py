@@ -680,6 +680,18 @@ def test_who_configures_while_a_batch_is_begun_says_where_it_goes(bench: Bench, 
     assert (len(old.received), len(new.received)) == (0, 1)
 
 
+def test_who_configures_the_same_while_it_is_given_up_brings_it_back(bench: Bench, superuser: Engine) -> None:
+    url = "https://hooks.acme.example/"
+    bench.configure(url)
+    with ThreadPoolExecutor(1) as pool:
+        with bench.tx() as tx:
+            endpoints.disable(tx, tx.webhooks.find(lock=True), "gone", now=bench.clock())
+            configuring = pool.submit(bench.configure, url)
+            eventually(lambda: configuring.done() or waits_for_a_lock(superuser))
+        configuring.result(PATIENCE_SECONDS)
+    assert bench.endpoint() == Endpoint(url)
+
+
 def test_what_is_removed_while_it_is_due_is_not_sent(bench: Bench) -> None:
     with receiving(Answering()) as receiver:
         bench.configure(url_of(receiver))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any, get_args
@@ -25,7 +27,7 @@ from billing.tenants import HOUSEKEEPING, TIDIED_EVERY, Registered
 from billing.tokens import Tokens
 from billing.webhooks.delivery import Delivery, Status
 from tests.clock import TurnedClock
-from tests.conftest import TestDatabase
+from tests.conftest import TestDatabase, waits_for_a_lock
 
 TEST = "webhook.test"
 DAY, HOUR = timedelta(days=1), timedelta(hours=1)
@@ -371,6 +373,22 @@ def test_a_key_that_was_revoked_is_not_told_of(
         keys.revoke(tx, "live", reason=None, now=clock())
     clock.now += DAY
     assert tell(store, clock) == 2
+    assert told(superuser) == 0
+
+
+def test_a_key_that_is_being_revoked_is_not_told_of(
+    store: Store, superuser: Engine, digests: KeyDigests, clock: TurnedClock, acme: Registered
+) -> None:
+    regenerate(store, acme, digests, clock, 2 * DAY)
+    clock.now += DAY
+    tasks = due(store, clock, EXPIRING)
+    with ThreadPoolExecutor(1) as pool:
+        with store.tenant(acme.tenant.id, exclusive=True) as tx:
+            keys.revoke(tx, "live", reason=None, now=clock())
+            telling = pool.submit(Housekeeping(store, clock).announce_expiry, tasks[0])
+            while not telling.done() and not waits_for_a_lock(superuser):
+                time.sleep(0.005)
+        telling.result(10)
     assert told(superuser) == 0
 
 
