@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import requests
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from opentelemetry.proto.trace.v1.trace_pb2 import Span
+from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from billing import tracing
 from billing.storage import database, embedded
@@ -133,6 +133,66 @@ def test_what_is_no_operation_is_a_span_of_our_words_alone(seen: Seen) -> None:
     [span] = seen.spans("_OTHER none")
     assert attributes(span)["http.request.method"] == "_OTHER"
     assert not {b"PROPFIND", b"teapot"} & set(re.findall(rb"\w+", seen.raw))
+
+
+# Which requests failed, and below whom --------------------------------------------------------------
+
+ANSWERED = """
+import asyncio, sys
+from billing import tracing
+from billing.http.edge import Edge
+
+async def app(scope, receive, send):
+    if scope["state"]["operation_id"] == "leaves":
+        return await receive()
+    await send({"type": "http.response.start", "status": int(scope["state"]["operation_id"]), "headers": []})
+
+async def answer(what, *parents):
+    async def receive():
+        return {"type": "http.disconnect"}
+    async def send(message):
+        pass
+    scope = {"type": "http", "method": "GET", "path": "/", "client": None, "state": {"operation_id": what}}
+    headers = [(b"traceparent", parent.encode()) for parent in parents]
+    await Edge(app)(scope | {"headers": headers}, receive, send)
+
+tracing.begin(sys.argv[1], "billing-api")
+for what in ("200", "404", "499", "500", "503", "leaves"):
+    asyncio.run(answer(what))
+asyncio.run(answer("201", *sys.argv[2:]))
+asyncio.run(answer("202", sys.argv[2]))
+tracing.end()
+"""
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    """Requests answered with each status, one of them below two spans at once."""
+    log = tmp_path_factory.mktemp("answered") / "log"
+    parents = [f"00-{TRACE}-{PARENT}-01", f"00-{TRACE[::-1]}-{PARENT[::-1]}-01"]
+    with receiving(answers()) as collector, log.open("wb") as sink:
+        command = [sys.executable, "-c", ANSWERED, f"http://127.0.0.1:{collector.port}", *parents]
+        subprocess.run(command, cwd=ROOT, stdout=sink, timeout=60, check=True)
+        return Seen(collector, collector, log)
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [("200", None), ("404", None), ("499", None), ("leaves", None), ("500", "500"), ("503", "503")],
+)
+def test_what_the_server_failed_at_is_a_span_that_failed(
+    answered: Seen, answer: str, error: str | None
+) -> None:
+    [span] = answered.spans(f"GET {answer}")
+    assert (span.status.code == Status.STATUS_CODE_ERROR) == (error is not None)
+    assert attributes(span).get("error.type") == error
+
+
+def test_who_names_two_parents_has_none(answered: Seen) -> None:
+    [two], [one] = answered.spans("GET 201"), answered.spans("GET 202")
+    assert (one.trace_id.hex(), one.parent_span_id.hex()) == (TRACE, PARENT)
+    assert two.parent_span_id == b""
+    assert two.trace_id.hex() not in (TRACE, TRACE[::-1])
 
 
 # The end -----------------------------------------------------------------------------------------
