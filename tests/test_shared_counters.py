@@ -113,6 +113,22 @@ def test_what_was_taken_back_was_not_counted(server: RedisServer) -> None:
     story(server, told)
 
 
+def test_who_leaves_before_it_was_asked_is_counted_all_the_same(server: RedisServer) -> None:
+    async def tell() -> int:
+        async with processes(server, 2) as (counters, _):
+            others = [
+                asyncio.create_task(counters.add(f"others:{number}:1", 1, seconds=60))
+                for number in range(shared_counters.CONNECTIONS)
+            ]
+            left = asyncio.create_task(add(counters))  # type: ignore[arg-type]
+            await asyncio.sleep(0)
+            left.cancel()
+            await asyncio.gather(*others)
+            return await add(counters)
+
+    assert asyncio.run(tell()) == 2
+
+
 # While it does not -------------------------------------------------------------------------------
 
 
@@ -180,6 +196,44 @@ def test_what_was_counted_alone_is_told_to_the_others_afterwards(server: RedisSe
             return [*alone, *back, await add(other)]
 
     assert asyncio.run(tell()) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_what_could_not_be_told_is_kept_until_it_can_be(server: RedisServer) -> None:
+    async def tell() -> list[int]:
+        async with processes(server, 2) as (counters, _):
+
+            async def bring_back() -> None:
+                server.start()
+                await asyncio.sleep(REST_SECONDS)
+                # Whoever finds that it is back tells it of others nothing.
+                await counters.add("others:0:1", 1, seconds=60)
+
+            server.kill()
+            alone = [await add(counters) for _ in range(4)]
+            await bring_back()
+            server.kill()
+            alone.append(await add(counters))
+            await bring_back()
+            return [*alone, await add(counters)]
+
+    assert asyncio.run(tell()) == [1, 2, 3, 4, 5, 6]
+
+
+def test_of_what_was_counted_alone_nothing_is_lost_with_an_answer(server: RedisServer) -> None:
+    async def told(counters: InRedis) -> None:
+        await add(counters)
+        server.pause()
+        for _ in range(50):
+            await add(counters)
+        await asyncio.sleep(REST_SECONDS)
+        await add(counters)
+        server.resume()
+        await asyncio.sleep(REST_SECONDS)
+        await add(counters)
+        # Two were asked when it was stopped, and heard when it went on: those count twice, and not all before them.
+        assert 54 <= await add(counters) <= 56
+
+    story(server, told)
 
 
 def test_the_right_password_forgets_what_was_counted_alone_too(server: RedisServer) -> None:

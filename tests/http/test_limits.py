@@ -190,6 +190,12 @@ def test_an_expired_token_is_not_counted_as_bad_credentials(tight: TestClient, c
     assert {(answer.status_code, answer.json()["code"]) for answer in answers} == {(401, "token-expired")}
 
 
+def test_a_wrong_password_is_no_strangers(tight: TestClient) -> None:
+    answer = log_in(tight, "nobody@acme.example", "wrong")
+    assert answer.status_code == 401
+    assert standing(answer).keys() == {"login", "login-failures"}
+
+
 def test_a_stolen_session_cannot_keep_its_owner_from_a_new_password(acme: Account) -> None:
     for _ in range(6):
         change(acme, "wrong")
