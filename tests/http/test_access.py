@@ -12,10 +12,12 @@ from connexion.lifecycle import ConnexionRequest
 from connexion.security import NO_VALUE, ApiKeySecurityHandler, BearerSecurityHandler
 from starlette.types import Receive, Scope, Send
 
+from billing.actors import Actor
 from billing.clock import utc_now
 from billing.counters import InProcess
 from billing.errors import (
     BillingError,
+    InsufficientScope,
     KeyUnknown,
     TokenInvalid,
 )
@@ -97,6 +99,8 @@ AUTHORIZATION, X_API_KEY = "authorization", "x-api-key"
         ([(AUTHORIZATION, "Bearer a-token")], BY_USER, "nothing"),
         ([(AUTHORIZATION, "bearer   a-token ")], BY_USER, "nothing"),
         ([(X_API_KEY, "a-key")], "nothing", BY_KEY),
+        ([(X_API_KEY, " a-key\t")], "nothing", BY_KEY),
+        ([(X_API_KEY, "\va-key")], "nothing", KeyUnknown),
         ([(X_API_KEY, "wrong")], "nothing", KeyUnknown),
         ([(X_API_KEY, "")], "nothing", KeyUnknown),
         ([(X_API_KEY, "a-key"), (X_API_KEY, "a-key")], "nothing", KeyUnknown),
@@ -217,6 +221,14 @@ def test_who_may(caller: Caller, allowed: set[str], operation_id: str) -> None:
 )
 def test_a_disabled_tenant_may_nothing(caller: Caller, operation_id: str) -> None:
     assert through(caller, operation_id) == "TenantDisabled"
+
+
+def test_what_is_done_with_a_key_is_the_keys_doing() -> None:
+    assert BY_USER.actor("192.0.2.1", "a-request") == Actor("user", ADA.id, "192.0.2.1", "a-request")
+    assert BY_KEY.actor("192.0.2.1", "a-request") == Actor("api_key", KEY.id, "192.0.2.1", "a-request")
+    assert BY_USER.signed_in_user() == ADA
+    with pytest.raises(InsufficientScope):
+        BY_KEY.signed_in_user()
 
 
 def test_where_security_found_nobody_the_gate_is_open() -> None:
