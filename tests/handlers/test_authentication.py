@@ -14,8 +14,8 @@ from sqlalchemy import Engine, text
 from starlette.testclient import TestClient
 
 from billing import sessions, users
-from billing.errors import InvalidCredentials
-from billing.passwords import Passwords
+from billing.errors import InvalidCredentials, SessionEnded
+from billing.passwords import Passwords, cost_of
 from billing.settings import Settings
 from billing.storage.shelf import BATCH_ROWS
 from billing.storage.store import Store
@@ -150,6 +150,18 @@ def test_a_user_who_is_disabled_while_they_log_in_gets_no_session(
         sessions.log_in(tx, account, renewed_hash=None, tokens=tokens, now=clock())
     with superuser.connect() as connection:
         assert connection.scalar(text("SELECT count(*) FROM sessions")) == 1
+
+
+def test_log_in_hashes_anew_what_was_hashed_at_another_cost(
+    acme: Account, settings: Settings, superuser: Engine
+) -> None:
+    stored = Passwords(settings.password_peppers, settings.password_cost + 1).hash(PASSWORD)
+    with superuser.begin() as connection:
+        connection.execute(text("UPDATE users SET password_hash = :stored"), {"stored": stored})
+    assert [log_in(acme.client, acme.email).status_code for _ in range(2)] == [200, 200]
+    with superuser.connect() as connection:
+        renewed = connection.scalar(text("SELECT password_hash FROM users"))
+    assert cost_of(renewed.split("$", 2)[2]) == settings.password_cost
 
 
 def test_log_in_says_the_same_for_every_reason(acme: Account, superuser: Engine) -> None:
@@ -293,6 +305,15 @@ def test_refresh_of_a_disabled_tenant_is_403(acme: Account, superuser: Engine) -
     assert code_of(refresh(acme.client, acme.tokens["refresh"])) == (403, "tenant-disabled")
 
 
+@pytest.mark.parametrize("ending", ["is_active = false", "token_version = token_version + 1"])
+def test_either_ends_a_refresh_token_whatever_becomes_of_its_session(
+    acme: Account, superuser: Engine, ending: str
+) -> None:
+    with superuser.begin() as connection:
+        connection.execute(text(f"UPDATE users SET {ending}"))
+    assert code_of(refresh(acme.client, acme.tokens["refresh"])) == (401, "session-ended")
+
+
 # me, change-password -----------------------------------------------------------------------------
 
 
@@ -408,6 +429,22 @@ def test_403_for_a_wrong_old_password(acme: Account) -> None:
 
 def test_422_for_a_new_password_made_of_own_words(acme: Account) -> None:
     assert code_of(change_password(acme, new="acme.example1")) == (422, "password-too-weak")
+
+
+def test_a_user_who_is_disabled_while_they_change_their_password_gets_no_session(
+    acme: Account, store: Store, settings: Settings, superuser: Engine, clock: TurnedClock
+) -> None:
+    with store.platform() as platform:
+        account = platform.find_account(acme.email)
+    assert account is not None
+    tokens = Tokens(settings.jwt_keys, settings.public_base_url)
+    with store.tenant(account.tenant.id) as tx:
+        tx.users.disable(account.user.id, clock())
+    with store.tenant(account.tenant.id) as tx, pytest.raises(SessionEnded):
+        sessions.change_password(tx, account.user, "-", tokens=tokens, now=clock())
+    with superuser.connect() as connection:
+        assert connection.scalar(text("SELECT count(*) FROM sessions")) == 1
+        assert connection.scalar(text("SELECT password_hash FROM users")) == account.password_hash
 
 
 def test_two_changes_at_once_change_it_once(acme: Account) -> None:

@@ -32,7 +32,8 @@ from billing.storage.tables import users as table_of_users
 from billing.storage.tenants import GET
 from billing.tenants import Registered, Tenant
 from billing.tokens import Claims, Tokens
-from billing.users import User
+from billing.users import User, new_user
+from billing.users import add as add_user
 from tests.conftest import TestDatabase
 
 T = TypeVar("T")
@@ -153,8 +154,23 @@ def test_a_token_of_one_tenant_names_no_user_of_another(
 
 
 def test_a_session_that_is_over_names_nobody(test_database: TestDatabase, claims: Claims) -> None:
-    later = NOW + timedelta(days=31)
-    assert ask(test_database.app_url, lambda asked: asked.find_user(claims, later)) is None
+    end = NOW + sessions.FAMILY_LIFETIME
+
+    async def before_and_then(asked: Lookups) -> list[bool]:
+        moments = (end - timedelta(microseconds=1), end)
+        return [await asked.find_user(claims, now) is not None for now in moments]
+
+    assert ask(test_database.app_url, before_and_then) == [True, False]
+
+
+def test_a_session_of_ones_own_names_no_colleague(
+    test_database: TestDatabase, store: Store, two: list[Registered], claims: Claims
+) -> None:
+    bob = new_user(claims.tenant_id, {"email": "bob@acme.example"}, role="owner", now=NOW)
+    with store.tenant(claims.tenant_id) as tx:
+        add_user(tx, bob, password_hash="-", now=NOW)
+    of_a_colleague = replace(claims, user_id=bob.id)
+    assert ask(test_database.app_url, lambda asked: asked.find_user(of_a_colleague, NOW)) is None
 
 
 @pytest.mark.parametrize("is_prepared", [True, False])
@@ -226,6 +242,26 @@ def test_a_question_is_one_message(question: Question) -> None:
     # Two statements and so one transaction: the setting is gone when the answer is here.
     for prepared in (True, False):
         assert question.message(prepared=prepared).count(";") == 1
+
+
+def test_whoever_gets_the_connection_next_is_in_nobodys_tenant(
+    test_database: TestDatabase, two: list[Registered], digests: KeyDigests, claims: Claims
+) -> None:
+    """As behind PgBouncer, which hands it to somebody else."""
+
+    async def left(asked: Lookups) -> str | None:
+        connection = asked._pool._idle.pop()
+        connection._answer = answer = asyncio.get_running_loop().create_future()
+        connection._cursor.execute("SELECT current_setting('app.tenant_id', true)")
+        return await answer
+
+    async def after_each(asked: Lookups) -> list[str | None]:
+        assert await asked.find_key(digests.candidates(two[0].keys[0].text)) is not None
+        by_key = await left(asked)
+        assert await asked.find_user(claims, NOW) is not None
+        return [by_key, await left(asked)]
+
+    assert not any(ask(test_database.app_url, after_each, connections=1))
 
 
 def test_a_key_is_looked_up_by_its_id_whatever_the_plan(
