@@ -8,6 +8,7 @@ import re
 import resource
 import signal
 import socket
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -34,7 +35,7 @@ from billing.tenants import Registered, Tenant
 from billing.tokens import Claims, Tokens
 from billing.users import User, new_user
 from billing.users import add as add_user
-from tests.conftest import TestDatabase
+from tests.conftest import TestDatabase, waits_for_a_lock
 
 T = TypeVar("T")
 TEXT = 'Ünïcode "quoted" it\'s \\back\\ \U0001f600 {a,b} %s\x7f'
@@ -229,6 +230,16 @@ def test_what_a_pooler_forgets_is_sent_whole(
     assert (key[0], user[0]) == (two[1].tenant, two[0].tenant)
 
 
+def test_what_is_prepared_there_already_is_sent_whole(test_database: TestDatabase) -> None:
+    """As behind a pooler, whose connection somebody else of ours had before."""
+    connection, is_prepared = async_pool.connect(test_database.app_url)
+    try:
+        assert is_prepared
+        assert not async_pool._prepare(connection, time.monotonic() + 10)
+    finally:
+        connection.close()
+
+
 def test_what_another_release_prepared_is_not_taken_for_ours() -> None:
     """Behind a pooler it stays where it was prepared, by its name."""
     ours = set(FIND_KEY.prepared())
@@ -346,25 +357,31 @@ def stopped(pids: list[int]) -> Iterator[None]:
             os.kill(pid, signal.SIGCONT)
 
 
+@pytest.mark.parametrize("connections", [1, 4])
 def test_a_backend_that_has_stopped_is_given_up_and_another_asked(
     test_database: TestDatabase,
-    superuser: Engine,
     two: list[Registered],
     digests: KeyDigests,
     monkeypatch: pytest.MonkeyPatch,
+    connections: int,
 ) -> None:
     monkeypatch.setattr(async_pool, "ANSWERING_SECONDS", SHORT)
     monkeypatch.setattr(async_pool, "CHECKED_EVERY_SECONDS", SHORT / 10)
     candidates = digests.candidates(two[0].keys[0].text)
 
     async def past_it(asked: Lookups) -> list[Any]:
-        first = await asked.find_key(candidates)
-        with stopped(backends(superuser)):
-            return [first, await asked.find_key(candidates)]
+        first, *_ = await asyncio.gather(*(asked.find_key(candidates) for _ in range(connections)))
+        while len(asked._pool._connections) < connections:
+            await asyncio.sleep(0.01)
+        before = set(asked._pool._connections)
+        with stopped([one._connection.info.backend_pid for one in before]):
+            found = [first, await asked.find_key(candidates)]
+        # Nor are those kept that nobody was asking.
+        assert not before & asked._pool._connections
+        return found
 
-    assert [tenant for tenant, *_ in ask(test_database.app_url, past_it, connections=1)] == [
-        two[0].tenant
-    ] * 2
+    found = ask(test_database.app_url, past_it, connections=connections)
+    assert [tenant for tenant, *_ in found] == [two[0].tenant] * 2
 
 
 def test_where_no_more_connections_are_to_be_had_those_that_are_there_answer_all(
@@ -388,7 +405,10 @@ def test_where_no_more_connections_are_to_be_had_those_that_are_there_answer_all
     assert [tenant for tenant, *_ in found] == [two[0].tenant] * 50
 
 
-def test_without_a_database_everybody_is_told_soon() -> None:
+def test_without_a_database_everybody_is_told_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Nobody waits for what will not come.
+    monkeypatch.setattr(async_pool, "WAITING_SECONDS", 60)
+
     async def many(asked: Lookups) -> list[BaseException | Any]:
         answers = (asked.find_key([str(n)]) for n in range(20))
         return await asyncio.wait_for(asyncio.gather(*answers, return_exceptions=True), 5)
@@ -444,12 +464,79 @@ def test_who_does_not_wait_any_more_leaves_the_connection_in_order(
     assert ask(test_database.app_url, story, connections=1) == 1
 
 
+def test_who_has_waited_longest_gets_the_connection_and_who_left_keeps_none(
+    test_database: TestDatabase, two: list[Registered], digests: KeyDigests
+) -> None:
+    served: list[str] = []
+
+    async def wait(asked: Lookups, name: str) -> None:
+        await asked.find_key(digests.candidates(two[0].keys[0].text))
+        served.append(name)
+
+    async def story(asked: Lookups) -> None:
+        await wait(asked, "nobody else")
+        taken = asked._pool._idle.pop()
+        left, first, second = waiting = [
+            asyncio.ensure_future(wait(asked, name)) for name in ("left", "first", "second")
+        ]
+        await asyncio.sleep(0)
+        asked._pool.freed(taken)
+        left.cancel()  # In the moment in which it has the connection.
+        await asyncio.wait(waiting)
+        assert left.cancelled()
+        assert first.exception() is second.exception() is None
+
+    ask(test_database.app_url, story, connections=1)
+    assert served == ["nobody else", "first", "second"]
+
+
+def test_who_waits_too_long_for_a_connection_is_refused(
+    test_database: TestDatabase,
+    two: list[Registered],
+    digests: KeyDigests,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(async_pool, "WAITING_SECONDS", SHORT)
+    monkeypatch.setattr(async_pool, "LOOKED_EVERY_SECONDS", SHORT / 10)
+
+    async def story(asked: Lookups) -> None:
+        await asked.find_key(["none"])
+        asked._pool._idle.clear()  # As if somebody else were asking.
+        with pytest.raises(DatabaseUnavailable):
+            await asyncio.wait_for(asked.find_key(["none"]), 10)
+
+    ask(test_database.app_url, story, connections=1)
+
+
+def test_a_connection_that_nobody_asks_is_kept(
+    test_database: TestDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(async_pool, "LOOKED_EVERY_SECONDS", SHORT / 100)
+
+    async def story(asked: Lookups) -> bool:
+        await asked.find_key(["none"])
+        monkeypatch.setattr(async_pool, "ANSWERING_SECONDS", SHORT / 10)
+        before = set(asked._pool._connections)
+        await asyncio.sleep(SHORT)
+        return bool(before) and asked._pool._connections == before
+
+    assert ask(test_database.app_url, story, connections=1)
+
+
+@pytest.mark.parametrize("is_open", [True, False])
 def test_a_lock_that_is_held_is_a_database_that_is_away(
-    test_database: TestDatabase, superuser: Engine, two: list[Registered], digests: KeyDigests
+    test_database: TestDatabase,
+    superuser: Engine,
+    two: list[Registered],
+    digests: KeyDigests,
+    is_open: bool,
 ) -> None:
     candidates = digests.candidates(two[0].keys[0].text)
 
     async def story(asked: Lookups) -> Any:
+        # Else it is already waited for when the connection is made.
+        if is_open:
+            await asked.find_key(candidates)
         with superuser.begin() as connection:
             connection.execute(text("LOCK TABLE api_keys IN ACCESS EXCLUSIVE MODE"))
             with pytest.raises(DatabaseUnavailable):
@@ -457,6 +544,76 @@ def test_a_lock_that_is_held_is_a_database_that_is_away(
         return await asked.find_key(candidates)
 
     assert ask(test_database.app_url, story)[0] == two[0].tenant
+
+
+def test_who_is_not_answered_the_second_time_either_is_told_that_there_is_none(
+    test_database: TestDatabase,
+    superuser: Engine,
+    two: list[Registered],
+    digests: KeyDigests,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(async_pool, "ANSWERING_SECONDS", SHORT)
+    monkeypatch.setattr(async_pool, "LOOKED_EVERY_SECONDS", SHORT / 10)
+    candidates = digests.candidates(two[0].keys[0].text)
+
+    async def story(asked: Lookups) -> Any:
+        await asked.find_key(candidates)
+        with superuser.begin() as connection:
+            # Of which the statements know nothing until they are executed.
+            connection.execute(text("LOCK TABLE directory IN ACCESS EXCLUSIVE MODE"))
+            with pytest.raises(DatabaseUnavailable):
+                await asked.find_key(candidates)
+        return await asked.find_key(candidates)
+
+    assert ask(test_database.app_url, story)[0] == two[0].tenant
+
+
+def test_a_question_whose_backend_is_ended_is_asked_again(
+    test_database: TestDatabase, superuser: Engine, two: list[Registered], digests: KeyDigests
+) -> None:
+    candidates = digests.candidates(two[0].keys[0].text)
+
+    async def story(asked: Lookups) -> Any:
+        await asked.find_key(candidates)
+        [first] = asked._pool._connections
+        with superuser.begin() as connection:
+            connection.execute(text("LOCK TABLE api_keys IN ACCESS EXCLUSIVE MODE"))
+            asking = asyncio.ensure_future(asked.find_key(candidates))
+            while not waits_for_a_lock(superuser):
+                await asyncio.sleep(0.01)
+            ended = {"pid": first._connection.info.backend_pid}
+            connection.execute(text("SELECT pg_terminate_backend(:pid)"), ended)
+        return await asking
+
+    assert ask(test_database.app_url, story, connections=1)[0] == two[0].tenant
+
+
+def test_who_waits_when_it_is_closed_is_told_and_nothing_stays_open(
+    test_database: TestDatabase, superuser: Engine, two: list[Registered], digests: KeyDigests
+) -> None:
+    candidates = digests.candidates(two[0].keys[0].text)
+
+    async def story() -> list[int]:
+        asked = Lookups(1)
+        asked.open(test_database.app_url)
+        await asked.find_key(candidates)
+        [kept] = asked._pool._connections
+        pids = [kept._connection.info.backend_pid]
+        asked._pool._idle.clear()  # As if somebody else were asking.
+        waiting = asyncio.ensure_future(asked.find_key(candidates))
+        await asyncio.sleep(0)
+        asked.close()
+        for question in (waiting, asked.find_key(candidates)):
+            with pytest.raises(DatabaseUnavailable):
+                await asyncio.wait_for(question, SHORT)
+        return pids
+
+    left = asyncio.run(story())
+    until = time.monotonic() + 10
+    while set(left) & set(backends(superuser)):
+        assert time.monotonic() < until, "It is still open."
+        time.sleep(0.01)
 
 
 def test_a_host_that_hangs_is_passed_over(
