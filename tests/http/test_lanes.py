@@ -106,6 +106,7 @@ def test_a_storm_of_passwords_runs_two_at_a_time_and_leaves_no_thread_taken() ->
         tasks = await begin(lanes, Lane.PASSWORDS, work, 2)
         storm = await asyncio.gather(*(is_overloaded(lanes, Lane.PASSWORDS) for _ in range(50)))
         assert storm == [True] * 50
+        assert lanes._lanes[Lane.PASSWORDS].waiting == 0
         work.end()
         await asyncio.gather(*tasks)
         again = Work()
@@ -134,6 +135,11 @@ def test_one_tenants_calls_leave_half_of_the_threads_to_others() -> None:
         asyncio.run(story(work))
 
 
+def test_of_a_single_thread_a_tenant_has_all() -> None:
+    lanes = Lanes({Lane.GENERAL: 1}, longest_wait_seconds=SHORT)
+    assert asyncio.run(lanes.run(Lane.GENERAL, lambda: "acme", whose="acme")) == "acme"
+
+
 def test_who_waited_too_long_for_a_share_leaves_none_taken() -> None:
     async def story(work: Work) -> None:
         lanes = Lanes({Lane.GENERAL: 2}, longest_wait_seconds=SHORT)
@@ -142,7 +148,8 @@ def test_who_waited_too_long_for_a_share_leaves_none_taken() -> None:
         for _ in range(3):
             with pytest.raises(Overloaded):
                 await lanes.run(Lane.GENERAL, lambda: "acme", whose="acme")
-        # Nor does one whose own share is free, and who waits for the threads of all.
+        # Nor does one whose own share is free, and who waits for the threads of all. It is kept while anybody has it.
+        kept = lanes._lanes[Lane.GENERAL]._share_of("initech")
         other = asyncio.create_task(lanes.run(Lane.GENERAL, work, whose="globex"))
         await asyncio.to_thread(work.begun.acquire, timeout=10)
         with pytest.raises(Overloaded):
@@ -151,6 +158,7 @@ def test_who_waited_too_long_for_a_share_leaves_none_taken() -> None:
         await asyncio.gather(first, other)
         for whose in ("acme", "globex", "initech"):
             assert await lanes.run(Lane.GENERAL, lambda: "again", whose=whose) == "again"
+        assert not kept.locked()
 
     with working() as work:
         asyncio.run(story(work))
