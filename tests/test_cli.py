@@ -281,13 +281,13 @@ def test_help_says_how_to_call_it_with_an_example(name: str, command: click.Comm
 
 
 @pytest.mark.parametrize(("hard", "allowed"), [(8192, 4096), (4096, 4096), (512, 512)])
-def test_a_worker_takes_the_descriptors_that_it_may_have(hard: int, allowed: int) -> None:
+def test_a_process_takes_the_descriptors_that_it_may_have(hard: int, allowed: int) -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most != resource.RLIM_INFINITY and most < hard:
         pytest.skip(f"This process may have {most} descriptors, and only root may raise that.")
     told = (
         f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, {hard})); "
-        "from billing.cli.worker import allow_descriptors; allow_descriptors(); "
+        "from billing.cli.console import allow_descriptors; allow_descriptors(); "
         "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
     )
     ran = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -45,6 +46,20 @@ def unreachable(error: DatabaseUnavailable) -> str:
     """The driver's first line, which names host and port, redacted; the error's title if there is none."""
     reason = str(getattr(error.__cause__, "orig", "")).strip().partition("\n")[0]
     return f"The database cannot be reached: {redact(reason)}." if reason else error.title()
+
+
+# The process ---------------------------------------------------------------------------------------
+
+# Of a worker each endpoint may have 16 connections, and each attempt in flight has two descriptors of its socket.
+DESCRIPTORS = 4096
+
+
+def allow_descriptors() -> None:
+    """Raise our limit of file descriptors to what connections need, as far as the hard limit allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < DESCRIPTORS:
+        most = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 # The database --------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from uvicorn.supervisors.watchfilesreload import WatchFilesReload
 
 from billing import logs
 from billing.cli.companion import Companion
-from billing.cli.console import opened_database
+from billing.cli.console import allow_descriptors, opened_database
 from billing.cli.watchers import kept_metrics, server_metrics
 from billing.settings import Settings
 from billing.storage.database import Database
@@ -74,6 +74,7 @@ def _settings(**options: object) -> Settings:
 def _serve(settings: Settings, config: uvicorn.Config, companion: Companion | None) -> None:
     logs.configure(tty=sys.stderr.isatty())
     signal.signal(signal.SIGTERM, interrupt)
+    allow_descriptors()
     with listen(settings.host, settings.port) as listener, kept_metrics(settings):
         settings = _settings(PORT=listener.getsockname()[1])
         with opened_database(settings) as database:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import sys
 import threading
@@ -12,7 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 import click
 
 from billing import crashes, keys, logs, stripe_connect, tenants, tracing
-from billing.cli.console import done, opened_store
+from billing.cli.console import allow_descriptors, done, opened_store
 from billing.cli.watchers import begin_telemetry, worker_metrics
 from billing.clock import utc_now
 from billing.deliveries import dispatcher_for
@@ -29,8 +28,6 @@ CHECKING_THREADS = 8
 ENDPOINT_THREADS = 128
 SENDING_THREADS = 512
 SLOW_THREADS = 32
-# Each endpoint may have 16 connections, and each attempt in flight has two descriptors of its socket.
-DESCRIPTORS = 4096
 # Shared by the threads, which are in a transaction for only a few milliseconds at a time.
 CONNECTIONS = 16
 AWAKE_EVERY_SECONDS = 0.2
@@ -68,14 +65,6 @@ def worker(*, follow: bool) -> None:
             crew.run()
         finally:
             tracing.end()
-
-
-def allow_descriptors() -> None:
-    """Raise our limit of file descriptors to what endpoints need, as far as the hard limit allows."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < DESCRIPTORS:
-        most = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 class Crew:

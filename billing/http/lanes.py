@@ -82,7 +82,9 @@ class Lanes:
 
     async def run(self, lane: Lane, call: Callable[[], T], *, whose: Hashable = None) -> T:
         """Run a blocking call in the lane; raises `Overloaded` if no thread is free in time."""
-        return await self._lanes[lane].run(call, whose=whose)
+        # Changes of password share one half, whosesoever: else a few tenants could keep everybody from logging in.
+        share = lane if lane is Lane.PASSWORDS and whose is not None else whose
+        return await self._lanes[lane].run(call, whose=share)
 
     async def emptied(self) -> None:
         """Wait until no call runs, not even one whose request is over."""

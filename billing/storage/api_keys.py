@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from uuid import UUID
 
 from sqlalchemy import and_, bindparam, func, or_, select, union_all, update
@@ -36,9 +36,15 @@ NOTE_USE = (
     .where(IS_NAMED)
     .values(last_used_at=func.greatest(api_keys.c.last_used_at, bindparam("at")))
 )
+# Another machine's clock may be behind: a key that has just expired by ours would still work there.
+CLOCKS_DIFFER_BY = timedelta(minutes=15)
+MAY_LIVE = and_(
+    api_keys.c.revoked_at.is_(None),
+    or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > bindparam("since")),
+)
 REVOKE = (
     update(api_keys)
-    .where(of_tenant(api_keys), OF_TYPES, IS_LIVING)
+    .where(of_tenant(api_keys), OF_TYPES, MAY_LIVE)
     .values(revoked_at=bindparam("now"))
     .returning(*COLUMNS)
 )
@@ -63,8 +69,10 @@ class ApiKeys(Shelf):
         self.defer(EXPIRE, key_id=key.id, expires_at=key.expires_at)
 
     def revoke(self, types: Sequence[KeyType], now: datetime) -> list[ApiKey]:
-        """Revoke the living keys of these types; returns them."""
-        return [ApiKey(*row) for row in self.run(REVOKE, types=list(types), now=now)]
+        """Revoke the keys of these types, also those that expired a moment ago; returns those that were living."""
+        rows = self.run(REVOKE, types=list(types), now=now, since=now - CLOCKS_DIFFER_BY)
+        revoked = [ApiKey(*row) for row in rows]
+        return [key for key in revoked if key.expires_at is None or key.expires_at > now]
 
     def note_use(self, id: UUID, at: datetime) -> None:
         """Store when a key was last used; a later time written by another process stays."""

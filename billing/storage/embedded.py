@@ -97,7 +97,7 @@ class Server:
         while not self._closed.wait(pause):
             try:
                 quiet = not revive()
-            except EmbeddedPostgresError:
+            except (EmbeddedPostgresError, OSError):  # Such as one descriptor too many.
                 log.exception("The embedded PostgreSQL cannot be revived yet")
                 quiet = False
             pause = POLL_SECONDS if quiet else min(2 * pause, LONGEST_PAUSE_SECONDS)

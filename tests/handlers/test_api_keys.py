@@ -216,6 +216,18 @@ def test_what_ends_no_key_leaves_a_row_all_the_same(acme: Account, superuser: En
         assert list(actions) == ["api_key.revoked", "api_key.revoked", "api_key.regenerated"]
 
 
+def test_revoke_ends_what_still_works_by_a_clock_that_is_behind(acme: Account, clock: TurnedClock) -> None:
+    old = acme.tenant["api_key_secret"]
+    acme.regenerate("live", grace_period_seconds=60)
+    acme.revoke("test")
+    clock.turn(seconds=61)
+    assert outcome(acme, old) == "key-expired"
+    assert acme.revoke("live")["revoked_keys"] == ["live_public", "live_secret"]
+    assert acme.revoke("live")["revoked_keys"] == []
+    clock.turn(seconds=-30)
+    assert outcome(acme, old) == "key-revoked"
+
+
 def test_revoke_again_is_no_error(acme: Account) -> None:
     acme.revoke("all")
     assert acme.revoke("all")["revoked_keys"] == []

@@ -36,6 +36,7 @@ from billing.stripe_connect import disconnect as end_connection
 from billing.stripe_connections import StripeConnections, stripe_connections_for
 from billing.tasks import Task
 from billing.worker import Worker
+from sandbox.accounts import Status
 from sandbox.faults import Fault
 from sandbox.stripe import Sandbox
 from tests.answers import COMPONENTS
@@ -1496,6 +1497,18 @@ def test_a_worker_without_stripe_keeps_what_is_to_be_done(
     jobs: dict[str, Callable[[Task], None]] = {CHECK: idle.check, DEAUTHORIZE: idle.deauthorize}
     assert work(Worker(store, jobs, clock, threads=1)) == [CHECK]
     assert tasks(superuser) == [(CHECK, account_id)]
+
+
+def test_what_a_clock_stored_that_was_ahead_keeps_no_answer_out(
+    acme: Account, stripe: Sandbox, clock: TurnedClock
+) -> None:
+    connect(acme, stripe)
+    clock.turn(minutes=10)
+    assert status(acme)["status"] == "active"
+    clock.turn(minutes=-10)
+    account_id, _ = shown(acme)
+    stripe.accounts[str(account_id)].become(Status.RESTRICTED)
+    assert status(acme)["status"] == "restricted"
 
 
 # Sessions that end ------------------------------------------------------------------------------

@@ -135,6 +135,21 @@ def test_one_tenants_calls_leave_half_of_the_threads_to_others() -> None:
         asyncio.run(story(work))
 
 
+def test_changes_of_all_tenants_passwords_leave_half_of_the_threads_to_logins() -> None:
+    async def story(work: Work) -> None:
+        lanes = Lanes({Lane.PASSWORDS: 2}, longest_wait_seconds=LONG)
+        tenants = ["acme", "globex", "initech"]
+        calls = [asyncio.create_task(lanes.run(Lane.PASSWORDS, work, whose=whose)) for whose in tenants]
+        await asyncio.to_thread(work.begun.acquire, timeout=10)
+        assert await lanes.run(Lane.PASSWORDS, lambda: "a login") == "a login"
+        work.end()
+        assert await asyncio.gather(*calls) == ["done"] * 3
+        assert work.most == 1
+
+    with working() as work:
+        asyncio.run(story(work))
+
+
 def test_of_a_single_thread_a_tenant_has_all() -> None:
     lanes = Lanes({Lane.GENERAL: 1}, longest_wait_seconds=SHORT)
     assert asyncio.run(lanes.run(Lane.GENERAL, lambda: "acme", whose="acme")) == "acme"
