@@ -162,63 +162,61 @@ REQUESTS = Counter(
     "requests_total", "Requests answered; 499 is a client that left.", "operation", "method", "status"
 )
 REQUEST_SECONDS = Histogram(
-    "request_duration_seconds", "From a request to the end of its answer.", "operation"
+    "request_duration_seconds", "Time from a request to the end of its answer.", "operation"
 )
-IN_FLIGHT = Gauge("requests_in_flight", "Requests that are being answered.")
+IN_FLIGHT = Gauge("requests_in_flight", "Requests in flight.")
 PROBLEMS = Counter("problems_total", "Problems answered, by their code.", "operation", "code")
-KEY_USES_DROPPED = Counter(
-    "key_uses_dropped_total", "Notes of a used API key that could not be written down."
-)
+KEY_USES_DROPPED = Counter("key_uses_dropped_total", "Uses of API keys that could not be stored.")
 
 # Threads and connections ---------------------------------------------------------------------------
 
 LANE_THREADS = Gauge("lane_threads", "Threads of each kind of work.", "lane")
-LANE_BUSY = Gauge("lane_threads_busy", "Of these, those that work.", "lane")
-LANE_WAITING = Gauge("lane_waiting", "Requests that wait for one of these threads.", "lane")
+LANE_BUSY = Gauge("lane_threads_busy", "Threads that are working.", "lane")
+LANE_WAITING = Gauge("lane_waiting", "Requests waiting for a thread.", "lane")
 LANE_WAIT = Histogram(
     "lane_wait_seconds",
-    "How long those waited for whom no thread was free.",
+    "Wait of requests that found no thread free.",
     "lane",
 )
-LANE_REFUSED = Counter(
-    "lane_refused_total", "Requests told to come back: no thread was free for them in time.", "lane"
-)
-POOL_SIZE = Gauge("database_pool_size", "Connections to the database that there may be.", "component")
-POOL_IN_USE = Gauge("database_pool_in_use", "Of these, those in use.", "component")
-POOL_WAIT = Histogram("database_pool_wait_seconds", "How long those waited that found no connection free.")
+LANE_REFUSED = Counter("lane_refused_total", "Requests refused with 503: no thread was free in time.", "lane")
+POOL_SIZE = Gauge("database_pool_size", "Most connections to the database.", "component")
+POOL_IN_USE = Gauge("database_pool_in_use", "Connections in use.", "component")
+POOL_WAIT = Histogram("database_pool_wait_seconds", "Wait of callers that found no connection free.")
 
 # The worker ----------------------------------------------------------------------------------------
 
-WORKERS = Gauge("worker_processes", "Worker processes that run.")
+WORKERS = Gauge("worker_processes", "Worker processes running.")
 POLLED = Gauge(
     "worker_polled_timestamp_seconds",
-    "When a worker last got an answer to its question.",
+    "When a worker last polled its queue.",
     "queue",
     merge="max",
 )
-TASKS = Counter("tasks_total", "Tasks ended, `done` or `failed`: a failed one comes again.", "kind", "result")
-TASK_SECONDS = Histogram("task_duration_seconds", "How long a task took.", "kind")
+TASKS = Counter("tasks_total", "Tasks ended, `done` or `failed`; a failed one is retried.", "kind", "result")
+TASK_SECONDS = Histogram("task_duration_seconds", "Duration of a task.", "kind")
 ATTEMPTS = Counter(
-    "delivery_attempts_total", "Attempts to deliver an event: `delivered`, or why not.", "outcome"
+    "delivery_attempts_total",
+    "Attempts to deliver an event, `delivered` or the reason for failure.",
+    "outcome",
 )
-ATTEMPT_SECONDS = Histogram("delivery_duration_seconds", "How long an attempt took.")
+ATTEMPT_SECONDS = Histogram("delivery_duration_seconds", "Duration of an attempt.")
 DELIVERIES = Counter("deliveries_ended_total", "Deliveries that ended, `delivered` or `failed`.", "status")
 
 # Read from the database, at each scrape ------------------------------------------------------------
 
 OUTBOX = ScrapedGauge(
-    "outbox_deliveries", "Deliveries that have not ended, by how their endpoint does.", "endpoint"
+    "outbox_deliveries", "Deliveries that have not ended, by the state of their endpoint.", "endpoint"
 )
 OUTBOX_AGE = ScrapedGauge(
-    "outbox_oldest_due_seconds", "For how long the oldest of them has been due.", "endpoint"
+    "outbox_oldest_due_seconds", "How long the oldest of them has been due.", "endpoint"
 )
-DUE = ScrapedGauge("tasks_due", "Tasks that are due and that no worker holds.", "queue")
-DUE_AGE = ScrapedGauge("tasks_oldest_due_seconds", "For how long the oldest of them has been due.", "queue")
-DATABASE_UP = ScrapedGauge("database_up", "Whether the database answered just now.", "kind")
+DUE = ScrapedGauge("tasks_due", "Tasks that are due and held by no worker.", "queue")
+DUE_AGE = ScrapedGauge("tasks_oldest_due_seconds", "How long the oldest of them has been due.", "queue")
+DATABASE_UP = ScrapedGauge("database_up", "Whether the database answered.", "kind")
 CLOCK_OFFSET = ScrapedGauge(
     "clock_offset_seconds", "How far this machine's clock is ahead of the database's."
 )
-BUILD = ScrapedGauge("build_info", "The version that runs.", "version", "python")
+BUILD = ScrapedGauge("build_info", "The version running.", "version", "python")
 
 Answers = Mapping[ScrapedGauge, Mapping[tuple[str, ...], float]]
 

@@ -11,6 +11,7 @@
 --   GRANT billing_owner TO CURRENT_USER;  -- only where you are no superuser
 --   CREATE DATABASE billing OWNER billing_owner TEMPLATE template0 ENCODING 'UTF8';
 --   \connect billing
+--   SET ROLE pg_database_owner;  -- the same; without it PostgreSQL 15 grants nothing, and only warns
 --   GRANT CREATE ON SCHEMA public TO billing_owner;
 --
 -- DATABASE_URL names billing_app, MIGRATION_DATABASE_URL billing_owner.
