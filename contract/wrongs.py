@@ -564,9 +564,23 @@ IN_STRIPE_AND_WEBHOOKS = (
     Wrong(
         "a state lasts for ever",
         "billing/stripe_connect.py",
-        "if now >= state.expires_at or user is None",
-        "if user is None",
+        "return StateExpired() if now >= state.expires_at else _withdrawal(tx, state)",
+        "return _withdrawal(tx, state)",
         (f"{STRIPE}::test_400_state_expired_after_ten_minutes",),
+    ),
+    Wrong(
+        "a state outlives the session that began it",
+        "billing/sessions.py",
+        "    tx.stripe.end_states_of(user.id)\n",
+        "",
+        (f"{STRIPE}::test_what_a_session_began_ends_with_it",),
+    ),
+    Wrong(
+        "a change is made for a session that has ended while it waited",
+        "billing/security.py",
+        "        if self.session_id is not None:\n            sessions.require_standing",
+        "        if self.session_id is None:\n            sessions.require_standing",
+        ("tests/handlers/test_standing.py",),
     ),
     Wrong(
         "another browser may bring a state back",

@@ -38,14 +38,10 @@ NOTE_USE = (
 )
 # Another machine's clock may be behind: a key that has just expired by ours would still work there.
 CLOCKS_DIFFER_BY = timedelta(minutes=15)
-MAY_LIVE = and_(
-    api_keys.c.revoked_at.is_(None),
-    or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > bindparam("since")),
-)
 REVOKE = (
     update(api_keys)
-    .where(of_tenant(api_keys), OF_TYPES, MAY_LIVE)
-    .values(revoked_at=bindparam("now"))
+    .where(of_tenant(api_keys), OF_TYPES, IS_LIVING)
+    .values(revoked_at=bindparam("at"))
     .returning(*COLUMNS)
 )
 
@@ -70,7 +66,7 @@ class ApiKeys(Shelf):
 
     def revoke(self, types: Sequence[KeyType], now: datetime) -> list[ApiKey]:
         """Revoke the keys of these types, also those that expired a moment ago; returns those that were living."""
-        rows = self.run(REVOKE, types=list(types), now=now, since=now - CLOCKS_DIFFER_BY)
+        rows = self.run(REVOKE, types=list(types), now=now - CLOCKS_DIFFER_BY, at=now)
         revoked = [ApiKey(*row) for row in rows]
         return [key for key in revoked if key.expires_at is None or key.expires_at > now]
 

@@ -497,7 +497,7 @@ def test_who_waits_too_long_for_a_connection_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(async_pool, "WAITING_SECONDS", SHORT)
-    monkeypatch.setattr(async_pool, "LOOKED_EVERY_SECONDS", SHORT / 10)
+    monkeypatch.setattr(async_pool, "CHECKED_EVERY_SECONDS", SHORT / 10)
 
     async def story(asked: Lookups) -> None:
         await asked.find_key(["none"])
@@ -511,7 +511,7 @@ def test_who_waits_too_long_for_a_connection_is_refused(
 def test_a_connection_that_nobody_asks_is_kept(
     test_database: TestDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(async_pool, "LOOKED_EVERY_SECONDS", SHORT / 100)
+    monkeypatch.setattr(async_pool, "CHECKED_EVERY_SECONDS", SHORT / 100)
 
     async def story(asked: Lookups) -> bool:
         await asked.find_key(["none"])
@@ -554,7 +554,7 @@ def test_who_is_not_answered_the_second_time_either_is_told_that_there_is_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(async_pool, "ANSWERING_SECONDS", SHORT)
-    monkeypatch.setattr(async_pool, "LOOKED_EVERY_SECONDS", SHORT / 10)
+    monkeypatch.setattr(async_pool, "CHECKED_EVERY_SECONDS", SHORT / 10)
     candidates = digests.candidates(two[0].keys[0].text)
 
     async def story(asked: Lookups) -> Any:
