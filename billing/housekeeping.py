@@ -32,6 +32,8 @@ class Housekeeping:
                 tx.sessions.prune(now - KEPT),
                 stripe_connect.forget_states(tx, now=now),
             ]
+        # Apart: a secret cannot be opened whose encryption key was taken away, and must not keep the rest.
+        with self._store.tenant(task.tenant_id) as tx:
             tx.webhooks.tidy_secrets(now)
             tx.tasks.postpone(task, now if any(is_more) else now + tenants.TIDIED_EVERY)
 

@@ -271,6 +271,18 @@ def test_secrets_under_an_old_encryption_key_are_sealed_anew_and_open_still(
         tx.webhooks.signing_secrets(clock())
 
 
+def test_a_secret_whose_key_was_taken_away_keeps_nothing_else(
+    store: Store, superuser: Engine, clock: TurnedClock, acme: Registered
+) -> None:
+    old = deliver(store, acme, clock, age=KEPT + HOUR, status="delivered")
+    with superuser.begin() as connection:
+        connection.execute(text("UPDATE webhook_secrets SET sealed = 'gone:' || sealed"))
+    clock.now += TIDIED_EVERY
+    with pytest.raises(Unreadable):
+        tidy(store, clock)
+    assert rows_of(superuser, "SELECT FROM deliveries WHERE event_id = :id", id=old) == []
+
+
 def test_secrets_under_the_present_key_are_left_alone(
     store: Store, superuser: Engine, clock: TurnedClock, acme: Registered
 ) -> None:
