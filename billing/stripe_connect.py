@@ -230,7 +230,7 @@ def start(
     browser: str | None,
     now: datetime,
 ) -> State:
-    """Store a new state of this user, and end the tenant's earlier ones. The caller holds the tenant's lock.
+    """Store a new state of this user, and end the tenant's earlier unused ones. The caller holds the tenant's lock.
 
     Raises `StripeAlreadyConnected`, but not for an account of ours whose form is not finished yet.
     """
@@ -386,8 +386,8 @@ def note(
 ) -> Connection | None:
     """Store what Stripe answered: the account as it is, or None once it is no longer connected there.
 
-    An answer requested before the last one stored, or about a connection that has ended meanwhile, changes
-    nothing. Returns the connection as it is now. The caller holds the tenant's lock.
+    An answer requested before the last one stored, unless that came from a clock far ahead, or about a connection
+    that has ended meanwhile, changes nothing. Returns the connection as it is now. The caller holds the tenant's lock.
     """
     current = tx.stripe.find()
     if current is None or current.id != connection.id or not current.is_living:

@@ -59,7 +59,8 @@ class Worker:
             with ThreadPoolExecutor(self._threads, thread_name_prefix="task") as pool:
                 while not self._stopping.is_set():
                     taken = self.take(self._threads - len(busy))
-                    busy |= {pool.submit(self.do, task): task for task in taken}
+                    for task in taken:
+                        busy[pool.submit(self.do, task)] = task
                     for future in self._done(busy, nothing_taken=not taken):
                         report(busy.pop(future), future.exception())
         finally:

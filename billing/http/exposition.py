@@ -147,7 +147,7 @@ class Exporter(ThreadingHTTPServer):
     def handle_error(self, *_: object) -> None:
         """Log what a connection's thread raised, unless its client has gone; the library would print a traceback."""
         error = sys.exception()
-        if not isinstance(error, OSError):
+        if not isinstance(error, ConnectionError | TimeoutError):
             log.error("metrics cannot be shown", exc_info=error)
 
     def shutdown_request(self, request: Any) -> None:

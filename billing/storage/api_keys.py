@@ -65,10 +65,9 @@ class ApiKeys(Shelf):
         self.defer(EXPIRE, key_id=key.id, expires_at=key.expires_at)
 
     def revoke(self, types: Sequence[KeyType], now: datetime) -> list[ApiKey]:
-        """Revoke the keys of these types, also those that expired a moment ago; returns those that were living."""
+        """Revoke the living keys of these types, and those that expired a moment ago; returns them."""
         rows = self.run(REVOKE, types=list(types), now=now - CLOCKS_DIFFER_BY, at=now)
-        revoked = [ApiKey(*row) for row in rows]
-        return [key for key in revoked if key.expires_at is None or key.expires_at > now]
+        return [ApiKey(*row) for row in rows]
 
     def note_use(self, id: UUID, at: datetime) -> None:
         """Store when a key was last used; a later time written by another process stays."""

@@ -49,7 +49,8 @@ PR_SET_PDEATHSIG = 1
 SETTINGS = {
     "listen_addresses": "",
     "unix_socket_permissions": "0700",
-    # Statements bear secrets: none may reach the log, neither with an error nor as the detail of a crash.
+    # Statements bear secrets: none may reach the log, neither with an error nor as the detail of a crash. So no error
+    # is logged at all, not even a deadlock: `pg_stat_database` counts those.
     "log_min_messages": "log",
     "log_min_error_statement": "panic",
     "log_error_verbosity": "terse",

@@ -12,7 +12,7 @@ from sqlalchemy import and_, bindparam, delete, select, update
 from sqlalchemy.dialects.postgresql import insert
 
 from billing.errors import StateUnknown
-from billing.storage.shelf import BATCH_ROWS, Shelf, columns_of, of_tenant, values_of
+from billing.storage.shelf import Shelf, batch_of, columns_of, of_tenant, values_of
 from billing.storage.tables import connect_states, stripe_connections
 from billing.stripe_connect import Account, Connection, RequirementError, Requirements, State
 
@@ -36,15 +36,9 @@ END_STATES = (
 )
 END_UNUSED_STATES = END_STATES.where(connect_states.c.consumed_at.is_(None))
 END_STATES_OF = END_STATES.where(connect_states.c.user_id == bindparam("whose"))
-SOME_STATES = (
-    select(connect_states.c.id)
-    .where(of_tenant(connect_states), connect_states.c.created_at < bindparam("before"))
-    .limit(BATCH_ROWS)
-)
+IS_OLD = connect_states.c.created_at < bindparam("before")
 FORGET_STATES = (
-    delete(connect_states)
-    .where(of_tenant(connect_states), connect_states.c.id.in_(SOME_STATES))
-    .returning(connect_states.c.digest)
+    delete(connect_states).where(batch_of(connect_states, IS_OLD)).returning(connect_states.c.digest)
 )
 
 

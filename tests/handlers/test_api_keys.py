@@ -216,7 +216,9 @@ def test_what_ends_no_key_leaves_a_row_all_the_same(acme: Account, superuser: En
         assert list(actions) == ["api_key.revoked", "api_key.revoked", "api_key.regenerated"]
 
 
-def test_revoke_ends_what_still_works_by_a_clock_that_is_behind(acme: Account, clock: TurnedClock) -> None:
+def test_revoke_ends_what_still_works_by_a_clock_that_is_behind(
+    acme: Account, clock: TurnedClock, superuser: Engine
+) -> None:
     old = acme.tenant["api_key_secret"]
     acme.regenerate("live", grace_period_seconds=60)
     acme.revoke("test")
@@ -224,6 +226,10 @@ def test_revoke_ends_what_still_works_by_a_clock_that_is_behind(acme: Account, c
     assert outcome(acme, old) == "key-expired"
     assert acme.revoke("live")["revoked_keys"] == ["live_public", "live_secret"]
     assert acme.revoke("live")["revoked_keys"] == []
+    with superuser.connect() as connection:
+        query = "SELECT details FROM audit_log WHERE action = 'api_key.revoked' ORDER BY sequence"
+        logged = [details["revoked"] for details in connection.scalars(text(query))]
+    assert [len(keys) for keys in logged] == [2, 4, 0]
     clock.turn(seconds=-30)
     assert outcome(acme, old) == "key-revoked"
 

@@ -94,9 +94,10 @@ def test_a_client_that_leaves_is_no_news(capfd: pytest.CaptureFixture[str]) -> N
     assert capfd.readouterr().err == ""
 
 
-def test_an_error_is_logged_and_not_printed(capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("error", [ValueError(), OSError(24, "Too many open files")])
+def test_an_error_is_logged_and_not_printed(capfd: pytest.CaptureFixture[str], error: Exception) -> None:
     def read(_accept: str) -> tuple[bytes, str]:
-        raise ValueError
+        raise error
 
     with capture_logs() as lines, exporting(read) as address:
         with pytest.raises(requests.ConnectionError):
