@@ -285,10 +285,11 @@ def _refusal(tx: Storage, state: State, browser: str | None, now: datetime) -> B
         return StateUnknown()
     if state.consumed_at is not None:
         return StateUsed()
-    return StateExpired() if now >= state.expires_at else _withdrawal(tx, state)
+    return StateExpired() if now >= state.expires_at else _lost_right(tx, state)
 
 
-def _withdrawal(tx: Storage, state: State) -> BillingError | None:
+def _lost_right(tx: Storage, state: State) -> BillingError | None:
+    """Why the user who began it may no longer finish it, None if they may."""
     user = tx.users.find(state.user_id)
     if user is None or not user.is_active_owner:
         return StateExpired()
@@ -296,9 +297,9 @@ def _withdrawal(tx: Storage, state: State) -> BillingError | None:
 
 
 def withdrawal(tx: Storage, used: State) -> BillingError | None:
-    """Why what a state began may not be finished, if it was ended since it was used, as while Stripe was asked."""
+    """Why a state that was used may not be finished after all: it was ended meanwhile, as while Stripe was asked."""
     has_ended = tx.stripe.lock_state(used.id).expires_at < used.expires_at
-    return StateExpired() if has_ended else _withdrawal(tx, used)
+    return StateExpired() if has_ended else _lost_right(tx, used)
 
 
 def refuse(tx: Storage, refusal: BillingError, now: datetime) -> BillingError:

@@ -564,8 +564,8 @@ IN_STRIPE_AND_WEBHOOKS = (
     Wrong(
         "a state lasts for ever",
         "billing/stripe_connect.py",
-        "return StateExpired() if now >= state.expires_at else _withdrawal(tx, state)",
-        "return _withdrawal(tx, state)",
+        "return StateExpired() if now >= state.expires_at else _lost_right(tx, state)",
+        "return _lost_right(tx, state)",
         (f"{STRIPE}::test_400_state_expired_after_ten_minutes",),
     ),
     Wrong(
