@@ -20,6 +20,7 @@ from billing.settings import Settings
 from billing.storage.shelf import BATCH_ROWS
 from billing.storage.store import Store
 from billing.storage.tables import metadata
+from billing.tenants import Account as FoundAccount
 from billing.tokens import Tokens
 from tests.clock import TurnedClock
 from tests.conftest import API, PASSWORD, Account, bearer, log_in, register
@@ -137,15 +138,21 @@ def test_log_in_opens_a_session_and_notes_it(acme: Account) -> None:
     assert acme.client.get(f"{API}/me/", headers=bearer(answer.json()["tokens"]["access"])).status_code == 200
 
 
-def test_a_user_who_is_disabled_while_they_log_in_gets_no_session(
-    acme: Account, store: Store, settings: Settings, superuser: Engine, clock: TurnedClock
-) -> None:
+def read_and_disabled(acme: Account, store: Store, clock: TurnedClock) -> FoundAccount:
+    """The account as it was read before its user was disabled."""
     with store.platform() as platform:
         account = platform.find_account(acme.email)
     assert account is not None
-    tokens = Tokens(settings.jwt_keys, settings.public_base_url)
     with store.tenant(account.tenant.id) as tx:
         tx.users.disable(account.user.id, clock())
+    return account
+
+
+def test_a_user_who_is_disabled_while_they_log_in_gets_no_session(
+    acme: Account, store: Store, settings: Settings, superuser: Engine, clock: TurnedClock
+) -> None:
+    account = read_and_disabled(acme, store, clock)
+    tokens = Tokens(settings.jwt_keys, settings.public_base_url)
     with store.tenant(account.tenant.id) as tx, pytest.raises(InvalidCredentials):
         sessions.log_in(tx, account, renewed_hash=None, tokens=tokens, now=clock())
     with superuser.connect() as connection:
@@ -434,12 +441,8 @@ def test_422_for_a_new_password_made_of_own_words(acme: Account) -> None:
 def test_a_user_who_is_disabled_while_they_change_their_password_gets_no_session(
     acme: Account, store: Store, settings: Settings, superuser: Engine, clock: TurnedClock
 ) -> None:
-    with store.platform() as platform:
-        account = platform.find_account(acme.email)
-    assert account is not None
+    account = read_and_disabled(acme, store, clock)
     tokens = Tokens(settings.jwt_keys, settings.public_base_url)
-    with store.tenant(account.tenant.id) as tx:
-        tx.users.disable(account.user.id, clock())
     with store.tenant(account.tenant.id) as tx, pytest.raises(SessionEnded):
         sessions.change_password(tx, account.user, "-", tokens=tokens, now=clock())
     with superuser.connect() as connection:
