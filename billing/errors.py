@@ -164,8 +164,8 @@ class StateUnknown(Invalid):
 class StateExpired(Invalid):
     """The state has expired.
 
-    A connection must be finished within ten minutes, by someone who is an owner still, and starting anew ends
-    an older one. Start again.
+    A connection must be finished within ten minutes, by someone who is an owner still. Starting anew ends an older
+    one, and so does a new password, or whatever else ends the owner's session. Start again.
     """
 
 

@@ -17,8 +17,6 @@ from tests.contract.test_document import OPERATIONS
 from tests.live import eventually
 
 NEW_PASSWORD = "correct horse battery staple"
-
-
 CHANGES: dict[str, dict[str, Any] | None] = {
     "regenerate_api_keys": {"key_type": "all", "confirm": True},
     "revoke_api_keys": {"key_type": "all", "confirm": True},

@@ -304,6 +304,20 @@ def test_nothing_starts_while_postgres_lives(state_dir: Path) -> None:
         eventually(lambda: answers(server.cluster))
 
 
+def test_an_error_of_the_system_does_not_end_the_keeper(tmp_path: Path) -> None:
+    tries: list[None] = []
+
+    def revive() -> bool:
+        tries.append(None)
+        if len(tries) == 1:
+            raise OSError(24, "Too many open files")
+        return False
+
+    use = os.open(tmp_path / "use", os.O_CREAT | os.O_RDWR)
+    with embedded.Server(Cluster(tmp_path, 5432, "-", "-"), use, revive):
+        eventually(lambda: len(tries) > 1)
+
+
 @on_linux
 @pytest.mark.parametrize("is_zombie", [False, True])
 def test_pid_file_with_another_process_number_is_no_obstacle(state_dir: Path, *, is_zombie: bool) -> None:
