@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -13,6 +14,7 @@ from billing.errors import InsufficientScope, KeyUnknown, SessionEnded, TenantDi
 from billing.key_uses import KeyUses
 from billing.keys import ApiKey, KeyDigests
 from billing.storage.lookups import Lookups
+from billing.storage.store import Store, TenantTx
 from billing.tenants import Tenant
 from billing.tokens import Tokens
 from billing.users import User
@@ -44,10 +46,16 @@ class Caller:
             raise InsufficientScope
         return self.user
 
-    def require_standing(self, tx: sessions.Storage) -> None:
-        """Raises unless the user may still act, now that the change is about to be made; see `sessions`."""
-        if self.session_id is not None:
-            sessions.require_standing(tx, self.signed_in_user(), self.session_id)
+    @contextmanager
+    def changing(self, store: Store, actor: Actor) -> Iterator[TenantTx]:
+        """A transaction that changes the tenant, with its lock held.
+
+        Raises unless the user may still act, now that the lock is held; see `sessions.require_standing`.
+        """
+        with store.tenant(self.tenant_id, actor, exclusive=True) as tx:
+            if self.session_id is not None:
+                sessions.require_standing(tx, self.signed_in_user(), self.session_id)
+            yield tx
 
     @property
     def id(self) -> UUID:

@@ -88,8 +88,7 @@ class StripeConnections:
             url = self._gateway.authorize_url(
                 state=text, redirect_uri=self._redirect_uri, tenant=caller.tenant, user=user
             )
-        with self._store.tenant(caller.tenant_id, actor, exclusive=True) as tx:
-            caller.require_standing(tx)
+        with caller.changing(self._store, actor) as tx:
             state = chapter.start(
                 tx, user, text, flow=flow, return_url=return_url, browser=browser, now=self._clock()
             )
@@ -111,8 +110,7 @@ class StripeConnections:
         # too.
         key = f"account-{tenant.id}-{last.id if last else 'first'}-{self._clock():%Y%m%d%H}"
         made = self._gateway.create_account(tenant, idempotency_key=key)
-        with self._store.tenant(tenant.id, actor, exclusive=True) as tx:
-            caller.require_standing(tx)
+        with caller.changing(self._store, actor) as tx:
             now = self._clock()
             return chapter.adopt(tx, made, livemode=self._gateway.livemode, now=now).account
 

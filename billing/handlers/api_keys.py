@@ -37,8 +37,7 @@ def regenerate_api_keys(
     once: Once,
 ) -> Reply:
     grace = timedelta(seconds=body.get("grace_period_seconds", 0))
-    with store.tenant(caller.tenant_id, actor, exclusive=True) as tx:
-        caller.require_standing(tx)
+    with caller.changing(store, actor) as tx:
         renewal = keys.regenerate(tx, body["key_type"], grace=grace, digests=digests, now=clock())
         reply = ok(
             {
@@ -55,8 +54,7 @@ def revoke_api_keys(
     body: dict[str, Any], *, caller: Caller, actor: Actor, store: Store, clock: Clock, once: Once
 ) -> Reply:
     reason = body.get("reason")
-    with store.tenant(caller.tenant_id, actor, exclusive=True) as tx:
-        caller.require_standing(tx)
+    with caller.changing(store, actor) as tx:
         revoked = keys.revoke(tx, body["key_type"], reason=reason, now=clock())
         reply = ok(
             {

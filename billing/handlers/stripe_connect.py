@@ -84,8 +84,7 @@ def get_stripe_status(*, caller: Caller, connections: StripeConnections) -> Repl
 
 
 def disconnect_stripe(*, caller: Caller, actor: Actor, store: Store, clock: Clock, once: Once) -> Reply:
-    with store.tenant(caller.tenant_id, actor, exclusive=True) as tx:
-        caller.require_standing(tx)
+    with caller.changing(store, actor) as tx:
         stripe_connect.disconnect(tx, now=clock())
         tenant = shapes.tenant(tx.tenants.get())
         return once.keep(tx, ok({"message": "The Stripe account is disconnected.", "tenant": tenant}))

@@ -51,8 +51,7 @@ def configure_webhook(
     once: Once,
 ) -> Reply:
     url = url_policy.check(body["webhook_url"])
-    with store.tenant(caller.tenant_id, actor, exclusive=True) as tx:
-        caller.require_standing(tx)
+    with caller.changing(store, actor) as tx:
         configured = endpoints.configure(
             tx,
             url=url,
@@ -65,8 +64,7 @@ def configure_webhook(
 
 
 def remove_webhook(*, caller: Caller, actor: Actor, store: Store, clock: Clock, once: Once) -> Reply:
-    with store.tenant(caller.tenant_id, actor, exclusive=True) as tx:
-        caller.require_standing(tx)
+    with caller.changing(store, actor) as tx:
         endpoints.remove(tx, now=clock())
         note = "Nothing is sent any more. The secret is kept for when a URL is configured again."
         return once.keep(tx, ok({"message": "The webhook is removed.", "note": note}))
