@@ -112,13 +112,13 @@ AUTHORIZATION, X_API_KEY = "authorization", "x-api-key"
         ([(AUTHORIZATION, "Bearer a-token"), (AUTHORIZATION, "Bearer a-token")], TokenInvalid, "nothing"),
     ],
 )
-def test_authorization_counts_alone_where_it_is_present(
+def test_the_authorization_header_takes_precedence_over_an_api_key(
     headers: list[tuple[str, str]], by_bearer: Any, by_key: Any
 ) -> None:
     assert (outcome("bearer", headers), outcome("apiKey", headers)) == (by_bearer, by_key)
 
 
-def test_without_a_credential_nobody_is_asked() -> None:
+def test_the_authenticator_is_not_called_without_a_usable_credential() -> None:
     authenticator = Authenticator()
     for scheme in ("bearer", "apiKey"):
         for headers in ([], [(AUTHORIZATION, "Basic a-token")]):
@@ -126,7 +126,7 @@ def test_without_a_credential_nobody_is_asked() -> None:
     assert authenticator.asked == []
 
 
-def test_connexion_knows_both_handlers_for_its_own() -> None:
+def test_both_security_handlers_extend_connexions() -> None:
     made = security_map(access(Authenticator()))
     assert issubclass(made["bearer"], BearerSecurityHandler)
     assert issubclass(made["apiKey"], ApiKeySecurityHandler)
@@ -148,7 +148,7 @@ def test_connexion_knows_both_handlers_for_its_own() -> None:
         (["Bearer x", "Bearer x"], ""),
     ],
 )
-def test_bearer_credentials(headers: list[str], credential: str | None) -> None:
+def test_a_bearer_credential_is_parsed_from_the_header(headers: list[str], credential: str | None) -> None:
     assert bearer_credential(headers) == credential
 
 
@@ -195,7 +195,7 @@ OWNERS = {"start_stripe_connect", "disconnect_stripe", "regenerate_api_keys", "r
 PUBLIC = {"register_tenant", "log_in", "refresh_tokens", "complete_stripe_connect"}
 
 
-def test_every_operation_has_its_place() -> None:
+def test_every_operation_is_assigned_to_a_role_group() -> None:
     assert OPERATIONS.keys() == ANYONE | ADMINS | OWNERS | PUBLIC
 
 
@@ -211,7 +211,9 @@ def test_every_operation_has_its_place() -> None:
     ],
     ids=["owner", "admin", "developer", "stranger", "key"],
 )
-def test_who_may(caller: Caller, allowed: set[str], operation_id: str) -> None:
+def test_each_role_and_key_may_call_only_its_operations(
+    caller: Caller, allowed: set[str], operation_id: str
+) -> None:
     assert through(caller, operation_id) == ("let in" if operation_id in allowed else "InsufficientScope")
 
 
@@ -219,11 +221,11 @@ def test_who_may(caller: Caller, allowed: set[str], operation_id: str) -> None:
 @pytest.mark.parametrize(
     "caller", [Caller(DISABLED, user=ADA), Caller(DISABLED, key=KEY)], ids=["user", "key"]
 )
-def test_a_disabled_tenant_may_nothing(caller: Caller, operation_id: str) -> None:
+def test_a_disabled_tenant_may_call_no_operation(caller: Caller, operation_id: str) -> None:
     assert through(caller, operation_id) == "TenantDisabled"
 
 
-def test_what_is_done_with_a_key_is_the_keys_doing() -> None:
+def test_the_actor_is_the_user_or_the_key() -> None:
     assert BY_USER.actor("192.0.2.1", "a-request") == Actor("user", ADA.id, "192.0.2.1", "a-request")
     assert BY_KEY.actor("192.0.2.1", "a-request") == Actor("api_key", KEY.id, "192.0.2.1", "a-request")
     assert BY_USER.signed_in_user() == ADA
@@ -231,12 +233,12 @@ def test_what_is_done_with_a_key_is_the_keys_doing() -> None:
         BY_KEY.signed_in_user()
 
 
-def test_where_security_found_nobody_the_gate_is_open() -> None:
+def test_authorization_passes_requests_without_a_caller() -> None:
     # Connexion has answered 401 before, unless the operation is public or there is none.
     assert through(None, "log_in") == through(None, None) == "let in"
 
 
-def test_the_name_of_the_operation_is_left_for_the_log() -> None:
+def test_the_operation_id_is_kept_in_the_state_for_the_log() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None: ...
 
     scope: Scope = {

@@ -29,7 +29,7 @@ def test_a_configured_origin_is_allowed_once(client: TestClient, path: str) -> N
 
 
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "https://app.acme.example.evil.example"])
-def test_a_strange_origin_is_not_allowed(client: TestClient, origin: str) -> None:
+def test_an_unknown_origin_is_not_allowed(client: TestClient, origin: str) -> None:
     answer = client.get(f"{API}/me/", headers={"Origin": origin})
     assert "access-control-allow-origin" not in answer.headers
 
@@ -37,7 +37,7 @@ def test_a_strange_origin_is_not_allowed(client: TestClient, origin: str) -> Non
 @pytest.mark.parametrize(
     ("base_url", "is_told"), [("https://billing.example", True), ("http://127.0.0.1", False)]
 )
-def test_browsers_hear_of_https_where_the_public_address_has_it(
+def test_hsts_is_sent_when_the_public_address_is_https(
     settings: Settings, base_url: str, is_told: bool
 ) -> None:
     client = TestClient(create_app(replace(settings, public_base_url=base_url)))
@@ -59,7 +59,7 @@ class Odd:
         raise ZeroDivisionError
 
 
-def test_notes_that_cannot_be_written_are_tried_again_whatever_the_reason(store: Store) -> None:
+def test_a_failed_flush_of_notes_is_retried_whatever_the_error(store: Store) -> None:
     async def keep(notes: Odd) -> None:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(keep_flushing, [notes], store)
@@ -90,7 +90,7 @@ def read_only(test_database: TestDatabase) -> object:
     engine.dispose()
 
 
-def test_a_database_that_takes_no_writes_is_503_until_it_does(acme: Account, read_only: object) -> None:
+def test_503_while_the_database_is_read_only(acme: Account, read_only: object) -> None:
     read_only("on")  # type: ignore[operator]
     # A key's use is noted in the background, which fails now and must not end the server.
     acme.client.get(f"{API}/verify/", headers={"X-API-Key": acme.tenant["api_key_secret"]})
@@ -106,7 +106,7 @@ def test_a_database_that_takes_no_writes_is_503_until_it_does(acme: Account, rea
     )
 
 
-def test_a_held_lock_is_503_and_not_a_wait_for_ever(acme: Account, test_database: TestDatabase) -> None:
+def test_503_when_a_lock_is_not_released_in_time(acme: Account, test_database: TestDatabase) -> None:
     engine = create_engine(test_database.superuser_url)
     with engine.begin() as connection:
         connection.execute(text("LOCK TABLE api_keys IN ACCESS EXCLUSIVE MODE"))

@@ -55,7 +55,7 @@ def varies(answer: Answer) -> set[str]:
     return {name for value in answer.headers.get_all("vary", []) for name in names(value)}
 
 
-def test_a_preflight_of_a_known_origin(address: Address) -> None:
+def test_a_preflight_from_an_allowed_origin_is_granted(address: Address) -> None:
     answer = preflight(address, KNOWN, "Access-Control-Request-Headers: authorization,content-type")
     assert (answer.status, answer.body) == (204, b"")
     assert answer["access-control-allow-origin"] == KNOWN
@@ -74,17 +74,19 @@ def test_a_preflight_of_a_known_origin(address: Address) -> None:
 
 
 @pytest.mark.parametrize("origin", STRANGERS)
-def test_a_preflight_of_a_stranger_allows_nothing(address: Address, origin: str) -> None:
+def test_a_preflight_from_another_origin_allows_nothing(address: Address, origin: str) -> None:
     answer = preflight(address, origin)
     assert (answer.status, cors_headers(answer), varies(answer)) == (204, [], {"origin"})
 
 
-def test_a_preflight_for_another_method_names_those_allowed(address: Address) -> None:
+def test_a_preflight_does_not_allow_an_unsupported_method(address: Address) -> None:
     assert "put" not in names(preflight(address, KNOWN, method="PUT")["access-control-allow-methods"])
 
 
 @pytest.mark.parametrize(("path", "status"), [("/", 200), ("/missing/", 404), ("/broken/", 500)])
-def test_an_answer_to_a_known_origin_errors_included(address: Address, path: str, status: int) -> None:
+def test_responses_and_errors_to_an_allowed_origin_have_cors_headers(
+    address: Address, path: str, status: int
+) -> None:
     answer = exchange(address, request("GET", path, f"Origin: {KNOWN}"))
     assert answer.status == status
     assert answer["access-control-allow-origin"] == KNOWN
@@ -101,18 +103,20 @@ def test_an_answer_to_a_known_origin_errors_included(address: Address, path: str
 
 
 @pytest.mark.parametrize("origin", STRANGERS)
-def test_an_answer_to_a_stranger_bears_none(address: Address, origin: str) -> None:
+def test_responses_to_another_origin_have_no_cors_headers(address: Address, origin: str) -> None:
     answer = exchange(address, request("GET", "/", f"Origin: {origin}"))
     assert (answer.status, cors_headers(answer), varies(answer)) == (200, [], {"origin", "accept"})
 
 
-def test_an_answer_without_an_origin_still_varies(address: Address) -> None:
+def test_a_response_without_an_origin_still_varies_by_origin(address: Address) -> None:
     answer = exchange(address, request())
     assert (cors_headers(answer), varies(answer)) == ([], {"origin", "accept"})
 
 
 @pytest.mark.parametrize("headers", [[], [f"Origin: {KNOWN}"], ["Access-Control-Request-Method: POST"]])
-def test_any_other_options_is_a_request(address: Address, headers: list[str]) -> None:
+def test_an_options_request_that_is_no_preflight_reaches_the_application(
+    address: Address, headers: list[str]
+) -> None:
     assert exchange(address, request("OPTIONS", "/missing/", *headers)).status == 404
 
 
@@ -121,6 +125,6 @@ def test_only_options_is_a_preflight(address: Address) -> None:
     assert exchange(address, request("GET", "/missing/", *headers)).status == 404
 
 
-def test_each_origin_must_be_named() -> None:
+def test_a_wildcard_origin_is_refused() -> None:
     with pytest.raises(ValueError, match="by name"):
         Cors(shop, ["*"])

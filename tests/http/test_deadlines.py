@@ -90,7 +90,7 @@ def is_the_problem(sent: list[Message]) -> bool:
 # The answer --------------------------------------------------------------------------------------
 
 
-def test_what_hangs_is_answered_with_a_problem_and_logged(events: list[Any]) -> None:
+def test_a_hanging_request_is_answered_with_a_problem_and_logged(events: list[Any]) -> None:
     started = perf_counter()
     assert is_the_problem(through(around(hang)))
     assert SHORT <= perf_counter() - started < SOON
@@ -100,12 +100,12 @@ def test_what_hangs_is_answered_with_a_problem_and_logged(events: list[Any]) -> 
     ]
 
 
-def test_an_answer_that_has_begun_is_left_alone() -> None:
+def test_a_response_that_has_started_is_not_interrupted() -> None:
     start, body = through(around(hang_midway))
     assert (start["status"], body["body"]) == (200, b"done")
 
 
-def test_a_timeout_of_the_application_itself_is_an_error_of_ours(events: list[Any]) -> None:
+def test_500_for_a_timeout_error_raised_by_the_application(events: list[Any]) -> None:
     async def app(_scope: Scope, _receive: Receive, _send: Send) -> None:
         raise TimeoutError
 
@@ -114,7 +114,7 @@ def test_a_timeout_of_the_application_itself_is_an_error_of_ours(events: list[An
     assert "request failed" in [event["event"] for event in events]
 
 
-def test_what_a_server_gives_up_as_it_ends_is_answered_too() -> None:
+def test_a_request_cancelled_at_shutdown_is_answered_too() -> None:
     async def story() -> list[Message]:
         task = asyncio.create_task(answers(around(hang, seconds=SOON)))
         await asyncio.sleep(SHORT)
@@ -144,7 +144,7 @@ def test_a_lifespan_has_no_deadline() -> None:
     asyncio.run(Deadline(app, seconds=SHORT)({"type": "lifespan"}, None, None))  # type: ignore[arg-type]
 
 
-def test_a_client_hears_it_over_a_connection_that_can_go_on() -> None:
+def test_the_connection_stays_usable_after_a_deadline() -> None:
     with serving(around(hang), lifespan="off") as address, Connection(address) as connection:
         for _ in range(2):
             connection.send(request("GET", "/a/"))
@@ -173,7 +173,7 @@ def revoke(account: Account) -> httpx.Response:
     return account.post("/api-keys/revoke/", {"key_type": "all", "confirm": True})
 
 
-def test_who_waits_for_a_lock_hears_within_the_deadline_and_can_repeat_it(
+def test_a_request_waiting_for_a_lock_meets_the_deadline_and_can_be_retried(
     hurried: Account, superuser: Engine
 ) -> None:
     with holding_the_lock(superuser):
@@ -187,7 +187,7 @@ def test_who_waits_for_a_lock_hears_within_the_deadline_and_can_repeat_it(
     assert revoke(hurried).status_code == 200
 
 
-def test_a_stopped_database_server_is_answered_for_within_the_deadline(
+def test_503_within_the_deadline_when_the_database_server_is_stopped(
     hurried: Account, superuser: Engine
 ) -> None:
     assert hurried.get("/api-keys/").status_code == 200
@@ -197,7 +197,7 @@ def test_a_stopped_database_server_is_answered_for_within_the_deadline(
     assert hurried.get("/api-keys/").status_code == 200
 
 
-def test_stripe_that_hangs_is_answered_for_within_the_deadline(
+def test_503_within_the_deadline_when_stripe_hangs(
     settings: Settings, clock: TurnedClock, acme: Account, stripe: Sandbox
 ) -> None:
     at_stripe = replace(
@@ -227,7 +227,7 @@ print("main has ended", flush=True)
 
 
 @pytest.mark.parametrize(("seconds", "code"), [(60, 1), (0.1, 0)])
-def test_a_thread_that_hangs_does_not_keep_the_process(seconds: float, code: int) -> None:
+def test_a_hanging_thread_does_not_block_process_exit(seconds: float, code: int) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", HANGING.format(seconds=seconds)], capture_output=True, text=True, timeout=30
     )
@@ -248,6 +248,6 @@ print("main has ended", flush=True)
 """
 
 
-def test_a_call_that_hangs_does_not_keep_the_process() -> None:
+def test_a_hanging_call_does_not_block_process_exit() -> None:
     ended = subprocess.run([sys.executable, "-c", HANGING_CALL], capture_output=True, text=True, timeout=30)
     assert (ended.returncode, ended.stdout) == (0, "main has ended\n")

@@ -75,7 +75,7 @@ def loaded(folder: Path, text: str) -> dict[str, Any]:
         ("paths: {'/{a}/x/': {}, '/{b}/x/': {}}", "can never be reached"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(tmp_path: Path, text: str, complaint: str) -> None:
+def test_an_invalid_document_is_refused(tmp_path: Path, text: str, complaint: str) -> None:
     with pytest.raises(DocumentError) as refusal:
         loaded(tmp_path, text)
     assert complaint in str(refusal.value)
@@ -84,7 +84,7 @@ def test_what_cannot_be_meant_is_refused(tmp_path: Path, text: str, complaint: s
 @pytest.mark.parametrize(
     "paths", ["{/me/: {}, '/{id}/': {}}", "{'/{id}/': {}, /me/keys/: {}}", "{/a.b/: {}, /axb/: {}}"]
 )
-def test_paths_that_can_all_be_reached_are_accepted(tmp_path: Path, paths: str) -> None:
+def test_paths_that_do_not_shadow_each_other_are_accepted(tmp_path: Path, paths: str) -> None:
     assert loaded(tmp_path, f"paths: {paths}")
 
 
@@ -109,7 +109,7 @@ def test_the_contract_itself_loads_and_has_eighteen_operations() -> None:
 # Operations
 
 
-def test_an_operation_says_who_may_call_it(small: dict[str, Any]) -> None:
+def test_an_operation_lists_its_roles_schemes_and_parameters(small: dict[str, Any]) -> None:
     list_things = document.operations(small)[0]
     assert list_things == Operation(
         operation_id="list_things",
@@ -126,7 +126,7 @@ def test_an_operation_says_who_may_call_it(small: dict[str, Any]) -> None:
     )
 
 
-def test_an_operation_says_what_it_takes(small: dict[str, Any]) -> None:
+def test_an_operation_has_its_own_security_and_request_body(small: dict[str, Any]) -> None:
     make_thing = document.operations(small)[1]
     assert make_thing.schemes == ("bearerAuth", "apiKeyAuth")
     assert make_thing.request == {"$ref": "#/components/schemas/Thing"}
@@ -142,7 +142,7 @@ def test_empty_security_makes_an_operation_public(small: dict[str, Any]) -> None
 # Serving
 
 
-def test_this_server_comes_first(small: dict[str, Any]) -> None:
+def test_this_server_is_listed_first(small: dict[str, Any]) -> None:
     served = document.served(small, "http://127.0.0.1:8000/")
     assert [server["url"] for server in orjson.loads(served.json.body)["servers"]] == [
         "http://127.0.0.1:8000",
@@ -151,7 +151,7 @@ def test_this_server_comes_first(small: dict[str, Any]) -> None:
     ]
 
 
-def test_a_server_the_document_knows_is_moved_to_the_front_and_not_repeated(small: dict[str, Any]) -> None:
+def test_a_server_already_listed_is_moved_to_the_front(small: dict[str, Any]) -> None:
     small["servers"].reverse()
     served = document.served(small, "https://billing.example")
     assert orjson.loads(served.json.body)["servers"] == [
@@ -160,20 +160,20 @@ def test_a_server_the_document_knows_is_moved_to_the_front_and_not_repeated(smal
     ]
 
 
-def test_references_are_kept_and_the_document_is_left_alone(small: dict[str, Any]) -> None:
+def test_serving_keeps_references_and_does_not_modify_the_document(small: dict[str, Any]) -> None:
     before = orjson.dumps(small)
     copy = orjson.loads(document.served(small, "http://127.0.0.1:8000").json.body)
     assert {**copy, "servers": small["servers"]} == small
     assert orjson.dumps(small) == before
 
 
-def test_both_copies_of_the_contract_say_the_same(tmp_path: Path) -> None:
+def test_the_json_and_yaml_copies_are_equal(tmp_path: Path) -> None:
     served = document.served(document.load(), "http://127.0.0.1:8000")
     # Read back by the strict loader, so that nothing in the YAML copy changes its type on the way.
     assert loaded(tmp_path, served.yaml.body.decode()) == orjson.loads(served.json.body)
 
 
-def test_yaml_is_written_for_people(small: dict[str, Any]) -> None:
+def test_yaml_is_human_readable(small: dict[str, Any]) -> None:
     shared = {"type": "object"}
     small["components"]["schemas"] |= {"One": shared, "Two": shared}
     text = document.served(small, "http://127.0.0.1:8000").yaml.body.decode()

@@ -81,18 +81,18 @@ def test_a_safe_request_id_is_kept(offered: bytes) -> None:
 @pytest.mark.parametrize(
     "offered", [b"1234567", b"a" * 65, b"has space", b"tab\there", b"12345678\n", b"caf\xe9-au-lait", b""]
 )
-def test_any_other_request_id_is_replaced_by_a_uuid7(offered: bytes) -> None:
+def test_an_unsafe_request_id_is_replaced_by_a_uuid7(offered: bytes) -> None:
     sent = through(Edge(answering()), {"headers": [(b"x-request-id", offered)]})
     assert UUID(header(sent, b"x-request-id")[0].decode()).version == 7
 
 
-def test_two_request_ids_are_none() -> None:
+def test_two_request_ids_are_both_ignored() -> None:
     twice = [(b"x-request-id", b"12345678"), (b"x-request-id", b"87654321")]
     (request_id,) = header(through(Edge(answering()), {"headers": twice}), b"x-request-id")
     assert request_id not in (b"12345678", b"87654321")
 
 
-def test_the_application_finds_the_request_id_and_logs_it(events: list[Any]) -> None:
+def test_the_request_id_is_in_the_state_and_the_log(events: list[Any]) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         structlog.get_logger().info(scope["state"]["request_id"])
         await answering()(scope, receive, send)
@@ -112,7 +112,7 @@ def test_the_application_finds_the_request_id_and_logs_it(events: list[Any]) -> 
     assert "request_id" not in left
 
 
-def test_an_answer_bears_one_request_id_and_the_security_headers() -> None:
+def test_a_response_has_one_request_id_and_the_security_headers() -> None:
     sent = through(
         Edge(answering(headers=[(b"X-Request-Id", b"of-the-app"), (b"content-type", b"text/html")]))
     )
@@ -126,13 +126,13 @@ def test_an_answer_bears_one_request_id_and_the_security_headers() -> None:
 
 
 @pytest.mark.parametrize("https_only", [True, False])
-def test_browsers_are_told_to_keep_to_https_where_clients_come_by_it(https_only: bool) -> None:
+def test_hsts_is_sent_only_when_clients_use_https(https_only: bool) -> None:
     sent = through(Edge(answering(), https_only=https_only))
     told = [b"max-age=31536000; includeSubDomains"] if https_only else []
     assert header(sent, b"strict-transport-security") == told
 
 
-def test_what_was_said_on_the_way_is_on_every_answer() -> None:
+def test_headers_added_by_inner_layers_are_sent_on_errors_too() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         scope["state"]["answer_headers"].append((b"ratelimit", b"r=1"))
         raise RuntimeError
@@ -147,7 +147,7 @@ def test_a_page_may_choose_its_own_referrer_policy() -> None:
     ]
 
 
-def test_only_408_closes() -> None:
+def test_only_a_408_closes_the_connection() -> None:
     assert header(through(Edge(answering(408))), b"connection") == [b"close"]
     assert header(through(Edge(answering(409))), b"connection") == []
 
@@ -155,7 +155,7 @@ def test_only_408_closes() -> None:
 # The log -----------------------------------------------------------------------------------------
 
 
-def test_one_line_a_request(events: list[Any]) -> None:
+def test_one_log_line_per_request(events: list[Any]) -> None:
     through(Edge(answering(201, operation_id="log_in", tenant_id=UUID(int=7))), {"method": "POST"})
     (event,) = events
     assert event.pop("duration_ms") >= 0
@@ -170,13 +170,13 @@ def test_one_line_a_request(events: list[Any]) -> None:
     }
 
 
-def test_a_refusal_is_logged_by_its_problem(events: list[Any]) -> None:
+def test_a_refusal_is_logged_with_its_problem_code(events: list[Any]) -> None:
     through(Edge(answering(403, operation_id="list_api_keys", problem="insufficient-scope")))
     (event,) = events
     assert (event["status"], event["problem"]) == (403, "insufficient-scope")
 
 
-def test_a_path_is_logged_only_without_an_operation_escaped_and_cut(events: list[Any]) -> None:
+def test_a_path_is_logged_escaped_and_truncated_only_without_an_operation(events: list[Any]) -> None:
     through(Edge(answering(404)), {"path": "/a\nb\x1b[31mé" + "x" * 500})
     through(Edge(answering(operation_id="log_in")), {"path": "/secret"})
     assert events[0]["path"] == "/a\\nb\\x1b[31m\\xe9" + "x" * (200 - 10)
@@ -200,7 +200,7 @@ async def fails(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 @pytest.mark.parametrize("app", [answering(), leaves, fails])
-def test_however_it_ends_nothing_is_in_flight_then(app: ASGIApp) -> None:
+def test_no_request_stays_in_flight_however_it_ends(app: ASGIApp) -> None:
     edge = Edge(app)
     through(edge)
     assert edge.in_flight == 0
@@ -234,7 +234,7 @@ def test_an_exception_is_logged_once(events: list[Any]) -> None:
     assert events[0]["exc_info"] is True
 
 
-def test_an_answer_that_has_begun_is_not_begun_again(events: list[Any]) -> None:
+def test_a_failure_after_the_response_started_sends_no_second_one(events: list[Any]) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await failing(scope, receive, send)
@@ -243,7 +243,7 @@ def test_an_answer_that_has_begun_is_not_begun_again(events: list[Any]) -> None:
     assert [event["event"] for event in events] == ["request failed", "request"]
 
 
-def test_an_answer_that_breaks_off_breaks_the_connection() -> None:
+def test_an_incomplete_response_closes_the_connection() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"9")]})
         await send({"type": "http.response.body", "body": b"half", "more_body": True})
@@ -300,7 +300,7 @@ def test_the_rightmost_untrusted_address_is_the_clients(
     assert client_address(peer, headers, PROXIES) == address
 
 
-def test_without_trusted_proxies_nobody_is_believed() -> None:
+def test_without_trusted_proxies_the_forwarded_header_is_ignored() -> None:
     assert client_address("127.0.0.1", [(b"x-forwarded-for", b"203.0.113.9")], []) == "127.0.0.1"
 
 

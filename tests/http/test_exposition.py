@@ -43,7 +43,7 @@ def is_closed(connection: socket.socket) -> bool:
 
 
 @pytest.mark.parametrize("said", [b"", b"GET /metrics HTTP/1.1\r\nHost: "], ids=["silent", "half a head"])
-def test_idle_connections_keep_nobody_from_the_metrics(said: bytes) -> None:
+def test_idle_connections_do_not_block_scrapes(said: bytes) -> None:
     before = threading.active_count()
     with exporting(lambda _: (b"metrics", "text/plain")) as address, ExitStack() as stack:
         idle = [connect(stack, address, said) for _ in range(3 * MOST_CONNECTIONS)]
@@ -55,7 +55,7 @@ def test_idle_connections_keep_nobody_from_the_metrics(said: bytes) -> None:
         eventually(lambda: threading.active_count() - before <= 2 * MOST_CONNECTIONS)
 
 
-def test_one_that_is_being_answered_is_not_closed_for_another() -> None:
+def test_a_connection_being_answered_is_not_closed_for_a_new_one() -> None:
     going_on, asked = threading.Event(), threading.Semaphore(0)
 
     def read(_accept: str) -> tuple[bytes, str]:
@@ -76,7 +76,7 @@ def test_one_that_is_being_answered_is_not_closed_for_another() -> None:
         assert ask(address).content == b"metrics"
 
 
-def test_a_client_that_leaves_is_no_news(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_client_disconnect_prints_no_error(capfd: pytest.CaptureFixture[str]) -> None:
     has_left, has_answered = threading.Event(), threading.Event()
 
     def read(_accept: str) -> tuple[bytes, str]:

@@ -90,7 +90,7 @@ def test_a_body_in_pieces_arrives_whole() -> None:
     assert dict(seen.headers) == {b"content-type": b"application/json", b"content-length": b"7"}
 
 
-def test_a_wrong_length_is_put_right() -> None:
+def test_a_wrong_content_length_is_corrected() -> None:
     seen = through(b'{"a":1}', headers=[JSON, (b"content-length", b"3")])
     assert (b"content-length", b"7") in seen.headers
     assert (b"content-length", b"3") not in seen.headers
@@ -109,17 +109,17 @@ def test_other_headers_pass() -> None:
         [(b"content-type", b"text/plain"), (b"content-type", b"image/png"), (b"content-encoding", b"gzip")],
     ],
 )
-def test_an_empty_body_is_no_body_whatever_is_said_of_it(headers: list[tuple[bytes, bytes]]) -> None:
+def test_headers_describing_an_empty_body_are_dropped(headers: list[tuple[bytes, bytes]]) -> None:
     seen = through(headers=headers)
     assert (seen.headers, seen.body) == ([], b"")
 
 
 @pytest.mark.parametrize("declared", [[], [(b"content-length", b"%d" % MAX_BODY_BYTES)]])
-def test_a_body_at_the_limit(declared: list[tuple[bytes, bytes]]) -> None:
+def test_a_body_at_the_size_limit_is_accepted(declared: list[tuple[bytes, bytes]]) -> None:
     assert len(through(b"x" * MAX_BODY_BYTES, headers=[JSON, *declared]).body) == MAX_BODY_BYTES
 
 
-def test_413_past_the_limit_whatever_was_declared() -> None:
+def test_413_for_a_body_over_the_limit_whatever_its_declared_length() -> None:
     for declared in ([JSON], [JSON, (b"content-length", b"5")]):
         with pytest.raises(errors.PayloadTooLarge):
             through(b"x" * MAX_BODY_BYTES, b"x", headers=declared)
@@ -139,7 +139,7 @@ def test_400_for_a_body_that_is_not_utf8(body: bytes) -> None:
         through(body)
 
 
-def test_a_character_cut_between_pieces_is_whole() -> None:
+def test_a_character_split_between_chunks_is_decoded() -> None:
     assert through(b'"\xe2\x82', b'\xac"').body.decode() == '"€"'
 
 
@@ -148,11 +148,11 @@ def test_408_for_a_body_that_takes_too_long() -> None:
         asyncio.run(pass_through([piece(b"{")], [JSON], {"body_timeout_seconds": 0.05}))
 
 
-def test_a_client_that_leaves_while_sending_ends_it_quietly() -> None:
+def test_a_disconnect_while_sending_ends_the_request_quietly() -> None:
     assert asyncio.run(pass_through([piece(b"{"), {"type": "http.disconnect"}], [JSON], {})) is None
 
 
-def test_after_the_body_the_server_is_heard_again() -> None:
+def test_messages_after_the_body_come_from_the_server() -> None:
     # As only the server says it: what the guard made up would be another.
     gone: Message = {"type": "http.disconnect", "said_by": "the server"}
     messages: list[Message] = [{"type": "http.request", "body": b"{}", "more_body": False}, gone]
@@ -180,7 +180,7 @@ def test_after_the_body_the_server_is_heard_again() -> None:
         b"application/json" + b"; a*%b=b" % (b"1" * 5_000),
     ],
 )
-def test_json_in_utf8_however_it_is_written(content_type: bytes) -> None:
+def test_any_spelling_of_json_in_utf8_is_accepted(content_type: bytes) -> None:
     assert JSON in through(b"{}", headers=[(b"content-type", content_type)]).headers
 
 
@@ -213,12 +213,12 @@ def test_json_in_utf8_however_it_is_written(content_type: bytes) -> None:
         [JSON, (b"transfer-encoding", b"gzip, chunked")],
     ],
 )
-def test_415_for_anything_else(headers: list[tuple[bytes, bytes]]) -> None:
+def test_415_for_any_other_media_type_or_encoding(headers: list[tuple[bytes, bytes]]) -> None:
     with pytest.raises(errors.UnsupportedMediaType):
         through(b"{}", headers=headers)
 
 
-def test_the_identity_coding_is_none() -> None:
+def test_the_identity_content_encoding_is_accepted() -> None:
     assert through(b"{}", headers=[JSON, (b"content-encoding", b"Identity")]).body == b"{}"
 
 
@@ -235,7 +235,7 @@ def test_400_for_a_query_that_is_not_text(query: bytes) -> None:
 @pytest.mark.parametrize(
     "query", [b"", b"a=b&c", b"a=%E2%82%AC+%2B", b"a=%", b"a=%zz", b"a=\xe2\x82\xac", b"&&=="]
 )
-def test_a_query_that_is_text(query: bytes) -> None:
+def test_a_query_of_valid_text_is_accepted(query: bytes) -> None:
     assert through(b"{}", query_string=query).body == b"{}"
 
 
@@ -243,13 +243,13 @@ def test_a_query_that_is_text(query: bytes) -> None:
     "path",
     [b"/%00", b"/%ff", b"/%ED%A0%80", b"*", b"http://host/path", b"relative", b"/\xff", b"/a%2Fb", b"/a%2fb"],
 )
-def test_404_for_a_path_that_is_none(path: bytes) -> None:
+def test_404_for_an_invalid_path(path: bytes) -> None:
     with pytest.raises(errors.NotFound):
         through(path="/", raw_path=path)
 
 
 @pytest.mark.parametrize("path", ["/\0", "/\udcff", "*", ""])
-def test_404_when_the_server_keeps_no_raw_path(path: str) -> None:
+def test_404_for_an_invalid_path_without_a_raw_path(path: str) -> None:
     with pytest.raises(errors.NotFound):
         through(path=path, raw_path=None)
 
@@ -338,13 +338,13 @@ def post(*headers: str, body: bytes | None = None, target: str = "/echo/") -> by
         post("Content-Type: application/json", "Connection: Upgrade", "Upgrade: h2c", body=b'{"a":1}'),
     ],
 )
-def test_connexion_takes_what_comes_through(address: Address, sent: bytes) -> None:
+def test_connexion_accepts_what_the_guard_passes(address: Address, sent: bytes) -> None:
     answer = exchange(address, sent)
     assert (answer.status, answer.json()) == (200, {"body": {"a": 1}})
 
 
 @pytest.mark.parametrize("content_type", ["application/x-www-form-urlencoded", "text/plain"])
-def test_connexion_never_sees_the_type_of_an_empty_body(address: Address, content_type: str) -> None:
+def test_connexion_never_sees_the_content_type_of_an_empty_body(address: Address, content_type: str) -> None:
     assert exchange(address, post(f"Content-Type: {content_type}", body=b"")).status != 415
 
 
@@ -377,7 +377,7 @@ def test_every_refusal_is_a_problem(address: Address, sent: bytes, status: int, 
     assert (answer.status, answer.code) == (status, code)
 
 
-def test_413_comes_before_100(address: Address) -> None:
+def test_413_is_sent_instead_of_100_continue(address: Address) -> None:
     answer = exchange(address, post("Content-Length: 65537", "Expect: 100-continue"))
     assert answer.code == "payload-too-large"
 
@@ -389,7 +389,9 @@ def test_408_closes_the_connection(address: Address) -> None:
         assert connection.is_closed_by_server()
 
 
-def test_a_client_that_leaves_is_no_error(address: Address, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_client_disconnect_is_logged_as_499_and_not_as_an_error(
+    address: Address, caplog: pytest.LogCaptureFixture
+) -> None:
     with structlog.testing.capture_logs() as events:
         with Connection(address) as connection:
             connection.send(post("Content-Type: application/json", "Content-Length: 9", body=b"{}"))

@@ -70,7 +70,7 @@ async def is_overloaded(lanes: Lanes, lane: Lane, call: Callable[[], Any] = lamb
     return False
 
 
-def test_two_passwords_at_once_and_a_third_is_told_to_come_back() -> None:
+def test_a_third_simultaneous_password_check_is_refused_as_overloaded() -> None:
     async def story(work: Work) -> None:
         lanes = Lanes({Lane.GENERAL: 2, Lane.PASSWORDS: PASSWORD_THREADS}, longest_wait_seconds=SHORT)
         tasks = await begin(lanes, Lane.PASSWORDS, work, 2)
@@ -86,7 +86,7 @@ def test_two_passwords_at_once_and_a_third_is_told_to_come_back() -> None:
         asyncio.run(story(work))
 
 
-def test_a_third_password_gets_the_thread_that_becomes_free_in_time() -> None:
+def test_a_waiting_password_check_gets_a_thread_freed_in_time() -> None:
     async def story(work: Work) -> None:
         lanes = Lanes({Lane.GENERAL: 2, Lane.PASSWORDS: PASSWORD_THREADS}, longest_wait_seconds=LONG)
         tasks = await begin(lanes, Lane.PASSWORDS, work, 2)
@@ -100,7 +100,7 @@ def test_a_third_password_gets_the_thread_that_becomes_free_in_time() -> None:
         asyncio.run(story(work))
 
 
-def test_a_storm_of_passwords_runs_two_at_a_time_and_leaves_no_thread_taken() -> None:
+def test_password_checks_run_two_at_a_time_and_refused_ones_hold_no_thread() -> None:
     async def story(work: Work) -> None:
         lanes = Lanes({Lane.GENERAL: 2, Lane.PASSWORDS: PASSWORD_THREADS}, longest_wait_seconds=SHORT)
         tasks = await begin(lanes, Lane.PASSWORDS, work, 2)
@@ -118,7 +118,7 @@ def test_a_storm_of_passwords_runs_two_at_a_time_and_leaves_no_thread_taken() ->
         asyncio.run(story(work))
 
 
-def test_one_tenants_calls_leave_half_of_the_threads_to_others() -> None:
+def test_one_tenant_uses_at_most_half_of_the_threads() -> None:
     async def story(work: Work) -> None:
         lanes = Lanes({Lane.GENERAL: 4}, longest_wait_seconds=LONG)
         calls = [asyncio.create_task(lanes.run(Lane.GENERAL, work, whose="acme")) for _ in range(10)]
@@ -135,7 +135,7 @@ def test_one_tenants_calls_leave_half_of_the_threads_to_others() -> None:
         asyncio.run(story(work))
 
 
-def test_changes_of_all_tenants_passwords_leave_half_of_the_threads_to_logins() -> None:
+def test_password_changes_of_all_tenants_leave_half_of_the_threads_to_logins() -> None:
     async def story(work: Work) -> None:
         lanes = Lanes({Lane.PASSWORDS: 2}, longest_wait_seconds=LONG)
         tenants = ["acme", "globex", "initech"]
@@ -150,12 +150,12 @@ def test_changes_of_all_tenants_passwords_leave_half_of_the_threads_to_logins() 
         asyncio.run(story(work))
 
 
-def test_of_a_single_thread_a_tenant_has_all() -> None:
+def test_a_tenant_may_use_the_only_thread() -> None:
     lanes = Lanes({Lane.GENERAL: 1}, longest_wait_seconds=SHORT)
     assert asyncio.run(lanes.run(Lane.GENERAL, lambda: "acme", whose="acme")) == "acme"
 
 
-def test_who_waited_too_long_for_a_share_leaves_none_taken() -> None:
+def test_a_call_that_waited_too_long_holds_no_share() -> None:
     async def story(work: Work) -> None:
         lanes = Lanes({Lane.GENERAL: 2}, longest_wait_seconds=SHORT)
         first = asyncio.create_task(lanes.run(Lane.GENERAL, work, whose="acme"))
@@ -209,7 +209,7 @@ def test_passwords_do_not_wait_for_general_calls() -> None:
         asyncio.run(story(work))
 
 
-def test_a_call_for_which_the_machine_has_no_thread_leaves_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_releases_its_place_when_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -224,7 +224,7 @@ def test_a_call_for_which_the_machine_has_no_thread_leaves_its_place(monkeypatch
     asyncio.run(story())
 
 
-def test_a_call_that_stops_an_iteration_has_raised_and_not_hung() -> None:
+def test_stop_iteration_in_a_call_is_raised_as_a_runtime_error() -> None:
     async def story() -> None:
         lanes = Lanes({Lane.GENERAL: 1})
         with pytest.raises(RuntimeError) as raised:
@@ -234,7 +234,7 @@ def test_a_call_that_stops_an_iteration_has_raised_and_not_hung() -> None:
     asyncio.run(story())
 
 
-def test_a_call_that_outlives_its_request_is_logged_with_its_id_and_waited_for_at_the_end() -> None:
+def test_a_call_that_outlives_its_request_is_logged_and_awaited_at_shutdown() -> None:
     async def story(work: Work) -> None:
         lanes = Lanes({Lane.GENERAL: 2})
         with structlog.contextvars.bound_contextvars(request_id="the-late-one"):
@@ -258,7 +258,7 @@ def test_a_call_that_outlives_its_request_is_logged_with_its_id_and_waited_for_a
 
 
 @pytest.mark.parametrize("error", [ValueError, TimeoutError])
-def test_what_a_call_raises_comes_through_and_frees_its_thread(error: type[Exception]) -> None:
+def test_an_exception_in_a_call_is_raised_and_frees_its_thread(error: type[Exception]) -> None:
     def fail() -> None:
         raise error
 
@@ -271,7 +271,7 @@ def test_what_a_call_raises_comes_through_and_frees_its_thread(error: type[Excep
     asyncio.run(story())
 
 
-def test_a_caller_who_gives_up_waiting_frees_the_place() -> None:
+def test_a_cancelled_waiting_call_frees_its_place() -> None:
     async def story(work: Work) -> None:
         lanes = Lanes({Lane.GENERAL: 1, Lane.PASSWORDS: PASSWORD_THREADS}, longest_wait_seconds=LONG)
         (task,) = await begin(lanes, Lane.GENERAL, work, 1)
@@ -295,7 +295,7 @@ def test_calls_run_off_the_event_loop() -> None:
     assert ran_in is not threading.main_thread()
 
 
-def test_a_handler_is_general_unless_it_was_marked() -> None:
+def test_an_unmarked_handler_is_in_the_general_lane_only_if_it_waits() -> None:
     @runs_in(Lane.PASSWORDS)
     def marked() -> str:
         return "itself"
@@ -305,7 +305,7 @@ def test_a_handler_is_general_unless_it_was_marked() -> None:
     assert lane_of(lambda: None, waits=False) is None
 
 
-def test_the_handlers_that_hash_are_those_marked() -> None:
+def test_exactly_the_handlers_that_hash_run_in_the_password_lane() -> None:
     for name, handler in inspect.getmembers(authentication, inspect.isfunction):
         if handler.__module__ == authentication.__name__:
             hashes = "passwords" in inspect.signature(handler).parameters

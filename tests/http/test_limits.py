@@ -106,7 +106,7 @@ def test_a_public_operation_is_counted_by_address(
 
 
 @pytest.mark.parametrize("operation_id", SECURED)
-def test_any_other_operation_is_counted_by_tenant(
+def test_a_secured_operation_is_counted_by_tenant(
     tight: TestClient, clock: TurnedClock, operation_id: str
 ) -> None:
     acme = Account(tight, register(tight).json())
@@ -122,7 +122,7 @@ def test_any_other_operation_is_counted_by_tenant(
 
 
 @pytest.mark.parametrize("operation_id", SECURED)
-def test_429_for_those_without_good_credentials_who_go_on(tight: TestClient, operation_id: str) -> None:
+def test_429_after_repeated_missing_or_bad_credentials(tight: TestClient, operation_id: str) -> None:
     operation = OPERATIONS[operation_id]
     missing, bad = ask(tight, operation), ask(tight, operation, headers=bearer("nonsense"))
     assert [missing.status_code, bad.status_code] == [401, 401]
@@ -136,7 +136,7 @@ def test_429_for_those_without_good_credentials_who_go_on(tight: TestClient, ope
 # Who is counted ----------------------------------------------------------------------------------
 
 
-def test_a_stranger_cannot_lock_out_those_behind_the_same_address(tight: TestClient) -> None:
+def test_unauthenticated_requests_do_not_lock_out_tenants_at_the_same_address(tight: TestClient) -> None:
     acme = Account(tight, register(tight).json())
     for _ in range(5):
         tight.get(VERIFY)
@@ -144,7 +144,7 @@ def test_a_stranger_cannot_lock_out_those_behind_the_same_address(tight: TestCli
     assert acme.get("/verify/").status_code == 200
 
 
-def test_tenants_are_counted_apart_and_all_secret_keys_of_one_together(tight: TestClient) -> None:
+def test_tenants_are_counted_separately_and_the_secret_keys_of_one_together(tight: TestClient) -> None:
     acme = Account(tight, register(tight).json())
     globex = Account(tight, register(tight, "Globex Ltd.").json())
     live, test = ({"X-API-Key": acme.tenant[name]} for name in ("api_key_secret", "api_key_test_secret"))
@@ -154,7 +154,7 @@ def test_tenants_are_counted_apart_and_all_secret_keys_of_one_together(tight: Te
     assert globex.get("/me/").status_code == 200
 
 
-def test_nobody_with_a_publishable_key_can_lock_out_the_tenant(tight: TestClient) -> None:
+def test_requests_with_a_publishable_key_cannot_lock_out_the_tenant(tight: TestClient) -> None:
     acme = Account(tight, register(tight).json())
     public, secret = ({"X-API-Key": acme.tenant[name]} for name in ("api_key_public", "api_key_secret"))
     assert [tight.get(VERIFY, headers=public).status_code for _ in range(3)] == [200, 200, 429]
@@ -162,7 +162,7 @@ def test_nobody_with_a_publishable_key_can_lock_out_the_tenant(tight: TestClient
     assert acme.get("/api-keys/").status_code == 200
 
 
-def test_nobody_with_a_secret_key_can_keep_users_from_revoking_it(tight: TestClient) -> None:
+def test_requests_with_a_secret_key_cannot_keep_users_from_revoking_it(tight: TestClient) -> None:
     acme = Account(tight, register(tight).json())
     secret = {"X-API-Key": acme.tenant["api_key_secret"]}
     assert [tight.get(VERIFY, headers=secret).status_code for _ in range(3)] == [200, 200, 429]
@@ -170,13 +170,13 @@ def test_nobody_with_a_secret_key_can_keep_users_from_revoking_it(tight: TestCli
     assert (revoked.status_code, standing(revoked)["default"][2]) == (200, 1)
 
 
-def test_what_a_caller_may_not_do_is_counted_all_the_same(tight: TestClient) -> None:
+def test_forbidden_requests_are_counted_too(tight: TestClient) -> None:
     headers = bearer(register(tight).json()["tenant"]["api_key_public"])
     answers = [tight.post(f"{API}/webhooks/test/", headers=headers).status_code for _ in range(3)]
     assert answers == [403, 403, 429]
 
 
-def test_who_may_not_send_tests_uses_none_of_them_up(acme: Account) -> None:
+def test_forbidden_test_deliveries_do_not_use_up_their_limit(acme: Account) -> None:
     headers = bearer(acme.tenant["api_key_public"])
     for _ in range(11):
         assert acme.client.post(f"{API}/webhooks/test/", headers=headers).status_code == 403
@@ -190,13 +190,13 @@ def test_an_expired_token_is_not_counted_as_bad_credentials(tight: TestClient, c
     assert {(answer.status_code, answer.json()["code"]) for answer in answers} == {(401, "token-expired")}
 
 
-def test_a_wrong_password_is_no_strangers(tight: TestClient) -> None:
+def test_a_wrong_password_is_not_counted_as_bad_credentials(tight: TestClient) -> None:
     answer = log_in(tight, "nobody@acme.example", "wrong")
     assert answer.status_code == 401
     assert standing(answer).keys() == {"login", "login-failures"}
 
 
-def test_a_stolen_session_cannot_keep_its_owner_from_a_new_password(acme: Account) -> None:
+def test_a_stolen_session_cannot_block_its_owners_password_change(acme: Account) -> None:
     for _ in range(6):
         change(acme, "wrong")
     assert change(acme, PASSWORD).status_code == 429
@@ -211,7 +211,7 @@ def test_a_tier_has_its_own_limit(acme: Account, superuser: Engine, tier: str, q
     assert standing(acme.get("/verify/"))["default"][:3] == (quota, 60, quota - 1)
 
 
-def test_a_test_delivery_is_counted_twice(acme: Account) -> None:
+def test_a_test_delivery_counts_towards_two_limits(acme: Account) -> None:
     answer = acme.post("/webhooks/test/", {})
     assert answer.status_code == 409
     assert standing(answer).keys() == {"default", "test-deliveries"}
@@ -228,7 +228,7 @@ def test_a_test_delivery_is_counted_twice(acme: Account) -> None:
         ("/stripe/status/", None, "stripe-status"),
     ],
 )
-def test_what_costs_others_something_is_counted_beside(
+def test_costly_operations_count_towards_their_own_limit_too(
     acme: Account, path: str, body: dict[str, str] | None, limit: str | None
 ) -> None:
     answer = acme.get(path) if body is None else acme.post(path, body)
@@ -265,11 +265,11 @@ def test_a_repeat_of_a_request_in_progress_costs_nothing(
         ("local", "local"),
     ],
 )
-def test_the_network_that_counts_as_one(address: str, network: str) -> None:
+def test_an_ipv6_address_is_counted_by_its_64_bit_prefix(address: str, network: str) -> None:
     assert network_of(address) == network
 
 
-def test_pages_and_what_does_not_exist_are_not_limited(client: TestClient) -> None:
+def test_pages_and_unknown_paths_are_not_limited(client: TestClient) -> None:
     for path in ("/healthz", "/docs/", "/openapi.json", "/nothing/"):
         assert "ratelimit" not in client.get(path).headers
 
@@ -289,7 +289,7 @@ def test_429_after_five_wrong_passwords_for_one_account(acme: Account, clock: Tu
     assert log_in(acme.client, acme.email).status_code == 200
 
 
-def test_an_unknown_email_is_throttled_alike(acme: Account) -> None:
+def test_an_unknown_email_is_throttled_like_a_known_one(acme: Account) -> None:
     def told(email: str) -> list[Any]:
         answers = [log_in(acme.client, email, "wrong") for _ in range(5)]
         return [(answer.status_code, answer.json()["code"]) for answer in answers]
@@ -297,14 +297,14 @@ def test_an_unknown_email_is_throttled_alike(acme: Account) -> None:
     assert told(acme.email) == told("nobody@acme.example") == [(401, "invalid-credentials")] * 5
 
 
-def test_the_right_password_begins_anew(acme: Account, clock: TurnedClock) -> None:
+def test_a_successful_login_resets_the_failure_count(acme: Account, clock: TurnedClock) -> None:
     for _ in range(2):
         assert [log_in(acme.client, acme.email, "wrong").status_code for _ in range(4)] == [401] * 4
         assert log_in(acme.client, acme.email).status_code == 200
         clock.turn(minutes=1)
 
 
-def test_nobody_can_lock_an_account_for_its_owner_elsewhere(
+def test_wrong_passwords_do_not_lock_out_the_owner_at_another_address(
     settings: Settings, clock: TurnedClock, uncounted: None, clean: None
 ) -> None:
     app = create_app(settings, clock=clock)
@@ -348,7 +348,7 @@ FOUR = [f"198.51.100.{number}" for number in range(4)]
 
 
 @pytest.mark.parametrize("email", [EMAIL, "nobody@acme.example"])
-def test_after_many_wrong_passwords_from_many_addresses_each_has_few(world: World, email: str) -> None:
+def test_wrong_passwords_from_many_addresses_lower_the_limit_of_each(world: World, email: str) -> None:
     assert world.guess(email, *FOUR) == [401] * 4
     for address in ("198.51.100.9", FOUR[0]):
         assert world.guess(email, *[address] * 3) == [401, 401, 429]
@@ -357,20 +357,20 @@ def test_after_many_wrong_passwords_from_many_addresses_each_has_few(world: Worl
         assert standing(refused).keys() == {"login", "braked-failures"}
 
 
-def test_nobody_can_lock_an_account_for_its_owner_from_many_addresses(world: World) -> None:
+def test_wrong_passwords_from_many_addresses_do_not_lock_out_the_owner(world: World) -> None:
     world.guess(EMAIL, *FOUR * 3)
     owner = world.at("192.0.2.1")
     for _ in range(3):  # And what is right begins anew.
         assert [log_in(owner, EMAIL, guess).status_code for guess in ("wrong", PASSWORD)] == [401, 200]
 
 
-def test_the_owner_who_logs_in_releases_no_brake(world: World) -> None:
+def test_a_login_of_the_owner_does_not_release_the_brake(world: World) -> None:
     world.guess(EMAIL, *FOUR)
     assert log_in(world.at("192.0.2.1"), EMAIL).status_code == 200
     assert world.guess(EMAIL, *["198.51.100.9"] * 3) == [401, 401, 429]
 
 
-def test_right_passwords_bring_no_brake_on(world: World) -> None:
+def test_right_passwords_do_not_trigger_the_brake(world: World) -> None:
     world.guess(EMAIL, *FOUR[:3])
     for address in FOUR * 2:
         assert log_in(world.at(address), EMAIL).status_code == 200
@@ -378,7 +378,7 @@ def test_right_passwords_bring_no_brake_on(world: World) -> None:
     assert "login-failures" in standing(answer)
 
 
-def test_a_brake_is_of_one_account_and_ends(world: World, clock: TurnedClock) -> None:
+def test_a_brake_applies_to_one_account_and_expires(world: World, clock: TurnedClock) -> None:
     world.guess(EMAIL, *FOUR)
     other = log_in(world.at("192.0.2.1"), "nobody@acme.example", "wrong")
     assert "login-failures" in standing(other)
@@ -392,9 +392,7 @@ def test_429_after_ten_logins_from_one_address(acme: Account) -> None:
     assert_over(answers[-1], "login")
 
 
-def test_an_account_of_ones_own_clears_neither_the_address_nor_another_account(
-    acme: Account, globex: Account
-) -> None:
+def test_a_login_resets_neither_the_address_nor_another_account(acme: Account, globex: Account) -> None:
     tries = [log_in(acme.client, *who) for who in [(acme.email, "wrong"), (globex.email,)] * 5]
     assert [answer.status_code for answer in tries] == [401, 200] * 5
     assert [standing(answer)["login"][2] for answer in tries] == [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]
@@ -415,12 +413,12 @@ def test_429_after_five_wrong_old_passwords(acme: Account, clock: TurnedClock) -
     assert change(acme, PASSWORD).status_code == 200
 
 
-def test_a_right_password_and_a_weak_new_one_is_no_failure(acme: Account) -> None:
+def test_a_weak_new_password_is_not_counted_as_a_failure(acme: Account) -> None:
     assert [change(acme, PASSWORD, "acme.example1").status_code for _ in range(7)] == [422] * 7
     assert change(acme, PASSWORD).status_code == 200
 
 
-def test_nor_is_one_that_is_kept_under_a_key(acme: Account) -> None:
+def test_a_replayed_weak_new_password_is_not_counted_as_a_failure(acme: Account) -> None:
     body = {"old_password": PASSWORD, "new_password": "acme.example1"}
     for n in range(14):  # Each of them twice.
         headers = bearer(acme.tokens["access"]) | {"Idempotency-Key": f"weak-{n // 2}"}
@@ -429,7 +427,7 @@ def test_nor_is_one_that_is_kept_under_a_key(acme: Account) -> None:
     assert change(acme, PASSWORD).status_code == 200
 
 
-def test_a_login_that_ran_out_of_time_is_no_failure(
+def test_a_login_that_timed_out_is_not_counted_as_a_failure(
     settings: Settings, clock: TurnedClock, acme: Account, superuser: Engine
 ) -> None:
     short = replace(settings, request_timeout_seconds=1)
@@ -444,7 +442,7 @@ def test_a_login_that_ran_out_of_time_is_no_failure(
         assert log_in(client, acme.email).status_code == 200
 
 
-def test_users_are_throttled_apart(acme: Account, globex: Account) -> None:
+def test_users_are_throttled_separately(acme: Account, globex: Account) -> None:
     for _ in range(6):
         change(acme, "wrong")
     assert change(acme, PASSWORD).status_code == 429
@@ -454,7 +452,7 @@ def test_users_are_throttled_apart(acme: Account, globex: Account) -> None:
 # Off -----------------------------------------------------------------------------------------------
 
 
-def test_without_limits_no_answer_speaks_of_them(flooded: TestClient) -> None:
+def test_no_limit_headers_when_limits_are_off(flooded: TestClient) -> None:
     answers = [log_in(flooded, "nobody@acme.example", "wrong") for _ in range(12)]
     assert {answer.status_code for answer in answers} == {401}
     assert not {"ratelimit", "ratelimit-policy"} & answers[0].headers.keys()

@@ -61,7 +61,7 @@ HTML_PATHS = ["/", "/docs/", "/ui/", "/problems/", *(f"/problems/{code}" for cod
 
 
 @pytest.mark.parametrize("path", HTML_PATHS)
-def test_pages_bear_a_strict_policy_and_obey_it(client: TestClient, path: str) -> None:
+def test_pages_send_a_strict_content_security_policy_and_obey_it(client: TestClient, path: str) -> None:
     answer = client.get(path)
     assert answer.status_code == 200
     assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
@@ -75,18 +75,18 @@ def test_pages_bear_a_strict_policy_and_obey_it(client: TestClient, path: str) -
 
 
 @pytest.mark.parametrize("path", HTML_PATHS)
-def test_every_link_of_ours_leads_somewhere(client: TestClient, path: str) -> None:
+def test_every_internal_link_resolves(client: TestClient, path: str) -> None:
     links = set(re.findall(r'(?:href|src)="(/[^"]*)"', client.get(path).text))
     assert links
     assert {link: client.get(link).status_code for link in links} == dict.fromkeys(links, 200)
 
 
 @pytest.mark.parametrize("path", HTML_PATHS)
-def test_nothing_is_loaded_from_elsewhere(client: TestClient, path: str) -> None:
+def test_pages_load_nothing_from_other_hosts(client: TestClient, path: str) -> None:
     assert not re.search(r'(?:src|<link[^>]*href)="(?:https?:)?//', client.get(path).text)
 
 
-def test_the_landing_page_leads_everywhere(client: TestClient) -> None:
+def test_the_landing_page_links_to_the_main_pages(client: TestClient) -> None:
     text = client.get("/").text
     for path in ["/docs/", "/openapi.json", "/openapi.yaml", "/problems/", "/healthz"]:
         assert f'href="{path}"' in text
@@ -94,7 +94,7 @@ def test_the_landing_page_leads_everywhere(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("path", ["/docs", "/ui", "/problems"])
-def test_a_missing_slash_is_added_without_believing_the_host_header(client: TestClient, path: str) -> None:
+def test_a_missing_slash_is_added_without_trusting_the_host_header(client: TestClient, path: str) -> None:
     answer = client.get(path, headers={"Host": "evil.example"})
     assert answer.status_code == 307
     assert answer.headers["Location"] == f"{path[1:]}/"
@@ -104,7 +104,7 @@ def test_a_missing_slash_is_added_without_believing_the_host_header(client: Test
 
 
 @pytest.mark.parametrize("error", list(errors.catalogue()), ids=lambda error: error.code())
-def test_a_problems_page_tells_what_a_client_sees(
+def test_a_problems_page_shows_its_status_type_and_title(
     client: TestClient, error: type[errors.BillingError]
 ) -> None:
     text = client.get(f"/problems/{error.code()}").text
@@ -117,7 +117,7 @@ def test_the_list_of_problems_is_complete(client: TestClient) -> None:
     assert sorted(re.findall(r'href="/problems/([a-z-]+)"', client.get("/problems/").text)) == CODES
 
 
-def test_backticks_become_code_and_nothing_becomes_markup() -> None:
+def test_backticks_become_code_and_markup_is_escaped() -> None:
     assert templates.ticked("Send `<b>`, & <i>") == "Send <code>&lt;b&gt;</code>, &amp; &lt;i&gt;"
 
 
@@ -131,7 +131,7 @@ def test_two_workers_make_the_same_pages(client: TestClient) -> None:
     "path",
     ["/problems/no-such-code", "/problems/not-found/", "/problems/%3Cscript%3E", "/static/no-such-file"],
 )
-def test_404_for_what_is_not_listed(client: TestClient, path: str) -> None:
+def test_404_for_an_unknown_page_or_file(client: TestClient, path: str) -> None:
     assert client.get(path).status_code == 404
 
 
@@ -141,11 +141,11 @@ def test_404_for_what_is_not_listed(client: TestClient, path: str) -> None:
 @pytest.mark.parametrize(
     "path", ["/static/..%2Fpages.py", "/static/../pages.py", "/static//etc/passwd", "/static/"]
 )
-def test_no_path_leads_out_of_the_list_of_files(client: TestClient, path: str) -> None:
+def test_static_paths_cannot_escape_the_list_of_files(client: TestClient, path: str) -> None:
     assert client.get(path).status_code == 404
 
 
-def test_a_file_named_with_its_fingerprint_is_kept_for_good(client: TestClient) -> None:
+def test_a_file_requested_with_its_fingerprint_is_immutable(client: TestClient) -> None:
     (link,) = set(re.findall(r'"(/static/site\.css\?v=\w+)"', client.get("/").text))
     assert "immutable" in client.get(link).headers["Cache-Control"]
     assert client.get("/static/site.css?v=old").headers["Cache-Control"] == "no-cache"
@@ -181,13 +181,13 @@ def test_the_document_is_served_as_it_was_made(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("path", ["/openapi.json", "/openapi.yaml"])
-def test_tools_in_any_browser_may_read_the_document(client: TestClient, path: str) -> None:
+def test_the_document_is_readable_from_any_origin(client: TestClient, path: str) -> None:
     answer = client.get(path, headers={"Origin": "https://tool.example"})
     assert answer.headers["Access-Control-Allow-Origin"] == "*"
 
 
 @pytest.mark.parametrize("sent", ["{}", "W/{}", '"other", {}', '"other",W/{}', "*"])
-def test_304_for_who_has_it_already(client: TestClient, sent: str) -> None:
+def test_304_for_a_matching_entity_tag(client: TestClient, sent: str) -> None:
     etag = client.get("/openapi.json").headers["ETag"]
     answer = client.get("/openapi.json", headers={"If-None-Match": sent.format(etag)})
     assert answer.status_code == 304
@@ -196,7 +196,7 @@ def test_304_for_who_has_it_already(client: TestClient, sent: str) -> None:
 
 
 @pytest.mark.parametrize("sent", ['"other"', "", "nonsense"])
-def test_200_for_who_has_another_one(client: TestClient, sent: str) -> None:
+def test_200_for_another_entity_tag(client: TestClient, sent: str) -> None:
     assert client.get("/openapi.json", headers={"If-None-Match": sent}).status_code == 200
 
 
@@ -213,7 +213,7 @@ def test_head_is_get_without_the_body(client: TestClient, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["/", "/docs/", "/docs", "/openapi.json", "/problems/not-found", "/healthz"])
-def test_405_names_what_is_allowed(client: TestClient, path: str) -> None:
+def test_405_lists_the_allowed_methods(client: TestClient, path: str) -> None:
     answer = client.post(path)
     assert answer.status_code == 405
     assert {method.strip() for method in answer.headers["Allow"].split(",")} == {"GET", "HEAD"}
@@ -222,7 +222,7 @@ def test_405_names_what_is_allowed(client: TestClient, path: str) -> None:
 # Health
 
 
-def test_many_who_ask_at_once_are_one_look_at_the_database() -> None:
+def test_simultaneous_readiness_probes_share_one_database_check() -> None:
     class Slow:
         looks = 0
 
@@ -239,7 +239,7 @@ def test_many_who_ask_at_once_are_one_look_at_the_database() -> None:
     assert slow.looks == 1
 
 
-def test_one_who_does_not_wait_takes_the_look_from_nobody() -> None:
+def test_a_cancelled_probe_does_not_cancel_the_shared_check() -> None:
     class Slow:
         def require_ready(self) -> None:
             time.sleep(0.2)
@@ -263,14 +263,14 @@ def test_a_schema_of_another_version_is_not_ready() -> None:
         asyncio.run(readiness(Elsewhere())())  # type: ignore[arg-type]
 
 
-def test_health_and_readiness(client: TestClient) -> None:
+def test_health_and_readiness_are_reported_and_not_cached(client: TestClient) -> None:
     assert client.get("/healthz").json() == {"status": "ok"}
     assert client.get("/healthz").headers["cache-control"] == "no-store"
     assert client.get("/readyz").json() == {"status": "ready"}
     assert client.get("/readyz").headers["Cache-Control"] == "no-store"
 
 
-def test_who_is_not_ready_lives_but_takes_no_traffic() -> None:
+def test_a_server_that_is_not_ready_is_still_healthy() -> None:
     client = client_of(not_ready)
     assert client.get("/healthz").status_code == 200
     assert client.get("/readyz").status_code == 503
@@ -300,11 +300,11 @@ def whole() -> Iterator[TestClient]:
 @pytest.mark.parametrize(
     "path", ["/api/v1/auth/tenants/me/", "/nowhere", "/healthz/", "/openapi.json/", "//"]
 )
-def test_every_other_path_is_the_apis(whole: TestClient, path: str) -> None:
+def test_every_other_path_goes_to_the_api(whole: TestClient, path: str) -> None:
     assert whole.get(f"http://testserver{path}").text == f"the API, at {path}"
 
 
-def test_the_pages_come_first(whole: TestClient) -> None:
+def test_pages_take_precedence_over_the_api(whole: TestClient) -> None:
     assert whole.get("/healthz").json() == {"status": "ok"}
 
 

@@ -33,7 +33,7 @@ def header(answer: Rendered, name: bytes) -> bytes | None:
 
 
 @pytest.mark.parametrize("error", LEAVES, ids=lambda error: error.code())
-def test_every_error_is_a_whole_problem(error: type[BillingError]) -> None:
+def test_every_error_renders_as_a_complete_problem(error: type[BillingError]) -> None:
     answer, body = rendered(error())
     instance = body.pop("instance")
     assert UUID(instance.removeprefix("urn:uuid:")).version == 7
@@ -69,7 +69,7 @@ def test_an_error_has_the_status_of_its_family(error: type[BillingError], status
     assert status_of(error) == status
 
 
-def test_each_problem_is_an_instance_of_its_own() -> None:
+def test_each_problem_has_its_own_instance() -> None:
     assert rendered(errors.NotFound())[1]["instance"] != rendered(errors.NotFound())[1]["instance"]
 
 
@@ -83,7 +83,7 @@ def test_faults_are_listed_by_pointer() -> None:
 
 
 @pytest.mark.parametrize("error", LEAVES, ids=lambda error: error.code())
-def test_every_401_has_a_challenge_and_403_only_for_its_scope(error: type[BillingError]) -> None:
+def test_a_challenge_is_sent_on_401_and_for_insufficient_scope(error: type[BillingError]) -> None:
     challenge = header(rendered(error())[0], b"www-authenticate")
     if error in (errors.CredentialsMissing, errors.InvalidCredentials):
         assert challenge == b'Bearer realm="billing"'
@@ -111,12 +111,12 @@ def test_retry_after_only_where_waiting_helps(error: BillingError, seconds: byte
     assert header(rendered(error)[0], b"retry-after") == seconds
 
 
-def test_the_cause_of_an_error_stays_inside() -> None:
+def test_the_cause_of_an_error_is_not_disclosed() -> None:
     error = errors.DatabaseUnavailable()
     error.__cause__ = RuntimeError("password=hunter2")
     assert b"hunter2" not in rendered(error)[0].body
 
 
-def test_configure_sets_where_types_point(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configure_sets_the_base_url_of_types(monkeypatch: pytest.MonkeyPatch) -> None:
     problems.configure("https://other.example")
     assert rendered(errors.NotFound())[1]["type"] == "https://other.example/problems/not-found"

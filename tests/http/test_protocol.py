@@ -118,7 +118,7 @@ def test_a_request_for_h2c_may_wait_for_100(connection: Connection) -> None:
     assert seen_by(connection, b"hello")["body"] == "hello"
 
 
-def test_the_wish_to_close_outlives_the_wish_to_upgrade(connection: Connection) -> None:
+def test_connection_close_is_kept_when_an_upgrade_is_ignored(connection: Connection) -> None:
     seen = seen_by(
         connection, request("POST", "/", "Connection: close, Upgrade", "Upgrade: h2c", body=b"hello")
     )
@@ -133,14 +133,14 @@ def test_no_upgrade_is_granted(connection: Connection, wanted: str) -> None:
     assert "upgrade" not in dict(seen["headers"])
 
 
-def test_as_many_upgrades_as_one_read_holds_are_no_recursion(connection: Connection) -> None:
+def test_many_upgrades_in_one_read_do_not_recurse(connection: Connection) -> None:
     one = request("GET", "/", "Connection: Upgrade", "Upgrade: h2c")
     connection.send(one * 900)
     assert {connection.receive().status for _ in range(1 + protocol.MAX_PIPELINED)} == {200}
     assert connection.is_closed_by_server()
 
 
-def test_http_1_0_may_ask_for_an_upgrade_too(connection: Connection) -> None:
+def test_an_http_1_0_upgrade_request_keeps_its_body(connection: Connection) -> None:
     coded = request("POST", "/", "Connection: Upgrade", "Upgrade: h2c", body=b"hello", version="1.0")
     assert seen_by(connection, coded)["body"] == "hello"
 
@@ -148,11 +148,11 @@ def test_http_1_0_may_ask_for_an_upgrade_too(connection: Connection) -> None:
 # What must go on working -------------------------------------------------------------------------
 
 
-def test_a_plain_request(connection: Connection) -> None:
+def test_a_plain_request_is_answered(connection: Connection) -> None:
     assert seen_by(connection, request("POST", "/a%20b?q=1", body=b"hello"))["path"] == "/a b"
 
 
-def test_a_body_in_chunks(connection: Connection) -> None:
+def test_a_chunked_body_is_read_whole(connection: Connection) -> None:
     parts = [
         request("POST", "/", "Transfer-Encoding: chunked"),
         b"2\r\nhe\r\n",
@@ -162,20 +162,20 @@ def test_a_body_in_chunks(connection: Connection) -> None:
     assert seen_by(connection, *parts)["body"] == "hello"
 
 
-def test_of_many_pipelined_requests_the_first_are_answered(connection: Connection) -> None:
+def test_only_the_first_of_too_many_pipelined_requests_are_answered(connection: Connection) -> None:
     connection.send(b"".join(request("GET", f"/{n}") for n in range(1_000)))
     answered = [connection.receive().json()["path"] for _ in range(1 + protocol.MAX_PIPELINED)]
     assert answered == [f"/{n}" for n in range(1 + protocol.MAX_PIPELINED)]
     assert connection.is_closed_by_server()
 
 
-def test_as_many_as_may_wait_are_answered_again_and_again(connection: Connection) -> None:
+def test_as_many_pipelined_requests_as_allowed_are_answered_repeatedly(connection: Connection) -> None:
     for _ in range(3):
         connection.send(request("GET", "/") * protocol.MAX_PIPELINED)
         assert {connection.receive().status for _ in range(protocol.MAX_PIPELINED)} == {200}
 
 
-def test_what_is_sent_while_requests_wait_is_read_when_they_are_answered(connection: Connection) -> None:
+def test_requests_sent_while_others_wait_are_answered_too(connection: Connection) -> None:
     half = protocol.MAX_PIPELINED // 2 + 1
     connection.send(request("GET", "/slow") * 2 + request("GET", "/") * half)
     assert connection.receive().status == 200
@@ -188,18 +188,18 @@ def test_pipelined_requests_are_answered_in_order(connection: Connection) -> Non
     assert [connection.receive().json()["path"] for _ in range(20)] == [f"/{n}" for n in range(20)]
 
 
-def test_http_1_0_closes(connection: Connection) -> None:
+def test_an_http_1_0_connection_is_closed_after_its_response(connection: Connection) -> None:
     assert seen_by(connection, b"GET / HTTP/1.0\r\n\r\n")["path"] == "/"
     assert connection.is_closed_by_server()
 
 
-def test_100_is_sent_to_who_waits_for_it(connection: Connection) -> None:
+def test_100_is_sent_to_a_client_that_expects_it(connection: Connection) -> None:
     connection.send(request("POST", "/", "Expect: 100-continue", "Content-Length: 5"))
     assert connection.receive().status == 100
     assert seen_by(connection, b"hello")["body"] == "hello"
 
 
-def test_who_waited_for_100_in_vain_cannot_go_on(connection: Connection) -> None:
+def test_the_connection_closes_when_an_expected_100_was_never_sent(connection: Connection) -> None:
     connection.send(request("POST", "/early", "Expect: 100-continue", "Content-Length: 5"))
     assert connection.receive().status == 200
     assert connection.is_closed_by_server()
@@ -272,7 +272,9 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("sent", MALFORMED.values(), ids=MALFORMED.keys())
-def test_malformed_http_is_a_problem_and_the_end(connection: Connection, sent: bytes) -> None:
+def test_malformed_http_is_a_400_problem_and_closes_the_connection(
+    connection: Connection, sent: bytes
+) -> None:
     connection.send(sent)
     answer = connection.receive()
     assert (answer.status, answer.code) == (400, "invalid-request")
@@ -282,26 +284,26 @@ def test_malformed_http_is_a_problem_and_the_end(connection: Connection, sent: b
     assert connection.is_closed_by_server()
 
 
-def test_garbage_after_a_request_is_not_taken_for_its_answer(connection: Connection) -> None:
+def test_garbage_after_a_request_does_not_replace_its_response(connection: Connection) -> None:
     connection.send(request("POST", "/", body=b"hello") + b"garbage\r\n\r\n")
     assert connection.receive().status == 200
     assert connection.is_closed_by_server()
 
 
-def test_a_body_that_breaks_off_once_its_answer_has_begun_gets_no_second_one(connection: Connection) -> None:
+def test_a_malformed_body_after_the_response_started_gets_no_second_one(connection: Connection) -> None:
     connection.send(request("POST", "/begun", "Transfer-Encoding: chunked"))
     assert connection.receive(to_head=True).status == 200
     connection.send(b"garbage\r\n")
     assert connection.is_closed_by_server()
 
 
-def test_garbage_after_pipelined_requests_leaves_their_answers(connection: Connection) -> None:
+def test_garbage_after_pipelined_requests_does_not_drop_their_responses(connection: Connection) -> None:
     connection.send(request("GET", "/1") + request("GET", "/2") + b"garbage\r\n\r\n")
     assert [connection.receive().json()["path"] for _ in range(2)] == ["/1", "/2"]
     assert connection.is_closed_by_server()
 
 
-def test_headers_up_to_the_limit(connection: Connection) -> None:
+def test_headers_up_to_the_limit_are_accepted(connection: Connection) -> None:
     headers = [f"X-{n}: {'v' * 300}" for n in range(protocol.MAX_HEADERS - 1)]
     assert len(seen_by(connection, request("GET", "/", *headers))["headers"]) == protocol.MAX_HEADERS
 
@@ -365,7 +367,7 @@ def is_hung_up_on(connection: Connection, drop: bytes) -> bool:
     return False
 
 
-def test_408_for_a_head_that_does_not_end(hurried: Address) -> None:
+def test_408_for_an_unfinished_request_head(hurried: Address) -> None:
     with Connection(hurried) as connection:
         connection.send(b"GET / HTTP/1.1\r\n", b"Host: x\r\n")
         assert connection.receive().code == "request-timeout"
@@ -373,38 +375,38 @@ def test_408_for_a_head_that_does_not_end(hurried: Address) -> None:
 
 
 @pytest.mark.parametrize("drop", [b"\r\n", b"X: y\r\n"])
-def test_drops_of_a_head_do_not_buy_time(hurried: Address, drop: bytes) -> None:
+def test_a_slowly_sent_request_head_times_out(hurried: Address, drop: bytes) -> None:
     with Connection(hurried) as connection:
         connection.send(b"" if drop.isspace() else b"GET / HTTP/1.1\r\n")
         assert is_hung_up_on(connection, drop)
 
 
-def test_a_connection_that_never_speaks_is_closed(hurried: Address) -> None:
+def test_a_connection_without_a_request_is_closed(hurried: Address) -> None:
     with Connection(hurried) as connection:
         assert connection.is_closed_by_server()
 
 
-def test_a_body_dripped_after_its_answer_is_not_waited_for(hurried: Address) -> None:
+def test_a_slow_body_after_its_response_closes_the_connection(hurried: Address) -> None:
     with Connection(hurried) as connection:
         connection.send(request("POST", "/early", "Content-Length: 500"), b"x")
         assert connection.receive().status == 200
         assert is_hung_up_on(connection, b"x")
 
 
-def test_an_answer_may_take_longer_than_a_request(hurried: Address) -> None:
+def test_the_timeout_of_a_request_does_not_apply_to_its_response(hurried: Address) -> None:
     with Connection(hurried) as connection:
         assert seen_by(connection, request("GET", "/slow"))["path"] == "/slow"
         assert seen_by(connection, request("GET", "/next"))["path"] == "/next"
 
 
-def test_an_idle_connection_is_uvicorns_to_close(hurried: Address) -> None:
+def test_closing_an_idle_connection_is_left_to_uvicorn(hurried: Address) -> None:
     with Connection(hurried) as connection:
         assert seen_by(connection, request("GET", "/1"))["path"] == "/1"
         time.sleep(0.6)
         assert seen_by(connection, request("GET", "/2"))["path"] == "/2"
 
 
-def test_nothing_is_kept_of_a_connection_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closed_connections_are_garbage_collected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "CHECKED_EVERY_SECONDS", 3600)
     kept: weakref.WeakSet[protocol.Protocol] = weakref.WeakSet()
 
@@ -424,7 +426,7 @@ def is_soon(what: Callable[[], bool]) -> bool:
     return any(what() or time.sleep(0.05) for _ in range(100))
 
 
-def test_a_connection_that_was_idle_has_all_the_time_for_its_next_head(
+def test_an_idle_connection_has_the_full_timeout_for_its_next_head(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(protocol, "PATIENCE_SECONDS", 2)
@@ -436,7 +438,7 @@ def test_a_connection_that_was_idle_has_all_the_time_for_its_next_head(
         assert connection.receive().json()["path"] == "/2"
 
 
-def test_a_server_that_drains_outlasts_whoever_sends_slowly() -> None:
+def test_draining_lasts_longer_than_a_request_may_take_to_arrive() -> None:
     assert protocol.PATIENCE_SECONDS + protocol.CHECKED_EVERY_SECONDS < DRAIN_SECONDS
     assert BODY_TIMEOUT_SECONDS < DRAIN_SECONDS
     said = f"A body may take {BODY_TIMEOUT_SECONDS:.0f} s to arrive"
@@ -446,7 +448,7 @@ def test_a_server_that_drains_outlasts_whoever_sends_slowly() -> None:
 # The command -------------------------------------------------------------------------------------
 
 
-def test_uvicorns_own_command_takes_it(tmp_path: Path) -> None:
+def test_the_uvicorn_command_accepts_the_protocol(tmp_path: Path) -> None:
     (tmp_path / "tiny.py").write_text("async def app(scope, receive, send): pass\n")
     command = [sys.executable, "-m", "uvicorn", "tiny:app", "--http", "billing.http.protocol:Protocol"]
     arguments = ["--lifespan", "off", "--port", "0", "--app-dir", str(tmp_path)]
@@ -479,7 +481,7 @@ class Wire(asyncio.Transport):
         self.is_closed = True
 
 
-def test_what_one_turn_of_the_loop_writes_goes_out_at_once() -> None:
+def test_writes_of_one_event_loop_iteration_are_sent_together() -> None:
     async def write(wire: Wire) -> None:
         coalescing = protocol.CoalescingTransport(wire, asyncio.get_running_loop())
         coalescing.write(b"head ")
@@ -493,7 +495,7 @@ def test_what_one_turn_of_the_loop_writes_goes_out_at_once() -> None:
     assert wire.packets == [b"head body", b"next"]
 
 
-def test_what_was_written_goes_out_before_the_connection_is_closed() -> None:
+def test_pending_writes_are_sent_before_the_connection_is_closed() -> None:
     async def write(wire: Wire) -> None:
         coalescing = protocol.CoalescingTransport(wire, asyncio.get_running_loop())
         coalescing.write(b"farewell")

@@ -37,7 +37,7 @@ UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow]
         (b"[" * 1000 + b'"\\\\u0000"' + b"]" * 1000, "deep"),
     ],
 )
-def test_json_is_read(raw: bytes, value: Any) -> None:
+def test_valid_json_is_parsed(raw: bytes, value: Any) -> None:
     parsed = parse_json(raw)
     assert value == "deep" or parsed == value
 
@@ -85,7 +85,7 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize("raw", MALFORMED, ids=lambda raw: ascii(raw[:24]))
-def test_what_is_no_json_is_malformed_and_not_repeated(raw: bytes) -> None:
+def test_invalid_json_is_malformed_and_not_echoed(raw: bytes) -> None:
     with pytest.raises(MalformedBody) as caught:
         parse_json(raw)
     assert caught.value.detail == MalformedBody().detail
@@ -102,7 +102,7 @@ WITH_NUL = [
 
 
 @pytest.mark.parametrize("raw", WITH_NUL, ids=lambda raw: ascii(raw[:24]))
-def test_text_with_nul_is_refused_as_what_it_is(raw: bytes) -> None:
+def test_text_with_nul_is_refused_with_its_own_message(raw: bytes) -> None:
     with pytest.raises(MalformedBody, match=r"^The body has text with a NUL character\.$"):
         parse_json(raw)
 
@@ -191,7 +191,7 @@ def faults(raw: bytes | str, by: Rules = RULES) -> set[tuple[str, str]]:
         '{"name": "abc", "email": "ada@acme.example", "url": "https://a.example/"}',
     ],
 )
-def test_what_matches_is_handed_on(raw: str) -> None:
+def test_a_valid_body_is_returned_parsed(raw: str) -> None:
     assert RULES.body(raw.encode()) == parse_json(raw.encode())
 
 
@@ -239,7 +239,7 @@ def test_what_matches_is_handed_on(raw: str) -> None:
         ("[]", {("", 'The value is not of type "object".')}),
     ],
 )
-def test_each_fault_is_told_by_its_pointer(raw: str, expected: set[tuple[str, str]]) -> None:
+def test_each_fault_is_reported_by_its_pointer(raw: str, expected: set[tuple[str, str]]) -> None:
     assert_same_places(faults(raw), expected)
     assert "unter" not in str(faults(raw))
 
@@ -270,7 +270,7 @@ def test_no_fault_repeats_a_value(value: Any, name: str) -> None:
         raise AssertionError("a name of fourteen characters passed")
 
 
-def test_an_empty_body_is_no_body() -> None:
+def test_an_empty_body_counts_as_missing() -> None:
     assert rules(required=False).body(b"") is None
     assert faults(b"") == {("", "A body is required.")}
 
@@ -310,7 +310,7 @@ QUERY = (
         (b"state=a;b=c", {"state": "a;b=c"}),
     ],
 )
-def test_a_query_that_matches_is_handed_on(raw: bytes, given_: dict[str, str]) -> None:
+def test_a_valid_query_is_returned_parsed(raw: bytes, given_: dict[str, str]) -> None:
     assert rules(query=QUERY).query(raw) == given_
 
 
@@ -339,7 +339,9 @@ def test_a_query_that_matches_is_handed_on(raw: bytes, given_: dict[str, str]) -
         (b"state=x&code=Hunter2", {("/query/code", 'The value does not match "^[a-z]*$".')}),
     ],
 )
-def test_each_fault_of_a_query_is_told_without_its_value(raw: bytes, expected: set[tuple[str, str]]) -> None:
+def test_each_fault_of_a_query_is_reported_without_its_value(
+    raw: bytes, expected: set[tuple[str, str]]
+) -> None:
     with pytest.raises(InvalidRequest) as caught:
         rules(query=QUERY).query(raw)
     assert {(fault.pointer, fault.message) for fault in caught.value.faults} == expected
@@ -352,14 +354,14 @@ def test_an_operation_without_parameters_takes_none() -> None:
         rules().query(b"a")
 
 
-def test_an_open_query_may_have_others_and_its_own_once() -> None:
+def test_an_open_query_accepts_unknown_parameters_and_its_own_once() -> None:
     assert rules(query=QUERY, open_query=True).query(b"state=x&more=y&more=z")["state"] == "x"
     with pytest.raises(InvalidRequest):
         rules(query=QUERY, open_query=True).query(b"state=x&state=y")
 
 
 @pytest.mark.parametrize(("parts", "faults"), [(30, 60), (400, 100), (1_000, 1), (31_000, 1)])
-def test_no_more_faults_are_told_than_the_document_says_and_of_many_parts_the_first(
+def test_faults_are_capped_at_the_documented_maximum_and_at_one_for_a_large_body(
     parts: int, faults: int
 ) -> None:
     contract = load()
@@ -382,7 +384,7 @@ def test_no_more_faults_are_told_than_the_document_says_and_of_many_parts_the_fi
         ({"type": "string"}, "string"),
     ],
 )
-def test_nullable_is_a_second_type_wherever_it_stands(schema: dict[str, Any], expected: object) -> None:
+def test_nullable_becomes_a_second_type_at_any_depth(schema: dict[str, Any], expected: object) -> None:
     nested = {"anyOf": [{"properties": {"a": schema}}]}
     assert as_json_schema(schema)["type"] == expected
     assert as_json_schema(nested)["anyOf"][0]["properties"]["a"]["type"] == expected

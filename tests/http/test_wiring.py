@@ -86,12 +86,12 @@ def test_every_operation_of_the_document_has_its_handler() -> None:
         (operation("list_api_keys", "Authentication"), "billing.handlers.authentication"),
     ],
 )
-def test_a_missing_handler_stops_the_start(missing: Operation, module: str) -> None:
+def test_a_missing_handler_prevents_startup(missing: Operation, module: str) -> None:
     with pytest.raises(WiringError, match=f"{missing.operation_id} has no handler in {module}"):
         endpoints([missing], {}, Lanes({Lane.GENERAL: 1, Lane.PASSWORDS: 1}))
 
 
-def test_a_handler_that_asks_for_what_nobody_has_stops_the_start(handlers: ModuleType) -> None:
+def test_an_unknown_handler_parameter_prevents_startup(handlers: ModuleType) -> None:
     def handler(*, caller: Caller, zebra: object, gateway: object) -> Reply:
         raise AssertionError
 
@@ -100,7 +100,7 @@ def test_a_handler_that_asks_for_what_nobody_has_stops_the_start(handlers: Modul
     wired(handlers, handler, gateway=1, query=("zebra",))
 
 
-def test_who_takes_an_idempotency_key_must_ask_for_once_and_nobody_else_may(handlers: ModuleType) -> None:
+def test_handlers_declare_once_exactly_if_they_accept_an_idempotency_key(handlers: ModuleType) -> None:
     keeps = Idempotency(None, lambda: NOW)  # type: ignore[arg-type]
 
     def asks(*, once: object) -> Reply:
@@ -117,7 +117,7 @@ def test_who_takes_an_idempotency_key_must_ask_for_once_and_nobody_else_may(hand
 # A request ---------------------------------------------------------------------------------------
 
 
-def test_a_handler_gets_what_it_asks_for_and_no_more(handlers: ModuleType) -> None:
+def test_a_handler_receives_exactly_the_parameters_it_declares(handlers: ModuleType) -> None:
     got: dict[str, object] = {}
 
     def handler(body: Any, *, caller: Any, actor: Any, code: Any, state: Any, store: Any) -> Reply:
@@ -153,20 +153,22 @@ def test_a_handler_gets_what_it_asks_for_and_no_more(handlers: ModuleType) -> No
         (Caller(ACME, key=KEY), "api_key", KEY.id),
     ],
 )
-def test_who_acts(handlers: ModuleType, caller: Caller | None, kind: str, id: object) -> None:
+def test_the_actor_is_derived_from_the_caller(
+    handlers: ModuleType, caller: Caller | None, kind: str, id: object
+) -> None:
     actors: list[Actor] = []
     endpoint = wired(handlers, lambda actor: actors.append(actor) or ok({}))
     ask(endpoint, caller=caller)
     assert [(actor.kind, actor.id) for actor in actors] == [(kind, id)]
 
 
-def test_nobody_is_the_caller_of_a_public_operation(handlers: ModuleType) -> None:
+def test_the_caller_of_a_public_operation_is_none(handlers: ModuleType) -> None:
     callers: list[object] = []
     ask(wired(handlers, lambda caller, body: callers.extend([caller, body]) or ok({})))
     assert callers == [None, None]
 
 
-def test_a_reply_becomes_an_answer_for_no_cache(handlers: ModuleType) -> None:
+def test_a_reply_becomes_a_json_response_with_no_store(handlers: ModuleType) -> None:
     at = datetime(2026, 1, 15, 9, 30, tzinfo=UTC)
     response = ask(wired(handlers, lambda: created({"id": ACME.id, "at": at}).with_header("x-a", "b")))
     assert response.status_code == 201
@@ -189,7 +191,7 @@ def test_a_handler_runs_in_its_lane(handlers: ModuleType, monkeypatch: pytest.Mo
     assert lanes == [Lane.GENERAL, Lane.PASSWORDS]
 
 
-def test_a_handler_that_asks_for_no_service_needs_no_thread(handlers: ModuleType) -> None:
+def test_a_handler_without_services_runs_on_the_event_loop(handlers: ModuleType) -> None:
     threads: list[threading.Thread] = []
     ask(wired(handlers, lambda: threads.append(threading.current_thread()) or ok({})))
     assert threads == [threading.current_thread()]
@@ -208,14 +210,14 @@ def test_a_handler_that_asks_for_no_service_needs_no_thread(handlers: ModuleType
         (Caller(ACME, key=replace(KEY, expires_at=NOW + timedelta(days=7))), "2026-01-22T09:30:59Z"),
     ],
 )
-def test_a_key_in_its_grace_period_says_when_it_ends(
+def test_a_key_in_its_grace_period_reports_its_expiry(
     handlers: ModuleType, caller: Caller | None, expected: str | None
 ) -> None:
     response = ask(wired(handlers, lambda: ok({})), caller=caller)
     assert response.headers.get("x-key-expires-at") == expected
 
 
-def test_connexion_is_given_our_endpoints(handlers: ModuleType) -> None:
+def test_connexion_resolves_operations_to_our_endpoints(handlers: ModuleType) -> None:
     listed = [operation("get_thing", no_head=True)]
 
     async def endpoint(_: Scope) -> Rendered:
