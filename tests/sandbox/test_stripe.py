@@ -90,7 +90,7 @@ def link_to(client: StripeClient, account_id: str, **more: Any) -> Any:
 # The page ----------------------------------------------------------------------------------------
 
 
-def test_page_says_that_it_is_no_stripe(address: str, session: requests.Session) -> None:
+def test_page_says_that_it_is_not_stripe(address: str, session: requests.Session) -> None:
     answer = session.get(address)
     assert answer.status_code == 200
     assert "<title>Stripe sandbox</title>" in answer.text
@@ -110,7 +110,7 @@ def test_page_shows_the_prefill_escaped(client: StripeClient, session: requests.
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; Söhne" in page
 
 
-def test_page_is_not_kept_and_runs_nothing(address: str, session: requests.Session) -> None:
+def test_page_is_not_cached_and_runs_no_scripts(address: str, session: requests.Session) -> None:
     headers = session.get(address).headers
     assert headers["Cache-Control"] == "no-store"
     assert "default-src 'none'" in headers["Content-Security-Policy"]
@@ -131,7 +131,7 @@ def test_page_is_not_kept_and_runs_nothing(address: str, session: requests.Sessi
         ({"redirect_uri": "http://[broken/"}, "redirect_uri"),
     ],
 )
-def test_400_page_for_a_wrong_address(
+def test_400_page_for_an_invalid_authorize_url(
     sandbox: Sandbox, client: StripeClient, session: requests.Session, wrong: dict[str, Any], said: str
 ) -> None:
     address = authorize_url(client, **wrong)
@@ -145,12 +145,12 @@ def test_400_page_for_a_wrong_address(
         sandbox.approve(address)
 
 
-def test_400_page_for_a_choice_that_there_is_not(address: str, session: requests.Session) -> None:
+def test_400_page_for_an_unknown_account_state(address: str, session: requests.Session) -> None:
     answer = session.post(address, {"decision": "connect", "account": "gold"}, allow_redirects=False)
     assert answer.status_code == 400
 
 
-def test_400_page_for_an_address_that_is_not_registered(session: requests.Session) -> None:
+def test_400_page_for_an_unregistered_redirect_uri(session: requests.Session) -> None:
     with Sandbox(redirect_uris={RETURN}) as sandbox:
         client = client_of(sandbox, session)
         assert session.get(authorize_url(client, redirect_uri=RETURN)).status_code == 200
@@ -165,7 +165,7 @@ def test_approval_returns_code_scope_and_state(sandbox: Sandbox, address: str) -
     assert answered == {"tenant": "acme", "scope": "read_write", "state": "f3c1"}
 
 
-def test_scope_is_read_only_unless_more_is_asked_for(sandbox: Sandbox, client: StripeClient) -> None:
+def test_scope_is_read_only_by_default(sandbox: Sandbox, client: StripeClient) -> None:
     callback = sandbox.approve(authorize_url(client, scope=None))
     assert query_of(callback)["scope"] == "read_only"
     assert redeem(client, query_of(callback)["code"]).scope == "read_only"
@@ -183,13 +183,13 @@ def test_refusal_returns_the_error_and_the_state(sandbox: Sandbox, address: str)
     assert not sandbox.accounts
 
 
-def test_answer_has_no_state_where_none_was_sent(sandbox: Sandbox, client: StripeClient) -> None:
+def test_callback_has_no_state_when_none_was_sent(sandbox: Sandbox, client: StripeClient) -> None:
     address = authorize_url(client, state=None)
     assert "state" not in query_of(sandbox.approve(address))
     assert "state" not in query_of(sandbox.decline(address))
 
 
-def test_nobody_is_sent_to_another_host(sandbox: Sandbox) -> None:
+def test_authorize_url_of_another_host_is_refused(sandbox: Sandbox) -> None:
     with pytest.raises(ValueError, match="not the sandbox's"):
         sandbox.approve("https://connect.stripe.com/oauth/authorize?client_id=ca_1")
 
@@ -219,14 +219,14 @@ def test_live_mode_follows_the_key(session: requests.Session) -> None:
         assert redeem(client, code_of(sandbox, authorize_url(client))).livemode is True
 
 
-def test_key_may_come_in_the_form(sandbox: Sandbox, session: requests.Session, address: str) -> None:
+def test_key_may_be_sent_in_the_form(sandbox: Sandbox, session: requests.Session, address: str) -> None:
     form = {"grant_type": "authorization_code", "code": code_of(sandbox, address)}
     answer = session.post(f"{sandbox.url}/oauth/token", {**form, "client_secret": sandbox.secret_key})
     assert answer.json()["livemode"] is False
     assert sandbox.called("token")[0].form == form
 
 
-def test_code_works_once_and_the_connection_stays(
+def test_code_works_once_and_its_reuse_keeps_the_connection(
     sandbox: Sandbox, client: StripeClient, address: str
 ) -> None:
     code = code_of(sandbox, address)
@@ -262,7 +262,7 @@ def test_other_grant_types_are_not_supported(client: StripeClient) -> None:
         client.oauth.token({"grant_type": "refresh_token", "refresh_token": "rt_1"})
 
 
-def test_another_key_gets_no_token(
+def test_token_request_without_a_key_is_an_invalid_client(
     sandbox: Sandbox, session: requests.Session, client: StripeClient, address: str
 ) -> None:
     code = code_of(sandbox, address)
@@ -311,7 +311,7 @@ def test_deauthorizing_twice_is_an_invalid_client(sandbox: Sandbox, client: Stri
     assert_not_connected(client, account_id)
 
 
-def test_account_that_the_platform_made_has_nothing_to_give_back(client: StripeClient) -> None:
+def test_account_created_by_the_platform_cannot_be_deauthorized(client: StripeClient) -> None:
     account_id = created(client).id
     assert_not_connected(client, account_id)
     assert client.v1.accounts.retrieve(account_id)
@@ -339,7 +339,7 @@ def assert_not_connected(client: StripeClient, account_id: str) -> None:
 
 
 @pytest.mark.parametrize("status", Status)
-def test_account_looks_as_chosen(sandbox: Sandbox, client: StripeClient, status: Status) -> None:
+def test_account_has_the_chosen_state(sandbox: Sandbox, client: StripeClient, status: Status) -> None:
     assert read(client.v1.accounts.retrieve(connected(sandbox, client, status))) == status
 
 
@@ -368,7 +368,7 @@ def read(account: stripe.Account) -> Status:
     return Status.ACTIVE
 
 
-def test_account_bears_the_prefill(sandbox: Sandbox, client: StripeClient) -> None:
+def test_account_has_the_prefilled_values(sandbox: Sandbox, client: StripeClient) -> None:
     prefill = {
         "email": "ada@acme.example",
         "business_name": "Acme",
@@ -381,7 +381,7 @@ def test_account_bears_the_prefill(sandbox: Sandbox, client: StripeClient) -> No
     assert account.business_profile.to_dict() == {"name": "Acme", "url": "https://acme.example"}
 
 
-def test_change_merges_a_mapping_and_sets_the_rest(sandbox: Sandbox, client: StripeClient) -> None:
+def test_change_merges_mappings_and_replaces_other_values(sandbox: Sandbox, client: StripeClient) -> None:
     account_id = connected(sandbox, client)
     sandbox.change(account_id, requirements={"disabled_reason": "listed"}, country="FR")
     account = client.v1.accounts.retrieve(account_id)
@@ -390,7 +390,7 @@ def test_change_merges_a_mapping_and_sets_the_rest(sandbox: Sandbox, client: Str
     assert account.requirements.currently_due == []
 
 
-def test_changes_stay_with_their_account(sandbox: Sandbox, client: StripeClient) -> None:
+def test_changes_affect_only_their_account(sandbox: Sandbox, client: StripeClient) -> None:
     changed, other = (connected(sandbox, client, "restricted") for _ in range(2))
     sandbox.change(changed, requirements={"past_due": []})
     assert client.v1.accounts.retrieve(other).requirements.past_due
@@ -404,7 +404,7 @@ def test_created_account_is_pending_and_in_reach(client: StripeClient) -> None:
     assert read(client.v1.accounts.retrieve(account.id)) == Status.PENDING
 
 
-def test_same_idempotency_key_same_account(sandbox: Sandbox, client: StripeClient) -> None:
+def test_same_idempotency_key_returns_the_same_account(sandbox: Sandbox, client: StripeClient) -> None:
     def create(key: str, email: str = "ada@acme.example") -> str:
         return client.v1.accounts.create({"email": email}, {"idempotency_key": key}).id
 
@@ -415,7 +415,7 @@ def test_same_idempotency_key_same_account(sandbox: Sandbox, client: StripeClien
 
 
 @pytest.mark.parametrize("key", ["sk_test_wrong", "sk_test_"])
-def test_401_for_another_key(sandbox: Sandbox, session: requests.Session, key: str) -> None:
+def test_401_for_a_wrong_key(sandbox: Sandbox, session: requests.Session, key: str) -> None:
     client = client_of(sandbox, session, key=key)
     for call in (lambda: client.v1.accounts.retrieve("acct_1"), lambda: created(client)):
         with pytest.raises(stripe.AuthenticationError, match="Invalid API Key") as refused:
@@ -429,7 +429,7 @@ def test_401_without_a_key(sandbox: Sandbox, session: requests.Session) -> None:
     assert "did not provide an API key" in answer.json()["error"]["message"]
 
 
-def test_404_as_stripe_for_what_it_has_not(client: StripeClient) -> None:
+def test_404_as_stripe_for_an_unknown_endpoint(client: StripeClient) -> None:
     with pytest.raises(stripe.InvalidRequestError, match="Unrecognized request URL") as refused:
         client.v1.customers.list()
     assert refused.value.http_status == 404
@@ -439,7 +439,7 @@ def test_404_as_stripe_for_what_it_has_not(client: StripeClient) -> None:
 
 
 @pytest.mark.parametrize("status", Status)
-def test_finished_link_leaves_the_account_as_chosen(
+def test_finished_link_gives_the_account_the_chosen_state(
     sandbox: Sandbox, client: StripeClient, status: Status
 ) -> None:
     account_id = created(client).id
@@ -479,7 +479,7 @@ def test_expired_link_leads_to_the_refresh_url(sandbox: Sandbox, client: StripeC
 
 
 @pytest.mark.parametrize("missing", ["account", "type", "refresh_url", "return_url"])
-def test_400_for_a_link_without_what_it_needs(client: StripeClient, missing: str) -> None:
+def test_400_for_a_link_without_a_required_parameter(client: StripeClient, missing: str) -> None:
     with pytest.raises(stripe.InvalidRequestError, match=missing) as refused:
         link_to(client, created(client).id, **{missing: ""})
     assert refused.value.error.code == "parameter_missing"
@@ -570,7 +570,7 @@ def test_errors_fit_the_schema(sandbox: Sandbox, session: requests.Session) -> N
         ({"livemode": False}, ""),
     ],
 )
-def test_schema_would_notice(
+def test_schema_reports_a_wrong_account(
     sandbox: Sandbox, client: StripeClient, account_schema: Schema, wrong: dict[str, Any], where: str
 ) -> None:
     account_id = connected(sandbox, client)
@@ -587,7 +587,7 @@ def impatient(sandbox: Sandbox, session: requests.Session) -> StripeClient:
     return client_of(sandbox, session, timeout=0.2)
 
 
-def test_hang_leaves_the_code_as_it_was(
+def test_hang_does_not_use_up_the_code(
     sandbox: Sandbox, client: StripeClient, impatient: StripeClient, address: str
 ) -> None:
     code = code_of(sandbox, address)
@@ -597,7 +597,7 @@ def test_hang_leaves_the_code_as_it_was(
     assert redeem(client, code)
 
 
-def test_hang_after_has_the_code_used(
+def test_hang_after_uses_up_the_code(
     sandbox: Sandbox, client: StripeClient, impatient: StripeClient, address: str
 ) -> None:
     code = code_of(sandbox, address)
@@ -608,13 +608,13 @@ def test_hang_after_has_the_code_used(
         redeem(client, code)
 
 
-def test_hang_ends_with_its_seconds(sandbox: Sandbox, session: requests.Session) -> None:
+def test_hang_ends_with_504_after_its_seconds(sandbox: Sandbox, session: requests.Session) -> None:
     sandbox.faults.hang_seconds = 0.05
     sandbox.faults.once("retrieve_account", Fault.HANG)
     assert session.get(f"{sandbox.url}/v1/accounts/acct_1").status_code == 504
 
 
-def test_created_but_not_answered_is_there_the_second_time(
+def test_account_created_without_a_response_is_returned_on_retry(
     sandbox: Sandbox, client: StripeClient, impatient: StripeClient
 ) -> None:
     sandbox.faults.once("create_account", Fault.HANG_AFTER)
@@ -624,7 +624,9 @@ def test_created_but_not_answered_is_there_the_second_time(
     assert client.v1.accounts.create({}, {"idempotency_key": "one"}).id == account_id
 
 
-def test_drip_outlasts_every_read(sandbox: Sandbox, client: StripeClient, impatient: StripeClient) -> None:
+def test_drip_does_not_trigger_a_read_timeout(
+    sandbox: Sandbox, client: StripeClient, impatient: StripeClient
+) -> None:
     account_id = connected(sandbox, client)
     sandbox.faults.once("retrieve_account", Fault.DRIP)
     sandbox.faults.drip_seconds = 0.0003
@@ -669,16 +671,14 @@ def test_server_faults_reach_the_library(
         (Fault.MALFORMED_ACCOUNT, "stripe_user_id", "acct_1/../../v1/charges"),
     ],
 )
-def test_token_can_be_wrong(
+def test_token_fault_alters_its_member(
     sandbox: Sandbox, client: StripeClient, address: str, fault: Fault, member: str, value: object
 ) -> None:
     sandbox.faults.once("token", fault)
     assert redeem(client, code_of(sandbox, address))[member] == value
 
 
-def test_unknown_oauth_error_is_one_that_the_library_cannot_take(
-    sandbox: Sandbox, client: StripeClient
-) -> None:
+def test_unknown_oauth_error_is_not_handled_by_the_library(sandbox: Sandbox, client: StripeClient) -> None:
     sandbox.faults.once("token", Fault.UNKNOWN_OAUTH_ERROR)
     with pytest.raises(AttributeError):
         redeem(client, "ac_1")
@@ -693,19 +693,21 @@ def test_refusal_can_come_without_state(sandbox: Sandbox, address: str) -> None:
     }
 
 
-def test_a_page_that_is_refused_has_no_state_to_leave_out(sandbox: Sandbox, address: str) -> None:
+def test_no_state_fault_does_not_break_a_refused_page(sandbox: Sandbox, address: str) -> None:
     sandbox.faults.once("decide", Fault.NO_STATE)
     refused = requests.post(address.partition("?")[0], timeout=10, allow_redirects=False)
     assert refused.status_code == 400
 
 
-def test_altered_answer_leaves_a_refusal_alone(sandbox: Sandbox, client: StripeClient) -> None:
+def test_token_fault_does_not_alter_a_refusal(sandbox: Sandbox, client: StripeClient) -> None:
     sandbox.faults.once("token", Fault.WRONG_LIVEMODE)
     with pytest.raises(oauth_error.InvalidGrantError):
         redeem(client, "ac_unknown")
 
 
-def test_once_is_once_and_always_until_cleared(sandbox: Sandbox, session: requests.Session) -> None:
+def test_once_faults_one_call_and_always_faults_until_cleared(
+    sandbox: Sandbox, session: requests.Session
+) -> None:
     def statuses() -> list[int]:
         return [session.get(f"{sandbox.url}/v1/accounts/acct_1").status_code for _ in range(3)]
 
@@ -727,12 +729,12 @@ def test_once_is_once_and_always_until_cleared(sandbox: Sandbox, session: reques
         ("decide", Fault.DRIP),
     ],
 )
-def test_fault_that_cannot_happen_is_refused(sandbox: Sandbox, operation: str, fault: Fault) -> None:
+def test_inapplicable_fault_is_refused(sandbox: Sandbox, operation: str, fault: Fault) -> None:
     with pytest.raises(ValueError, match=operation):
         sandbox.faults.once(operation, fault)
 
 
-def test_sandbox_ends_while_a_call_hangs() -> None:
+def test_sandbox_stops_while_a_call_hangs() -> None:
     with ExitStack() as stack:
         with Sandbox() as sandbox:
             sandbox.faults.always("retrieve_account", Fault.HANG)
@@ -776,7 +778,7 @@ def test_misspelt_operation_is_refused(sandbox: Sandbox) -> None:
         sandbox.called("tokens")
 
 
-def test_reset_makes_it_as_new(sandbox: Sandbox, client: StripeClient) -> None:
+def test_reset_restores_the_initial_state(sandbox: Sandbox, client: StripeClient) -> None:
     account_id = connected(sandbox, client)
     url, key = sandbox.url, sandbox.secret_key
     sandbox.faults.always("retrieve_account", Fault.SERVER_ERROR)
@@ -815,7 +817,7 @@ def test_production_is_refused(tmp_path: Path) -> None:
     assert ended.stderr == "ENVIRONMENT is production: the Stripe sandbox is for development only.\n"
 
 
-def test_production_of_a_dotenv_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_production_set_in_a_dotenv_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ENVIRONMENT")
     (tmp_path / ".env").write_text("ENVIRONMENT=production\n")
     ended = run("serve", directory=tmp_path)
@@ -823,13 +825,13 @@ def test_production_of_a_dotenv_is_refused(tmp_path: Path, monkeypatch: pytest.M
     assert "the Stripe sandbox is for development only" in ended.stderr
 
 
-def test_nothing_but_serve(tmp_path: Path) -> None:
+def test_only_the_serve_command_is_accepted(tmp_path: Path) -> None:
     ended = run("migrate", directory=tmp_path)
     assert ended.returncode == 2
     assert "usage: python -m sandbox serve" in ended.stderr
 
 
-def test_says_that_it_is_a_sandbox_and_ends_as_the_server_does(tmp_path: Path) -> None:
+def test_serve_announces_the_sandbox_and_exits_with_the_servers_code(tmp_path: Path) -> None:
     ended = run("serve", "--port", "nonsense", directory=tmp_path)
     assert re.search(r"Stripe is a SANDBOX at http://127\.0\.0\.1:\d+: nothing in it is real", ended.stdout)
     assert "'nonsense' is not a valid integer" in ended.stderr
@@ -858,7 +860,7 @@ def test_ctrl_c_lets_a_request_in_flight_finish(database_url: str) -> None:
 
 
 @pytest.mark.skipif(not bound_to_parent(), reason="nothing here binds a process to its parent")
-def test_server_ends_with_a_sandbox_that_is_killed(database_url: str) -> None:
+def test_server_ends_when_the_sandbox_is_killed(database_url: str) -> None:
     with sandbox_serving(database_url) as (process, port):
         process.kill()
         process.wait()
