@@ -1,4 +1,4 @@
-"""Access: one credential counts, and the document says who may."""
+"""Access: one credential counts, and the document says who may call an operation."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Authenticator:
     """Knows one token and one key."""
 
     def __init__(self) -> None:
-        self.asked: list[str] = []
+        self.checked: list[str] = []
 
     async def by_bearer(self, credential: str) -> Caller:
         return self._answer(credential, "a-token", BY_USER, TokenInvalid)
@@ -57,7 +57,7 @@ class Authenticator:
         return self._answer(text, "a-key", BY_KEY, KeyUnknown)
 
     def _answer(self, given: str, good: str, caller: Caller, error: type[BillingError]) -> Caller:
-        self.asked.append(given)
+        self.checked.append(given)
         if given != good:
             raise error
         return caller
@@ -68,7 +68,7 @@ def access(authenticator: Authenticator) -> Access:
 
 
 def outcome(scheme: str, headers: list[tuple[str, str]], authenticator: Authenticator | None = None) -> Any:
-    """`nothing`, the class of what is raised, or the caller that is left in the state."""
+    """Return `nothing`, the class of the error raised, or the caller left in the state."""
     verify = security_map(access(authenticator or Authenticator()))[scheme]().get_fn({}, [])
     raw = [(name.encode(), value.encode()) for name, value in headers]
     scope: Scope = {"type": "http", "headers": raw, "state": {}, "query_string": b"X-API-Key=a-key"}
@@ -123,7 +123,7 @@ def test_the_authenticator_is_not_called_without_a_usable_credential() -> None:
     for scheme in ("bearer", "apiKey"):
         for headers in ([], [(AUTHORIZATION, "Basic a-token")]):
             outcome(scheme, headers, authenticator)
-    assert authenticator.asked == []
+    assert authenticator.checked == []
 
 
 def test_both_security_handlers_extend_connexions() -> None:
@@ -152,14 +152,14 @@ def test_a_bearer_credential_is_parsed_from_the_header(headers: list[str], crede
     assert bearer_credential(headers) == credential
 
 
-# The gate ----------------------------------------------------------------------------------------
+# Authorization -----------------------------------------------------------------------------------
 
 OPERATIONS = {operation.operation_id: operation for operation in operations(load())}
 DISABLED = replace(ACME, is_active=False)
 
 
-def through(caller: Caller | None, operation_id: str | None) -> str:
-    """`let in`, or the class of the refusal."""
+def authorize(caller: Caller | None, operation_id: str | None) -> str:
+    """Return `let in`, or the name of the class of the refusal."""
     reached: list[str] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -182,7 +182,7 @@ def role(name: str) -> Caller:
     return Caller(ACME, user=replace(ADA, role=name))
 
 
-ANYONE = {"get_current_user", "change_password", "verify_api_key", "get_tenant_details"}
+ANY_ROLE = {"get_current_user", "change_password", "verify_api_key", "get_tenant_details"}
 ADMINS = {
     "get_stripe_status",
     "list_api_keys",
@@ -196,33 +196,33 @@ PUBLIC = {"register_tenant", "log_in", "refresh_tokens", "complete_stripe_connec
 
 
 def test_every_operation_is_assigned_to_a_role_group() -> None:
-    assert OPERATIONS.keys() == ANYONE | ADMINS | OWNERS | PUBLIC
+    assert OPERATIONS.keys() == ANY_ROLE | ADMINS | OWNERS | PUBLIC
 
 
-@pytest.mark.parametrize("operation_id", sorted(ANYONE | ADMINS | OWNERS))
+@pytest.mark.parametrize("operation_id", sorted(ANY_ROLE | ADMINS | OWNERS))
 @pytest.mark.parametrize(
     ("caller", "allowed"),
     [
-        (role("owner"), ANYONE | ADMINS | OWNERS),
-        (role("admin"), ANYONE | ADMINS),
-        (role("developer"), ANYONE),
+        (role("owner"), ANY_ROLE | ADMINS | OWNERS),
+        (role("admin"), ANY_ROLE | ADMINS),
+        (role("developer"), ANY_ROLE),
         (role("stranger"), set()),
         (BY_KEY, {"verify_api_key", "get_tenant_details"}),
     ],
-    ids=["owner", "admin", "developer", "stranger", "key"],
+    ids=["owner", "admin", "developer", "unknown role", "key"],
 )
 def test_each_role_and_key_may_call_only_its_operations(
     caller: Caller, allowed: set[str], operation_id: str
 ) -> None:
-    assert through(caller, operation_id) == ("let in" if operation_id in allowed else "InsufficientScope")
+    assert authorize(caller, operation_id) == ("let in" if operation_id in allowed else "InsufficientScope")
 
 
-@pytest.mark.parametrize("operation_id", sorted(ANYONE | ADMINS | OWNERS))
+@pytest.mark.parametrize("operation_id", sorted(ANY_ROLE | ADMINS | OWNERS))
 @pytest.mark.parametrize(
     "caller", [Caller(DISABLED, user=ADA), Caller(DISABLED, key=KEY)], ids=["user", "key"]
 )
 def test_a_disabled_tenant_may_call_no_operation(caller: Caller, operation_id: str) -> None:
-    assert through(caller, operation_id) == "TenantDisabled"
+    assert authorize(caller, operation_id) == "TenantDisabled"
 
 
 def test_the_actor_is_the_user_or_the_key() -> None:
@@ -234,8 +234,8 @@ def test_the_actor_is_the_user_or_the_key() -> None:
 
 
 def test_authorization_passes_requests_without_a_caller() -> None:
-    # Connexion has answered 401 before, unless the operation is public or there is none.
-    assert through(None, "log_in") == through(None, None) == "let in"
+    # Connexion has already answered 401, unless the operation is public or there is none.
+    assert authorize(None, "log_in") == authorize(None, None) == "let in"
 
 
 def test_the_operation_id_is_kept_in_the_state_for_the_log() -> None:

@@ -1,4 +1,4 @@
-"""The whole stack at once: what no layer shows alone."""
+"""The whole stack: behaviour that no single layer shows."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from billing.settings import Settings
 from billing.storage.store import Store
 from tests.conftest import API, Account, TestDatabase, log_in, register
 
-OURS = {"Origin": "https://app.acme.example"}
+CONFIGURED_ORIGIN = {"Origin": "https://app.acme.example"}
 
 
 @pytest.mark.parametrize("path", ["/openapi.json", "/openapi.yaml", f"{API}/me/", "/nowhere"])
 def test_a_configured_origin_is_allowed_once(client: TestClient, path: str) -> None:
-    answer = client.get(path, headers=OURS)
-    assert answer.headers.get_list("access-control-allow-origin") == [OURS["Origin"]]
+    answer = client.get(path, headers=CONFIGURED_ORIGIN)
+    assert answer.headers.get_list("access-control-allow-origin") == [CONFIGURED_ORIGIN["Origin"]]
     assert answer.headers["access-control-allow-credentials"] == "true"
 
 
@@ -35,24 +35,24 @@ def test_an_unknown_origin_is_not_allowed(client: TestClient, origin: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("base_url", "is_told"), [("https://billing.example", True), ("http://127.0.0.1", False)]
+    ("base_url", "is_sent"), [("https://billing.example", True), ("http://127.0.0.1", False)]
 )
 def test_hsts_is_sent_when_the_public_address_is_https(
-    settings: Settings, base_url: str, is_told: bool
+    settings: Settings, base_url: str, is_sent: bool
 ) -> None:
     client = TestClient(create_app(replace(settings, public_base_url=base_url)))
     for path in ("/", "/healthz", "/nowhere"):
-        assert ("strict-transport-security" in client.get(path).headers) == is_told
+        assert ("strict-transport-security" in client.get(path).headers) == is_sent
 
 
-class Odd:
-    """Notes that cannot be written down, for a reason that nobody thought of."""
+class FailingNotes:
+    """Notes that cannot be flushed, for an unforeseen reason."""
 
     def __init__(self) -> None:
         self.tries = 0
         self.tried = threading.Event()
 
-    def flush(self, store: Store) -> None:  # noqa: ARG002 - it is what others write to
+    def flush(self, store: Store) -> None:  # noqa: ARG002 - other notes write to it
         self.tries += 1
         if self.tries == 2:
             self.tried.set()
@@ -60,13 +60,13 @@ class Odd:
 
 
 def test_a_failed_flush_of_notes_is_retried_whatever_the_error(store: Store) -> None:
-    async def keep(notes: Odd) -> None:
+    async def keep(notes: FailingNotes) -> None:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(keep_flushing, [notes], store)
             await to_thread.run_sync(notes.tried.wait, 30)
             tasks.cancel_scope.cancel()
 
-    notes = Odd()
+    notes = FailingNotes()
     with structlog.testing.capture_logs() as events:
         anyio.run(keep, notes)
     assert notes.tried.is_set()
@@ -92,7 +92,7 @@ def read_only(test_database: TestDatabase) -> object:
 
 def test_503_while_the_database_is_read_only(acme: Account, read_only: object) -> None:
     read_only("on")  # type: ignore[operator]
-    # A key's use is noted in the background, which fails now and must not end the server.
+    # A key's use is noted in the background: that fails now, and must not stop the server.
     acme.client.get(f"{API}/verify/", headers={"X-API-Key": acme.tenant["api_key_secret"]})
     refused = log_in(acme.client, acme.email)
     time.sleep(1.5)

@@ -11,8 +11,8 @@ from billing.http.cors import Cors
 from billing.http.edge import Edge
 from tests.rawhttp import Address, Answer, exchange, request, serving
 
-KNOWN = "https://app.acme.example"
-STRANGERS = [
+ALLOWED = "https://app.acme.example"
+OTHER_ORIGINS = [
     "https://evil.example",
     "http://app.acme.example",
     "https://app.acme.example.evil.example",
@@ -23,7 +23,7 @@ STRANGERS = [
 ]
 
 
-async def shop(scope: Scope, receive: Receive, send: Send) -> None:
+async def app(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["path"] == "/broken/":
         raise RuntimeError
     status = 404 if scope["path"] == "/missing/" else 200
@@ -34,13 +34,13 @@ async def shop(scope: Scope, receive: Receive, send: Send) -> None:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[Address]:
-    with serving(Edge(Cors(shop, [KNOWN, "http://localhost:3000"])), lifespan="off") as address:
+    with serving(Edge(Cors(app, [ALLOWED, "http://localhost:3000"])), lifespan="off") as address:
         yield address
 
 
 def preflight(address: Address, origin: str, *headers: str, method: str = "POST") -> Answer:
-    asks = [f"Origin: {origin}", f"Access-Control-Request-Method: {method}", *headers]
-    return exchange(address, request("OPTIONS", "/", *asks))
+    sent = [f"Origin: {origin}", f"Access-Control-Request-Method: {method}", *headers]
+    return exchange(address, request("OPTIONS", "/", *sent))
 
 
 def names(value: str | None) -> set[str]:
@@ -56,9 +56,9 @@ def varies(answer: Answer) -> set[str]:
 
 
 def test_a_preflight_from_an_allowed_origin_is_granted(address: Address) -> None:
-    answer = preflight(address, KNOWN, "Access-Control-Request-Headers: authorization,content-type")
+    answer = preflight(address, ALLOWED, "Access-Control-Request-Headers: authorization,content-type")
     assert (answer.status, answer.body) == (204, b"")
-    assert answer["access-control-allow-origin"] == KNOWN
+    assert answer["access-control-allow-origin"] == ALLOWED
     assert answer["access-control-allow-credentials"] == "true"
     assert names(answer["access-control-allow-methods"]) == {"get", "post", "delete"}
     assert names(answer["access-control-allow-headers"]) == {
@@ -73,23 +73,23 @@ def test_a_preflight_from_an_allowed_origin_is_granted(address: Address) -> None
     assert answer["x-request-id"]
 
 
-@pytest.mark.parametrize("origin", STRANGERS)
+@pytest.mark.parametrize("origin", OTHER_ORIGINS)
 def test_a_preflight_from_another_origin_allows_nothing(address: Address, origin: str) -> None:
     answer = preflight(address, origin)
     assert (answer.status, cors_headers(answer), varies(answer)) == (204, [], {"origin"})
 
 
 def test_a_preflight_does_not_allow_an_unsupported_method(address: Address) -> None:
-    assert "put" not in names(preflight(address, KNOWN, method="PUT")["access-control-allow-methods"])
+    assert "put" not in names(preflight(address, ALLOWED, method="PUT")["access-control-allow-methods"])
 
 
 @pytest.mark.parametrize(("path", "status"), [("/", 200), ("/missing/", 404), ("/broken/", 500)])
 def test_responses_and_errors_to_an_allowed_origin_have_cors_headers(
     address: Address, path: str, status: int
 ) -> None:
-    answer = exchange(address, request("GET", path, f"Origin: {KNOWN}"))
+    answer = exchange(address, request("GET", path, f"Origin: {ALLOWED}"))
     assert answer.status == status
-    assert answer["access-control-allow-origin"] == KNOWN
+    assert answer["access-control-allow-origin"] == ALLOWED
     assert answer["access-control-allow-credentials"] == "true"
     assert names(answer["access-control-expose-headers"]) == {
         "x-request-id",
@@ -102,7 +102,7 @@ def test_responses_and_errors_to_an_allowed_origin_have_cors_headers(
     assert "origin" in varies(answer)
 
 
-@pytest.mark.parametrize("origin", STRANGERS)
+@pytest.mark.parametrize("origin", OTHER_ORIGINS)
 def test_responses_to_another_origin_have_no_cors_headers(address: Address, origin: str) -> None:
     answer = exchange(address, request("GET", "/", f"Origin: {origin}"))
     assert (answer.status, cors_headers(answer), varies(answer)) == (200, [], {"origin", "accept"})
@@ -113,7 +113,7 @@ def test_a_response_without_an_origin_still_varies_by_origin(address: Address) -
     assert (cors_headers(answer), varies(answer)) == ([], {"origin", "accept"})
 
 
-@pytest.mark.parametrize("headers", [[], [f"Origin: {KNOWN}"], ["Access-Control-Request-Method: POST"]])
+@pytest.mark.parametrize("headers", [[], [f"Origin: {ALLOWED}"], ["Access-Control-Request-Method: POST"]])
 def test_an_options_request_that_is_no_preflight_reaches_the_application(
     address: Address, headers: list[str]
 ) -> None:
@@ -121,10 +121,10 @@ def test_an_options_request_that_is_no_preflight_reaches_the_application(
 
 
 def test_only_options_is_a_preflight(address: Address) -> None:
-    headers = [f"Origin: {KNOWN}", "Access-Control-Request-Method: POST"]
+    headers = [f"Origin: {ALLOWED}", "Access-Control-Request-Method: POST"]
     assert exchange(address, request("GET", "/missing/", *headers)).status == 404
 
 
 def test_a_wildcard_origin_is_refused() -> None:
     with pytest.raises(ValueError, match="by name"):
-        Cors(shop, ["*"])
+        Cors(app, ["*"])

@@ -1,4 +1,4 @@
-"""Deadlines: who asks is answered in time, and what hangs keeps its place until it ends."""
+"""Deadlines: a client is answered in time, and a hanging call keeps its place until it ends."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ def events() -> Iterator[list[Any]]:
         yield captured
 
 
-def around(app: ASGIApp, seconds: float = SHORT) -> ASGIApp:
-    """The application with what is around it in ours."""
+def wrapped(app: ASGIApp, seconds: float = SHORT) -> ASGIApp:
+    """Wrap the application in the layers that surround ours."""
     return Edge(Cors(Deadline(app, seconds=seconds), [ORIGIN]))
 
 
-def through(app: ASGIApp) -> list[Message]:
-    """What the application sends."""
-    return asyncio.run(answers(app))
+def messages_of(app: ASGIApp) -> list[Message]:
+    """Return the messages the application sends."""
+    return asyncio.run(exchange(app))
 
 
-async def answers(app: ASGIApp) -> list[Message]:
+async def exchange(app: ASGIApp) -> list[Message]:
     sent: list[Message] = []
 
     async def receive() -> Message:
@@ -77,7 +77,7 @@ async def hang_midway(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": b"done"})
 
 
-def is_the_problem(sent: list[Message]) -> bool:
+def is_deadline_exceeded(sent: list[Message]) -> bool:
     start, body = sent
     headers = dict(start["headers"])
     assert headers[b"retry-after"] == b"5"
@@ -87,12 +87,12 @@ def is_the_problem(sent: list[Message]) -> bool:
     return (start["status"], problem["code"]) == (503, "deadline-exceeded")
 
 
-# The answer --------------------------------------------------------------------------------------
+# The response ------------------------------------------------------------------------------------
 
 
 def test_a_hanging_request_is_answered_with_a_problem_and_logged(events: list[Any]) -> None:
     started = perf_counter()
-    assert is_the_problem(through(around(hang)))
+    assert is_deadline_exceeded(messages_of(wrapped(hang)))
     assert SHORT <= perf_counter() - started < SOON
     assert [(event["event"], event.get("status")) for event in events] == [
         ("deadline-exceeded", None),
@@ -101,7 +101,7 @@ def test_a_hanging_request_is_answered_with_a_problem_and_logged(events: list[An
 
 
 def test_a_response_that_has_started_is_not_interrupted() -> None:
-    start, body = through(around(hang_midway))
+    start, body = messages_of(wrapped(hang_midway))
     assert (start["status"], body["body"]) == (200, b"done")
 
 
@@ -109,32 +109,32 @@ def test_500_for_a_timeout_error_raised_by_the_application(events: list[Any]) ->
     async def app(_scope: Scope, _receive: Receive, _send: Send) -> None:
         raise TimeoutError
 
-    start, _ = through(around(app))
+    start, _ = messages_of(wrapped(app))
     assert start["status"] == 500
     assert "request failed" in [event["event"] for event in events]
 
 
 def test_a_request_cancelled_at_shutdown_is_answered_too() -> None:
-    async def story() -> list[Message]:
-        task = asyncio.create_task(answers(around(hang, seconds=SOON)))
+    async def scenario() -> list[Message]:
+        task = asyncio.create_task(exchange(wrapped(hang, seconds=SOON)))
         await asyncio.sleep(SHORT)
         task.cancel()
         return await task
 
-    assert is_the_problem(asyncio.run(story()))
+    assert is_deadline_exceeded(asyncio.run(scenario()))
 
 
 def test_each_request_has_a_deadline_of_its_own() -> None:
-    async def story() -> float:
+    async def scenario() -> float:
         seconds = 10 * SHORT
-        asked = around(hang, seconds)
-        first = asyncio.create_task(answers(asked))
+        app = wrapped(hang, seconds)
+        first = asyncio.create_task(exchange(app))
         await asyncio.sleep(SHORT)
         started = perf_counter()
-        await asyncio.gather(first, answers(asked))
+        await asyncio.gather(first, exchange(app))
         return perf_counter() - started
 
-    assert asyncio.run(story()) < 17 * SHORT
+    assert asyncio.run(scenario()) < 17 * SHORT
 
 
 def test_a_lifespan_has_no_deadline() -> None:
@@ -145,7 +145,7 @@ def test_a_lifespan_has_no_deadline() -> None:
 
 
 def test_the_connection_stays_usable_after_a_deadline() -> None:
-    with serving(around(hang), lifespan="off") as address, Connection(address) as connection:
+    with serving(wrapped(hang), lifespan="off") as address, Connection(address) as connection:
         for _ in range(2):
             connection.send(request("GET", "/a/"))
             assert connection.receive().code == "deadline-exceeded"
@@ -156,7 +156,7 @@ def test_the_connection_stays_usable_after_a_deadline() -> None:
 
 @pytest.fixture
 def hurried(settings: Settings, clock: TurnedClock, acme: Account) -> Iterator[Account]:
-    """Acme at an application with one thread, and with a deadline that ends before any wait for a lock."""
+    """Acme at an application with one thread and a deadline shorter than any wait for a lock."""
     short = replace(settings, request_timeout_seconds=1, worker_threads=1)
     with CheckedClient(create_app(short, clock=clock), raise_server_exceptions=False) as client:
         yield replace(acme, client=client)
@@ -182,7 +182,7 @@ def test_a_request_waiting_for_a_lock_meets_the_deadline_and_can_be_retried(
         assert 1 <= perf_counter() - started < SOON
     assert (late.status_code, late.json()["code"]) == (503, "deadline-exceeded")
     assert late.headers["retry-after"] == "5"
-    # The one thread is free again, whether the first wait became a change or not.
+    # The one thread is free again, whether or not the first request took effect.
     assert hurried.get("/api-keys/").status_code == 200
     assert revoke(hurried).status_code == 200
 
@@ -214,7 +214,7 @@ def test_503_within_the_deadline_when_stripe_hangs(
         assert (late.status_code, late.json()["code"]) == (503, "deadline-exceeded")
 
 
-# The end -----------------------------------------------------------------------------------------
+# Process exit ------------------------------------------------------------------------------------
 
 HANGING = """
 import threading, time

@@ -1,4 +1,4 @@
-"""The document: refused where it cannot mean what it says, listed by operation, served as fixed bytes."""
+"""The OpenAPI document: refused if invalid, listed by operation, served as fixed bytes."""
 
 from __future__ import annotations
 

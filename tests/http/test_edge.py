@@ -1,4 +1,4 @@
-"""The outermost layer: request ids, the answer nobody else gave, the client's address, the log line."""
+"""The outermost layer: request ids, the fallback 500, the client's address, the log line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def events() -> Iterator[list[Any]]:
 
 
 def answering(status: int = 200, headers: Headers | None = None, **state: Any) -> ASGIApp:
-    """An application that answers, and leaves something in the state."""
+    """An application that answers, and adds to the state."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         scope["state"].update(state)
@@ -36,8 +36,8 @@ def answering(status: int = 200, headers: Headers | None = None, **state: Any) -
     return app
 
 
-def through(app: ASGIApp, scope: dict[str, Any] | None = None, *received: Message) -> list[Message]:
-    """What an application inside the edge sends."""
+def messages_of(app: ASGIApp, scope: dict[str, Any] | None = None, *received: Message) -> list[Message]:
+    """Return the messages that an application sends."""
     sent: list[Message] = []
     pending = iter(received)
 
@@ -47,10 +47,10 @@ def through(app: ASGIApp, scope: dict[str, Any] | None = None, *received: Messag
     async def send(message: Message) -> None:
         sent.append(message)
 
-    async def ask() -> None:
+    async def run() -> None:
         await app({**plain_scope(), **(scope or {})}, receive, send)
 
-    asyncio.run(ask())
+    asyncio.run(run())
     return sent
 
 
@@ -74,7 +74,7 @@ def header(sent: list[Message], name: bytes) -> list[bytes]:
 
 @pytest.mark.parametrize("offered", [b"12345678", b"a" * 64, b"Az09._-Az09"])
 def test_a_safe_request_id_is_kept(offered: bytes) -> None:
-    sent = through(Edge(answering()), {"headers": [(b"x-request-id", offered)]})
+    sent = messages_of(Edge(answering()), {"headers": [(b"x-request-id", offered)]})
     assert header(sent, b"x-request-id") == [offered]
 
 
@@ -82,13 +82,13 @@ def test_a_safe_request_id_is_kept(offered: bytes) -> None:
     "offered", [b"1234567", b"a" * 65, b"has space", b"tab\there", b"12345678\n", b"caf\xe9-au-lait", b""]
 )
 def test_an_unsafe_request_id_is_replaced_by_a_uuid7(offered: bytes) -> None:
-    sent = through(Edge(answering()), {"headers": [(b"x-request-id", offered)]})
+    sent = messages_of(Edge(answering()), {"headers": [(b"x-request-id", offered)]})
     assert UUID(header(sent, b"x-request-id")[0].decode()).version == 7
 
 
 def test_two_request_ids_are_both_ignored() -> None:
     twice = [(b"x-request-id", b"12345678"), (b"x-request-id", b"87654321")]
-    (request_id,) = header(through(Edge(answering()), {"headers": twice}), b"x-request-id")
+    (request_id,) = header(messages_of(Edge(answering()), {"headers": twice}), b"x-request-id")
     assert request_id not in (b"12345678", b"87654321")
 
 
@@ -101,10 +101,10 @@ def test_the_request_id_is_in_the_state_and_the_log(events: list[Any]) -> None:
 
     async def server(scope: Scope, receive: Receive, send: Send) -> None:
         await Edge(app)(scope, receive, send)
-        # In the task that answered: whatever it logs next is of another request.
+        # In the task that answered: what it logs next belongs to another request.
         left.update(structlog.contextvars.get_contextvars())
 
-    through(server, {"headers": [(b"x-request-id", b"12345678")]})
+    messages_of(server, {"headers": [(b"x-request-id", b"12345678")]})
     assert [(event["event"], event["request_id"]) for event in events] == [
         ("12345678", "12345678"),
         ("request", "12345678"),
@@ -113,7 +113,7 @@ def test_the_request_id_is_in_the_state_and_the_log(events: list[Any]) -> None:
 
 
 def test_a_response_has_one_request_id_and_the_security_headers() -> None:
-    sent = through(
+    sent = messages_of(
         Edge(answering(headers=[(b"X-Request-Id", b"of-the-app"), (b"content-type", b"text/html")]))
     )
     names = [name.lower() for name, _ in sent[0]["headers"]]
@@ -127,9 +127,9 @@ def test_a_response_has_one_request_id_and_the_security_headers() -> None:
 
 @pytest.mark.parametrize("https_only", [True, False])
 def test_hsts_is_sent_only_when_clients_use_https(https_only: bool) -> None:
-    sent = through(Edge(answering(), https_only=https_only))
-    told = [b"max-age=31536000; includeSubDomains"] if https_only else []
-    assert header(sent, b"strict-transport-security") == told
+    sent = messages_of(Edge(answering(), https_only=https_only))
+    expected = [b"max-age=31536000; includeSubDomains"] if https_only else []
+    assert header(sent, b"strict-transport-security") == expected
 
 
 def test_headers_added_by_inner_layers_are_sent_on_errors_too() -> None:
@@ -137,26 +137,26 @@ def test_headers_added_by_inner_layers_are_sent_on_errors_too() -> None:
         scope["state"]["answer_headers"].append((b"ratelimit", b"r=1"))
         raise RuntimeError
 
-    assert header(through(Edge(app)), b"ratelimit") == [b"r=1"]
+    assert header(messages_of(Edge(app)), b"ratelimit") == [b"r=1"]
 
 
 def test_a_page_may_choose_its_own_referrer_policy() -> None:
-    sent = through(Edge(answering(headers=[(b"Referrer-Policy", b"same-origin")])))
+    sent = messages_of(Edge(answering(headers=[(b"Referrer-Policy", b"same-origin")])))
     assert [value for name, value in sent[0]["headers"] if name.lower() == b"referrer-policy"] == [
         b"same-origin"
     ]
 
 
 def test_only_a_408_closes_the_connection() -> None:
-    assert header(through(Edge(answering(408))), b"connection") == [b"close"]
-    assert header(through(Edge(answering(409))), b"connection") == []
+    assert header(messages_of(Edge(answering(408))), b"connection") == [b"close"]
+    assert header(messages_of(Edge(answering(409))), b"connection") == []
 
 
 # The log -----------------------------------------------------------------------------------------
 
 
 def test_one_log_line_per_request(events: list[Any]) -> None:
-    through(Edge(answering(201, operation_id="log_in", tenant_id=UUID(int=7))), {"method": "POST"})
+    messages_of(Edge(answering(201, operation_id="log_in", tenant_id=UUID(int=7))), {"method": "POST"})
     (event,) = events
     assert event.pop("duration_ms") >= 0
     assert UUID(event.pop("request_id")).version == 7
@@ -171,14 +171,14 @@ def test_one_log_line_per_request(events: list[Any]) -> None:
 
 
 def test_a_refusal_is_logged_with_its_problem_code(events: list[Any]) -> None:
-    through(Edge(answering(403, operation_id="list_api_keys", problem="insufficient-scope")))
+    messages_of(Edge(answering(403, operation_id="list_api_keys", problem="insufficient-scope")))
     (event,) = events
     assert (event["status"], event["problem"]) == (403, "insufficient-scope")
 
 
 def test_a_path_is_logged_escaped_and_truncated_only_without_an_operation(events: list[Any]) -> None:
-    through(Edge(answering(404)), {"path": "/a\nb\x1b[31mé" + "x" * 500})
-    through(Edge(answering(operation_id="log_in")), {"path": "/secret"})
+    messages_of(Edge(answering(404)), {"path": "/a\nb\x1b[31mé" + "x" * 500})
+    messages_of(Edge(answering(operation_id="log_in")), {"path": "/secret"})
     assert events[0]["path"] == "/a\\nb\\x1b[31m\\xe9" + "x" * (200 - 10)
     assert "secret" not in str(events)
 
@@ -187,11 +187,11 @@ def test_a_client_that_left_is_logged_as_499(events: list[Any]) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await receive()
 
-    assert through(Edge(app)) == []
+    assert messages_of(Edge(app)) == []
     assert [event["status"] for event in events] == [499]
 
 
-async def leaves(scope: Scope, receive: Receive, send: Send) -> None:
+async def disconnects(scope: Scope, receive: Receive, send: Send) -> None:
     await receive()
 
 
@@ -199,14 +199,14 @@ async def fails(scope: Scope, receive: Receive, send: Send) -> None:
     raise RuntimeError
 
 
-@pytest.mark.parametrize("app", [answering(), leaves, fails])
+@pytest.mark.parametrize("app", [answering(), disconnects, fails])
 def test_no_request_stays_in_flight_however_it_ends(app: ASGIApp) -> None:
     edge = Edge(app)
-    through(edge)
+    messages_of(edge)
     assert edge.in_flight == 0
 
 
-# The answer nobody else gave ---------------------------------------------------------------------
+# Failures of the application ---------------------------------------------------------------------
 
 
 async def failing(scope: Scope, receive: Receive, send: Send) -> None:
@@ -219,7 +219,7 @@ async def silent(scope: Scope, receive: Receive, send: Send) -> None:
 
 @pytest.mark.parametrize("app", [failing, silent])
 def test_500_is_a_problem_with_the_request_id(app: ASGIApp, events: list[Any]) -> None:
-    sent = through(Edge(app))
+    sent = messages_of(Edge(app))
     problem = orjson.loads(sent[1]["body"])
     assert (sent[0]["status"], problem["code"]) == (500, "internal-error")
     assert header(sent, b"content-type") == [b"application/problem+json"]
@@ -229,7 +229,7 @@ def test_500_is_a_problem_with_the_request_id(app: ASGIApp, events: list[Any]) -
 
 
 def test_an_exception_is_logged_once(events: list[Any]) -> None:
-    through(Edge(failing))
+    messages_of(Edge(failing))
     assert [event["event"] for event in events] == ["request failed", "request"]
     assert events[0]["exc_info"] is True
 
@@ -239,7 +239,7 @@ def test_a_failure_after_the_response_started_sends_no_second_one(events: list[A
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await failing(scope, receive, send)
 
-    assert [message["type"] for message in through(Edge(app))] == ["http.response.start"]
+    assert [message["type"] for message in messages_of(Edge(app))] == ["http.response.start"]
     assert [event["event"] for event in events] == ["request failed", "request"]
 
 
@@ -310,6 +310,6 @@ def test_a_unix_socket_has_no_address() -> None:
 
 def client_address(peer: str | None, headers: Headers, proxies: list[Any]) -> str | None:
     scope: dict[str, Any] = {"client": peer and (peer, 1), "headers": headers, "state": {}}
-    through(Edge(answering(), trusted_proxies=proxies), scope)
+    messages_of(Edge(answering(), trusted_proxies=proxies), scope)
     found: str | None = scope["state"]["client_address"]
     return found

@@ -1,4 +1,4 @@
-"""The guard: what it hands on to Connexion, and what it refuses."""
+"""The guard: what it passes on to Connexion, and what it refuses."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Seen:
 async def pass_through(
     messages: list[Message], headers: list[tuple[bytes, bytes]], guard: dict[str, Any], **target: Any
 ) -> Seen | None:
-    """What comes through the guard; None when it hands nothing on."""
+    """Return what the guard passes on; None if it passes nothing on."""
     seen: list[Seen] = []
     pending = iter(messages)
 
@@ -153,7 +153,7 @@ def test_a_disconnect_while_sending_ends_the_request_quietly() -> None:
 
 
 def test_messages_after_the_body_come_from_the_server() -> None:
-    # As only the server says it: what the guard made up would be another.
+    # Marked as the server's: a message made up by the guard would differ.
     gone: Message = {"type": "http.disconnect", "said_by": "the server"}
     messages: list[Message] = [{"type": "http.request", "body": b"{}", "more_body": False}, gone]
     seen = asyncio.run(pass_through(messages, [JSON], {}))
@@ -307,7 +307,7 @@ def echo(body: Any = None, q: str | None = None) -> Any:
 
 
 async def refuse(_request: ConnexionRequest, error: Exception) -> ConnexionResponse:
-    """What `billing.http.problems` is to the real application."""
+    """Handle errors as `billing.http.problems` does in the real application."""
     known = error if isinstance(error, errors.BillingError) else errors.NotFound()
     rendered = problems.render(known, request_id="a-request")
     headers = {name.decode(): value.decode() for name, value in rendered.headers}

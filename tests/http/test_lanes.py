@@ -1,4 +1,4 @@
-"""Lanes: passwords wait for passwords, and nothing else does."""
+"""Lanes: password checks wait for each other, and no other call waits for them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def working() -> Iterator[Work]:
 
 
 async def begin(lanes: Lanes, lane: Lane, work: Work, times: int) -> list[asyncio.Task[str]]:
-    """That many calls, all of them running."""
+    """Start that many calls, and wait until all are running."""
     tasks = [asyncio.create_task(lanes.run(lane, work)) for _ in range(times)]
     for _ in range(times):
         await asyncio.to_thread(work.begun.acquire, timeout=10)
@@ -71,7 +71,7 @@ async def is_overloaded(lanes: Lanes, lane: Lane, call: Callable[[], Any] = lamb
 
 
 def test_a_third_simultaneous_password_check_is_refused_as_overloaded() -> None:
-    async def story(work: Work) -> None:
+    async def scenario(work: Work) -> None:
         lanes = Lanes({Lane.GENERAL: 2, Lane.PASSWORDS: PASSWORD_THREADS}, longest_wait_seconds=SHORT)
         tasks = await begin(lanes, Lane.PASSWORDS, work, 2)
         started = perf_counter()
@@ -83,11 +83,11 @@ def test_a_third_simultaneous_password_check_is_refused_as_overloaded() -> None:
         assert work.most == 2
 
     with working() as work:
-        asyncio.run(story(work))
+        asyncio.run(scenario(work))
 
 
 def test_a_waiting_password_check_gets_a_thread_freed_in_time() -> None:
-    async def story(work: Work) -> None:
+    async def scenario(work: Work) -> None:
         lanes = Lanes({Lane.GENERAL: 2, Lane.PASSWORDS: PASSWORD_THREADS}, longest_wait_seconds=LONG)
         tasks = await begin(lanes, Lane.PASSWORDS, work, 2)
         third = asyncio.create_task(lanes.run(Lane.PASSWORDS, lambda: "third"))
@@ -97,29 +97,29 @@ def test_a_waiting_password_check_gets_a_thread_freed_in_time() -> None:
         assert await asyncio.gather(third, *tasks) == ["third", "done", "done"]
 
     with working() as work:
-        asyncio.run(story(work))
+        asyncio.run(scenario(work))
 
 
 def test_password_checks_run_two_at_a_time_and_refused_ones_hold_no_thread() -> None:
-    async def story(work: Work) -> None:
+    async def scenario(work: Work) -> None:
         lanes = Lanes({Lane.GENERAL: 2, Lane.PASSWORDS: PASSWORD_THREADS}, longest_wait_seconds=SHORT)
         tasks = await begin(lanes, Lane.PASSWORDS, work, 2)
-        storm = await asyncio.gather(*(is_overloaded(lanes, Lane.PASSWORDS) for _ in range(50)))
-        assert storm == [True] * 50
+        refused = await asyncio.gather(*(is_overloaded(lanes, Lane.PASSWORDS) for _ in range(50)))
+        assert refused == [True] * 50
         assert lanes._lanes[Lane.PASSWORDS].waiting == 0
         work.end()
         await asyncio.gather(*tasks)
-        again = Work()
-        more = await begin(lanes, Lane.PASSWORDS, again, 2)
-        again.end()
+        next_work = Work()
+        more = await begin(lanes, Lane.PASSWORDS, next_work, 2)
+        next_work.end()
         assert await asyncio.gather(*more) == ["done", "done"]
 
     with working() as work:
-        asyncio.run(story(work))
+        asyncio.run(scenario(work))
 
 
 def test_one_tenant_uses_at_most_half_of_the_threads() -> None:
-    async def story(work: Work) -> None:
+    async def scenario(work: Work) -> None:
         lanes = Lanes({Lane.GENERAL: 4}, longest_wait_seconds=LONG)
         calls = [asyncio.create_task(lanes.run(Lane.GENERAL, work, whose="acme")) for _ in range(10)]
         for _ in range(2):
@@ -132,11 +132,11 @@ def test_one_tenant_uses_at_most_half_of_the_threads() -> None:
         assert work.most == 2
 
     with working() as work:
-        asyncio.run(story(work))
+        asyncio.run(scenario(work))
 
 
 def test_password_changes_of_all_tenants_leave_half_of_the_threads_to_logins() -> None:
-    async def story(work: Work) -> None:
+    async def scenario(work: Work) -> None:
         lanes = Lanes({Lane.PASSWORDS: 2}, longest_wait_seconds=LONG)
         tenants = ["acme", "globex", "initech"]
         calls = [asyncio.create_task(lanes.run(Lane.PASSWORDS, work, whose=whose)) for whose in tenants]
@@ -147,7 +147,7 @@ def test_password_changes_of_all_tenants_leave_half_of_the_threads_to_logins() -
         assert work.most == 1
 
     with working() as work:
-        asyncio.run(story(work))
+        asyncio.run(scenario(work))
 
 
 def test_a_tenant_may_use_the_only_thread() -> None:
@@ -156,14 +156,14 @@ def test_a_tenant_may_use_the_only_thread() -> None:
 
 
 def test_a_call_that_waited_too_long_holds_no_share() -> None:
-    async def story(work: Work) -> None:
+    async def scenario(work: Work) -> None:
         lanes = Lanes({Lane.GENERAL: 2}, longest_wait_seconds=SHORT)
         first = asyncio.create_task(lanes.run(Lane.GENERAL, work, whose="acme"))
         await asyncio.to_thread(work.begun.acquire, timeout=10)
         for _ in range(3):
             with pytest.raises(Overloaded):
                 await lanes.run(Lane.GENERAL, lambda: "acme", whose="acme")
-        # Nor does one whose own share is free, and who waits for the threads of all. It is kept while anybody has it.
+        # Nor does a call whose own share is free but no thread is. A share exists while it is referenced.
         kept = lanes._lanes[Lane.GENERAL]._share_of("initech")
         other = asyncio.create_task(lanes.run(Lane.GENERAL, work, whose="globex"))
         await asyncio.to_thread(work.begun.acquire, timeout=10)
@@ -176,11 +176,11 @@ def test_a_call_that_waited_too_long_holds_no_share() -> None:
         assert not kept.locked()
 
     with working() as work:
-        asyncio.run(story(work))
+        asyncio.run(scenario(work))
 
 
 def test_a_general_call_does_not_wait_for_passwords() -> None:
-    async def story(work: Work) -> None:
+    async def scenario(work: Work) -> None:
         lanes = Lanes({Lane.GENERAL: 1, Lane.PASSWORDS: PASSWORD_THREADS}, longest_wait_seconds=LONG)
         await begin(lanes, Lane.PASSWORDS, work, 2)
         waiting = [asyncio.create_task(is_overloaded(lanes, Lane.PASSWORDS)) for _ in range(20)]
@@ -194,11 +194,11 @@ def test_a_general_call_does_not_wait_for_passwords() -> None:
         assert await asyncio.gather(*waiting) == [False] * 20
 
     with working() as work:
-        asyncio.run(story(work))
+        asyncio.run(scenario(work))
 
 
 def test_passwords_do_not_wait_for_general_calls() -> None:
-    async def story(work: Work) -> None:
+    async def scenario(work: Work) -> None:
         lanes = Lanes({Lane.GENERAL: 3, Lane.PASSWORDS: PASSWORD_THREADS}, longest_wait_seconds=SHORT)
         await begin(lanes, Lane.GENERAL, work, 3)
         assert not await is_overloaded(lanes, Lane.PASSWORDS)
@@ -206,14 +206,14 @@ def test_passwords_do_not_wait_for_general_calls() -> None:
         work.end()
 
     with working() as work:
-        asyncio.run(story(work))
+        asyncio.run(scenario(work))
 
 
 def test_a_call_releases_its_place_when_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    async def story() -> None:
+    async def scenario() -> None:
         lanes = Lanes({Lane.GENERAL: 1}, longest_wait_seconds=SHORT)
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", refuse)
@@ -221,21 +221,21 @@ def test_a_call_releases_its_place_when_no_thread_can_be_started(monkeypatch: py
                 assert await is_overloaded(lanes, Lane.GENERAL)
         assert await lanes.run(Lane.GENERAL, lambda: "next") == "next"
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 def test_stop_iteration_in_a_call_is_raised_as_a_runtime_error() -> None:
-    async def story() -> None:
+    async def scenario() -> None:
         lanes = Lanes({Lane.GENERAL: 1})
         with pytest.raises(RuntimeError) as raised:
             await asyncio.wait_for(lanes.run(Lane.GENERAL, lambda: next(iter(()))), LONG)
         assert isinstance(raised.value.__cause__, StopIteration)
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 def test_a_call_that_outlives_its_request_is_logged_and_awaited_at_shutdown() -> None:
-    async def story(work: Work) -> None:
+    async def scenario(work: Work) -> None:
         lanes = Lanes({Lane.GENERAL: 2})
         with structlog.contextvars.bound_contextvars(request_id="the-late-one"):
             (task,) = await begin(lanes, Lane.GENERAL, work, 1)
@@ -251,7 +251,7 @@ def test_a_call_that_outlives_its_request_is_logged_and_awaited_at_shutdown() ->
 
     merge = structlog.contextvars.merge_contextvars
     with working() as work, structlog.testing.capture_logs(processors=[merge]) as events:
-        asyncio.run(story(work))
+        asyncio.run(scenario(work))
     assert [(event["event"], event.get("request_id")) for event in events] == [
         ("a call ended after its request", "the-late-one")
     ]
@@ -262,17 +262,17 @@ def test_an_exception_in_a_call_is_raised_and_frees_its_thread(error: type[Excep
     def fail() -> None:
         raise error
 
-    async def story() -> None:
+    async def scenario() -> None:
         lanes = Lanes({Lane.GENERAL: 1, Lane.PASSWORDS: PASSWORD_THREADS}, longest_wait_seconds=SHORT)
         for _ in range(5):
             with pytest.raises(error):
                 await lanes.run(Lane.GENERAL, fail)
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 def test_a_cancelled_waiting_call_frees_its_place() -> None:
-    async def story(work: Work) -> None:
+    async def scenario(work: Work) -> None:
         lanes = Lanes({Lane.GENERAL: 1, Lane.PASSWORDS: PASSWORD_THREADS}, longest_wait_seconds=LONG)
         (task,) = await begin(lanes, Lane.GENERAL, work, 1)
         waiting = asyncio.create_task(lanes.run(Lane.GENERAL, lambda: "never"))
@@ -285,7 +285,7 @@ def test_a_cancelled_waiting_call_frees_its_place() -> None:
         assert await lanes.run(Lane.GENERAL, lambda: "next") == "next"
 
     with working() as work:
-        asyncio.run(story(work))
+        asyncio.run(scenario(work))
 
 
 def test_calls_run_off_the_event_loop() -> None:

@@ -1,4 +1,4 @@
-"""Limits on the wire: who is counted, what an answer says of it, and when it is 429."""
+"""Limits on the wire: who is counted, what a response reports of it, and when it is 429."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ SECURED = sorted(OPERATIONS.keys() - PUBLIC)
 VERIFY = f"{API}/verify/"
 
 
-def small() -> Policies:
-    """Two requests of each kind."""
+def small_policies() -> Policies:
+    """Policies that allow two requests of each kind."""
     usual = Policies()
     return Policies(
         by_address={name: Policy(policy.name, 2, MINUTE) for name, policy in usual.by_address.items()},
@@ -49,41 +49,41 @@ def tight_app(
     shared_counters: InProcess,
 ) -> Iterator[TestClient]:
     built = replace(settings, compiled_operations=request.param)
-    app = create_app(built, clock=shared_clock, policies=small(), counters=shared_counters)
+    app = create_app(built, clock=shared_clock, policies=small_policies(), counters=shared_counters)
     with CheckedClient(app, raise_server_exceptions=False) as client:
         yield client
 
 
 @pytest.fixture
 def tight(tight_app: TestClient, clock: TurnedClock, uncounted: None, clean: None) -> TestClient:
-    """A client of a server that lets two requests pass."""
+    """A client of a server that allows two requests."""
     tight_app.cookies.clear()
     return tight_app
 
 
 def ask(client: TestClient, operation: Operation, **more: Any) -> httpx.Response:
-    # No operation's good body: a limit is looked at before the body is.
+    # A valid body for no operation: a limit is checked before the body is.
     body = {"json": {}} if operation.method == "POST" else {}
     return client.request(operation.method, operation.path, **body, **more)
 
 
-def standing(answer: httpx.Response) -> dict[str, tuple[int, int, int, int]]:
-    """What the answer says of each limit: quota, window, remaining, seconds left."""
+def limits_of(answer: httpx.Response) -> dict[str, tuple[int, int, int, int]]:
+    """What the response reports of each limit: quota, window, remaining, seconds left."""
     quotas, left = (answer.headers.get_list(name, True) for name in ("ratelimit-policy", "ratelimit"))
-    said = {}
+    reported = {}
     for policy, state in zip(quotas, left, strict=True):
         (name, q, w), (again, r, t) = policy.split(";"), state.split(";")
         assert name == again
         assert (q[:2], w[:2], r[:2], t[:2]) == ("q=", "w=", "r=", "t=")
-        said[name.strip('"')] = tuple(int(part[2:]) for part in (q, w, r, t))
-    return said  # type: ignore[return-value]
+        reported[name.strip('"')] = tuple(int(part[2:]) for part in (q, w, r, t))
+    return reported  # type: ignore[return-value]
 
 
-def assert_over(answer: httpx.Response, limit: str) -> None:
-    """It is 429, and says so in each of the ways there are."""
+def assert_limited(answer: httpx.Response, limit: str) -> None:
+    """Assert that it is 429, in its problem, its limit headers and `Retry-After`."""
     assert (answer.status_code, answer.json()["code"]) == (429, "rate-limited")
     assert limit in answer.json()["detail"]
-    _, window, remaining, seconds = standing(answer)[limit]
+    _, window, remaining, seconds = limits_of(answer)[limit]
     assert remaining == 0
     assert 1 <= seconds == int(answer.headers["retry-after"]) <= window
 
@@ -98,9 +98,9 @@ def test_a_public_operation_is_counted_by_address(
     operation, name = OPERATIONS[operation_id], Policies().by_address[operation_id].name
     passed = [ask(tight, operation) for _ in range(2)]
     assert [answer.status_code for answer in passed] == [400, 400]
-    assert [standing(answer)[name][:3] for answer in passed] == [(2, 60, 1), (2, 60, 0)]
+    assert [limits_of(answer)[name][:3] for answer in passed] == [(2, 60, 1), (2, 60, 0)]
     refused = ask(tight, operation)
-    assert_over(refused, name)
+    assert_limited(refused, name)
     clock.turn(seconds=int(refused.headers["retry-after"]))
     assert ask(tight, operation).status_code == 400
 
@@ -112,13 +112,13 @@ def test_a_secured_operation_is_counted_by_tenant(
     acme = Account(tight, register(tight).json())
     credentials = bearer(acme.tokens["access"])
     answers = [ask(tight, OPERATIONS["get_current_user"], headers=credentials) for _ in range(2)]
-    assert [standing(answer)["default"][:3] for answer in answers] == [(2, 60, 1), (2, 60, 0)]
+    assert [limits_of(answer)["default"][:3] for answer in answers] == [(2, 60, 1), (2, 60, 0)]
     refused = ask(tight, OPERATIONS[operation_id], headers=credentials)
-    assert_over(refused, "default")
+    assert_limited(refused, "default")
     clock.turn(seconds=int(refused.headers["retry-after"]))
     answer = ask(tight, OPERATIONS[operation_id], headers=credentials)
     assert answer.status_code != 429
-    assert standing(answer)["default"][2] == 1
+    assert limits_of(answer)["default"][2] == 1
 
 
 @pytest.mark.parametrize("operation_id", SECURED)
@@ -126,10 +126,10 @@ def test_429_after_repeated_missing_or_bad_credentials(tight: TestClient, operat
     operation = OPERATIONS[operation_id]
     missing, bad = ask(tight, operation), ask(tight, operation, headers=bearer("nonsense"))
     assert [missing.status_code, bad.status_code] == [401, 401]
-    assert [standing(answer)["credentials"][2] for answer in (missing, bad)] == [1, 0]
+    assert [limits_of(answer)["credentials"][2] for answer in (missing, bad)] == [1, 0]
     for credentials in ({}, bearer("nonsense"), {"X-API-Key": "nonsense"}):
         refused = ask(tight, operation, headers=credentials)
-        assert_over(refused, "credentials")
+        assert_limited(refused, "credentials")
         assert "www-authenticate" not in refused.headers
 
 
@@ -149,7 +149,7 @@ def test_tenants_are_counted_separately_and_the_secret_keys_of_one_together(tigh
     globex = Account(tight, register(tight, "Globex Ltd.").json())
     live, test = ({"X-API-Key": acme.tenant[name]} for name in ("api_key_secret", "api_key_test_secret"))
     answers = [tight.get(VERIFY, headers=headers) for headers in (live, test)]
-    assert [standing(answer)["default"][2] for answer in answers] == [1, 0]
+    assert [limits_of(answer)["default"][2] for answer in answers] == [1, 0]
     assert tight.get(VERIFY, headers=live).status_code == 429
     assert globex.get("/me/").status_code == 200
 
@@ -167,7 +167,7 @@ def test_requests_with_a_secret_key_cannot_keep_users_from_revoking_it(tight: Te
     secret = {"X-API-Key": acme.tenant["api_key_secret"]}
     assert [tight.get(VERIFY, headers=secret).status_code for _ in range(3)] == [200, 200, 429]
     revoked = acme.post("/api-keys/revoke/", {"key_type": "all", "confirm": True})
-    assert (revoked.status_code, standing(revoked)["default"][2]) == (200, 1)
+    assert (revoked.status_code, limits_of(revoked)["default"][2]) == (200, 1)
 
 
 def test_forbidden_requests_are_counted_too(tight: TestClient) -> None:
@@ -180,7 +180,7 @@ def test_forbidden_test_deliveries_do_not_use_up_their_limit(acme: Account) -> N
     headers = bearer(acme.tenant["api_key_public"])
     for _ in range(11):
         assert acme.client.post(f"{API}/webhooks/test/", headers=headers).status_code == 403
-    assert standing(acme.post("/webhooks/test/", {}))["test-deliveries"][2] == 9
+    assert limits_of(acme.post("/webhooks/test/", {}))["test-deliveries"][2] == 9
 
 
 def test_an_expired_token_is_not_counted_as_bad_credentials(tight: TestClient, clock: TurnedClock) -> None:
@@ -193,7 +193,7 @@ def test_an_expired_token_is_not_counted_as_bad_credentials(tight: TestClient, c
 def test_a_wrong_password_is_not_counted_as_bad_credentials(tight: TestClient) -> None:
     answer = log_in(tight, "nobody@acme.example", "wrong")
     assert answer.status_code == 401
-    assert standing(answer).keys() == {"login", "login-failures"}
+    assert limits_of(answer).keys() == {"login", "login-failures"}
 
 
 def test_a_stolen_session_cannot_block_its_owners_password_change(acme: Account) -> None:
@@ -208,14 +208,14 @@ def test_a_stolen_session_cannot_block_its_owners_password_change(acme: Account)
 def test_a_tier_has_its_own_limit(acme: Account, superuser: Engine, tier: str, quota: int) -> None:
     with superuser.begin() as connection:
         connection.execute(text("UPDATE tenants SET tier = :tier"), {"tier": tier})
-    assert standing(acme.get("/verify/"))["default"][:3] == (quota, 60, quota - 1)
+    assert limits_of(acme.get("/verify/"))["default"][:3] == (quota, 60, quota - 1)
 
 
 def test_a_test_delivery_counts_towards_two_limits(acme: Account) -> None:
     answer = acme.post("/webhooks/test/", {})
     assert answer.status_code == 409
-    assert standing(answer).keys() == {"default", "test-deliveries"}
-    assert standing(answer)["test-deliveries"][:3] == (10, 60, 9)
+    assert limits_of(answer).keys() == {"default", "test-deliveries"}
+    assert limits_of(answer)["test-deliveries"][:3] == (10, 60, 9)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_costly_operations_count_towards_their_own_limit_too(
     acme: Account, path: str, body: dict[str, str] | None, limit: str | None
 ) -> None:
     answer = acme.get(path) if body is None else acme.post(path, body)
-    assert standing(answer).keys() - {"password-failures"} == {"default", limit} - {None}
+    assert limits_of(answer).keys() - {"password-failures"} == {"default", limit} - {None}
 
 
 def test_a_repeat_of_a_request_in_progress_costs_nothing(
@@ -244,14 +244,14 @@ def test_a_repeat_of_a_request_in_progress_costs_nothing(
     def regenerate() -> httpx.Response:
         return acme.client.post(f"{API}/api-keys/regenerate/", json=body, headers=headers)
 
-    assert standing(regenerate())["key-changes"][2] == 299
-    with superuser.begin() as connection:  # As if its server had been lost before the answer was kept.
+    assert limits_of(regenerate())["key-changes"][2] == 299
+    with superuser.begin() as connection:  # As if its server had been lost before the response was stored.
         lost = text("UPDATE idempotency_keys SET answer = NULL, expires_at = :at")
         connection.execute(lost, {"at": clock() + LEASE})
     for _ in range(3):
-        again = regenerate()
-        assert (again.status_code, again.json()["code"]) == (409, "idempotency-in-progress")
-        assert standing(again)["key-changes"][2] == 298
+        repeated = regenerate()
+        assert (repeated.status_code, repeated.json()["code"]) == (409, "idempotency-in-progress")
+        assert limits_of(repeated)["key-changes"][2] == 298
 
 
 @pytest.mark.parametrize(
@@ -281,20 +281,20 @@ def test_429_after_five_wrong_passwords_for_one_account(acme: Account, clock: Tu
     for left in (4, 3, 2, 1, 0):
         wrong = log_in(acme.client, acme.email, "wrong")
         assert wrong.status_code == 401
-        assert standing(wrong)["login-failures"][:3] == (5, 300, left)
-    # Not even the right one is looked at, in whatever capitals.
+        assert limits_of(wrong)["login-failures"][:3] == (5, 300, left)
+    # Not even the right one is checked, in whatever case the email is.
     refused = log_in(acme.client, acme.email.upper())
-    assert_over(refused, "login-failures")
+    assert_limited(refused, "login-failures")
     clock.turn(seconds=int(refused.headers["retry-after"]))
     assert log_in(acme.client, acme.email).status_code == 200
 
 
 def test_an_unknown_email_is_throttled_like_a_known_one(acme: Account) -> None:
-    def told(email: str) -> list[Any]:
+    def outcomes(email: str) -> list[Any]:
         answers = [log_in(acme.client, email, "wrong") for _ in range(5)]
         return [(answer.status_code, answer.json()["code"]) for answer in answers]
 
-    assert told(acme.email) == told("nobody@acme.example") == [(401, "invalid-credentials")] * 5
+    assert outcomes(acme.email) == outcomes("nobody@acme.example") == [(401, "invalid-credentials")] * 5
 
 
 def test_a_successful_login_resets_the_failure_count(acme: Account, clock: TurnedClock) -> None:
@@ -308,19 +308,19 @@ def test_wrong_passwords_do_not_lock_out_the_owner_at_another_address(
     settings: Settings, clock: TurnedClock, uncounted: None, clean: None
 ) -> None:
     app = create_app(settings, clock=clock)
-    with CheckedClient(app, client=("198.51.100.7", 1)) as stranger:
-        acme = Account(stranger, register(stranger).json())
-        statuses = [log_in(stranger, acme.email, "wrong").status_code for _ in range(6)]
+    with CheckedClient(app, client=("198.51.100.7", 1)) as attacker:
+        acme = Account(attacker, register(attacker).json())
+        statuses = [log_in(attacker, acme.email, "wrong").status_code for _ in range(6)]
         owner = CheckedClient(app, client=("192.0.2.1", 1))
-        owner.portal = stranger.portal
+        owner.portal = attacker.portal
         assert statuses == [401] * 5 + [429]
         assert log_in(owner, acme.email).status_code == 200
-        assert log_in(stranger, acme.email).status_code == 429
+        assert log_in(attacker, acme.email).status_code == 429
 
 
 @dataclass
-class World:
-    """A server whose brake comes on after four, and its clients at any address."""
+class BrakedServer:
+    """A server whose brake is triggered by four failures, and its clients at any address."""
 
     app: ASGIApp
     first: TestClient
@@ -335,70 +335,72 @@ class World:
 
 
 @pytest.fixture
-def world(settings: Settings, clock: TurnedClock, clean: None) -> Iterator[World]:
+def braked(settings: Settings, clock: TurnedClock, clean: None) -> Iterator[BrakedServer]:
     brake = Brake(Policy("account-failures", 4, HOUR), Policy("braked-failures", 2, HOUR))
     app = create_app(settings, clock=clock, policies=replace(Policies(), brakes={"log_in": brake}))
     with CheckedClient(app) as first:
         register(first)
-        yield World(app, first)
+        yield BrakedServer(app, first)
 
 
 EMAIL = "ada@acme.example"
-FOUR = [f"198.51.100.{number}" for number in range(4)]
+FOUR_ADDRESSES = [f"198.51.100.{number}" for number in range(4)]
 
 
 @pytest.mark.parametrize("email", [EMAIL, "nobody@acme.example"])
-def test_wrong_passwords_from_many_addresses_lower_the_limit_of_each(world: World, email: str) -> None:
-    assert world.guess(email, *FOUR) == [401] * 4
-    for address in ("198.51.100.9", FOUR[0]):
-        assert world.guess(email, *[address] * 3) == [401, 401, 429]
-        refused = log_in(world.at(address), email)
-        assert_over(refused, "braked-failures")
-        assert standing(refused).keys() == {"login", "braked-failures"}
+def test_wrong_passwords_from_many_addresses_lower_the_limit_of_each(
+    braked: BrakedServer, email: str
+) -> None:
+    assert braked.guess(email, *FOUR_ADDRESSES) == [401] * 4
+    for address in ("198.51.100.9", FOUR_ADDRESSES[0]):
+        assert braked.guess(email, *[address] * 3) == [401, 401, 429]
+        refused = log_in(braked.at(address), email)
+        assert_limited(refused, "braked-failures")
+        assert limits_of(refused).keys() == {"login", "braked-failures"}
 
 
-def test_wrong_passwords_from_many_addresses_do_not_lock_out_the_owner(world: World) -> None:
-    world.guess(EMAIL, *FOUR * 3)
-    owner = world.at("192.0.2.1")
-    for _ in range(3):  # And what is right begins anew.
+def test_wrong_passwords_from_many_addresses_do_not_lock_out_the_owner(braked: BrakedServer) -> None:
+    braked.guess(EMAIL, *FOUR_ADDRESSES * 3)
+    owner = braked.at("192.0.2.1")
+    for _ in range(3):  # And the right one resets the count.
         assert [log_in(owner, EMAIL, guess).status_code for guess in ("wrong", PASSWORD)] == [401, 200]
 
 
-def test_a_login_of_the_owner_does_not_release_the_brake(world: World) -> None:
-    world.guess(EMAIL, *FOUR)
-    assert log_in(world.at("192.0.2.1"), EMAIL).status_code == 200
-    assert world.guess(EMAIL, *["198.51.100.9"] * 3) == [401, 401, 429]
+def test_a_login_of_the_owner_does_not_release_the_brake(braked: BrakedServer) -> None:
+    braked.guess(EMAIL, *FOUR_ADDRESSES)
+    assert log_in(braked.at("192.0.2.1"), EMAIL).status_code == 200
+    assert braked.guess(EMAIL, *["198.51.100.9"] * 3) == [401, 401, 429]
 
 
-def test_right_passwords_do_not_trigger_the_brake(world: World) -> None:
-    world.guess(EMAIL, *FOUR[:3])
-    for address in FOUR * 2:
-        assert log_in(world.at(address), EMAIL).status_code == 200
-    answer = log_in(world.at("192.0.2.1"), EMAIL, "wrong")
-    assert "login-failures" in standing(answer)
+def test_right_passwords_do_not_trigger_the_brake(braked: BrakedServer) -> None:
+    braked.guess(EMAIL, *FOUR_ADDRESSES[:3])
+    for address in FOUR_ADDRESSES * 2:
+        assert log_in(braked.at(address), EMAIL).status_code == 200
+    answer = log_in(braked.at("192.0.2.1"), EMAIL, "wrong")
+    assert "login-failures" in limits_of(answer)
 
 
-def test_a_brake_applies_to_one_account_and_expires(world: World, clock: TurnedClock) -> None:
-    world.guess(EMAIL, *FOUR)
-    other = log_in(world.at("192.0.2.1"), "nobody@acme.example", "wrong")
-    assert "login-failures" in standing(other)
+def test_a_brake_applies_to_one_account_and_expires(braked: BrakedServer, clock: TurnedClock) -> None:
+    braked.guess(EMAIL, *FOUR_ADDRESSES)
+    other = log_in(braked.at("192.0.2.1"), "nobody@acme.example", "wrong")
+    assert "login-failures" in limits_of(other)
     clock.turn(seconds=HOUR)
-    assert world.guess(EMAIL, *["198.51.100.9"] * 4) == [401] * 4
+    assert braked.guess(EMAIL, *["198.51.100.9"] * 4) == [401] * 4
 
 
 def test_429_after_ten_logins_from_one_address(acme: Account) -> None:
     answers = [log_in(acme.client, f"{number}@acme.example", "wrong") for number in range(11)]
     assert [answer.status_code for answer in answers] == [401] * 10 + [429]
-    assert_over(answers[-1], "login")
+    assert_limited(answers[-1], "login")
 
 
 def test_a_login_resets_neither_the_address_nor_another_account(acme: Account, globex: Account) -> None:
-    tries = [log_in(acme.client, *who) for who in [(acme.email, "wrong"), (globex.email,)] * 5]
+    tries = [log_in(acme.client, *login) for login in [(acme.email, "wrong"), (globex.email,)] * 5]
     assert [answer.status_code for answer in tries] == [401, 200] * 5
-    assert [standing(answer)["login"][2] for answer in tries] == [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]
-    assert [standing(answer)["login-failures"][2] for answer in tries] == [4, 4, 3, 4, 2, 4, 1, 4, 0, 4]
+    assert [limits_of(answer)["login"][2] for answer in tries] == [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]
+    assert [limits_of(answer)["login-failures"][2] for answer in tries] == [4, 4, 3, 4, 2, 4, 1, 4, 0, 4]
     refused = log_in(acme.client, globex.email)
-    assert_over(refused, "login")
+    assert_limited(refused, "login")
 
 
 def change(acme: Account, old: str, new: str = "NewSecurePassword456!") -> httpx.Response:
@@ -408,7 +410,7 @@ def change(acme: Account, old: str, new: str = "NewSecurePassword456!") -> httpx
 def test_429_after_five_wrong_old_passwords(acme: Account, clock: TurnedClock) -> None:
     assert [change(acme, "wrong").status_code for _ in range(5)] == [403] * 5
     refused = change(acme, PASSWORD)
-    assert_over(refused, "password-failures")
+    assert_limited(refused, "password-failures")
     clock.turn(seconds=int(refused.headers["retry-after"]))
     assert change(acme, PASSWORD).status_code == 200
 

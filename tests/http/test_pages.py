@@ -1,4 +1,4 @@
-"""The pages beside the API: what they say, what they refuse, and what caches may do with them."""
+"""The pages beside the API: their content, what they refuse, and how they may be cached."""
 
 from __future__ import annotations
 
@@ -224,10 +224,10 @@ def test_405_lists_the_allowed_methods(client: TestClient, path: str) -> None:
 
 def test_simultaneous_readiness_probes_share_one_database_check() -> None:
     class Slow:
-        looks = 0
+        checks = 0
 
         def require_ready(self) -> None:
-            self.looks += 1
+            self.checks += 1
             time.sleep(0.2)
 
     async def flood() -> None:
@@ -236,7 +236,7 @@ def test_simultaneous_readiness_probes_share_one_database_check() -> None:
 
     slow = Slow()
     asyncio.run(flood())
-    assert slow.looks == 1
+    assert slow.checks == 1
 
 
 def test_a_cancelled_probe_does_not_cancel_the_shared_check() -> None:
@@ -255,12 +255,12 @@ def test_a_cancelled_probe_does_not_cancel_the_shared_check() -> None:
 
 
 def test_a_schema_of_another_version_is_not_ready() -> None:
-    class Elsewhere:
+    class OtherVersion:
         def require_ready(self) -> None:
             raise SchemaError("of another version")
 
     with pytest.raises(errors.DatabaseUnavailable):
-        asyncio.run(readiness(Elsewhere())())  # type: ignore[arg-type]
+        asyncio.run(readiness(OtherVersion())())  # type: ignore[arg-type]
 
 
 def test_health_and_readiness_are_reported_and_not_cached(client: TestClient) -> None:

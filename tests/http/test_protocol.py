@@ -1,4 +1,4 @@
-"""The connection: what no middleware sees, over real sockets."""
+"""The connection, over real sockets: what no middleware sees."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers with what it saw; `/early` answers before it reads, `/slow` takes its time, `/begun` never ends."""
+    """Answer with the request; `/early` answers before it reads, `/slow` late, `/begun` never completely."""
     if scope["type"] != "http":
         return
     if scope["path"] == "/begun":
@@ -145,7 +145,7 @@ def test_an_http_1_0_upgrade_request_keeps_its_body(connection: Connection) -> N
     assert seen_by(connection, coded)["body"] == "hello"
 
 
-# What must go on working -------------------------------------------------------------------------
+# Ordinary requests -------------------------------------------------------------------------------
 
 
 def test_a_plain_request_is_answered(connection: Connection) -> None:
@@ -256,7 +256,7 @@ MALFORMED = {
     "both framings": request(
         "POST", "/", "Content-Length: 3", "Transfer-Encoding: chunked", body=chunked(b"abc")
     ),
-    "both framings, turned": request(
+    "both framings, reversed": request(
         "POST", "/", "Transfer-Encoding: chunked", "Content-Length: 3", body=chunked(b"abc")
     ),
     "chunked twice": request(
@@ -312,14 +312,14 @@ TOO_LARGE = {
     "too many": [request("GET", "/", *[f"X-{n}: v" for n in range(protocol.MAX_HEADERS)])],
     "too long": [request("GET", "/", "X: " + "v" * protocol.MAX_HEAD_BYTES)],
     "too long together": [request("GET", "/", *[f"X-{n}: {'v' * 1000}" for n in range(33)])],
-    "one without end": [b"GET / HTTP/1.1\r\nHost: x\r\nX: ", *[b"v" * 5000] * 7],
-    "a target without end": [b"GET /", *[b"v" * 5000] * 7],
+    "an endless header": [b"GET / HTTP/1.1\r\nHost: x\r\nX: ", *[b"v" * 5000] * 7],
+    "an endless target": [b"GET /", *[b"v" * 5000] * 7],
     "a long target": [request("GET", "/" + "v" * protocol.MAX_HEAD_BYTES)],
-    "a trailer without end": [
+    "an endless trailer": [
         request("POST", "/", "Transfer-Encoding: chunked", body=b"1\r\nx\r\n0\r\nX: "),
         *[b"v" * 5000] * 7,
     ],
-    "trailers without end": [
+    "endless trailers": [
         request("POST", "/", "Transfer-Encoding: chunked", body=b"0\r\n"),
         *[b"X: y\r\n" * 900] * 7,
     ],
@@ -345,7 +345,7 @@ def test_a_body_in_the_smallest_chunks_is_not_a_large_head(connection: Connectio
     assert len(seen_by(connection, coded)["body"]) == 20_000
 
 
-# Patience ----------------------------------------------------------------------------------------
+# Timeouts ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -356,11 +356,11 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> Iterator[Address]:
         yield address
 
 
-def is_hung_up_on(connection: Connection, drop: bytes) -> bool:
-    """Whether the server hangs up on a client that sends a drop at a time."""
+def is_closed_while_sending(connection: Connection, fragment: bytes) -> bool:
+    """Whether the server closes the connection of a client that sends a fragment at a time."""
     for _ in range(75):
         try:
-            connection.send(drop)
+            connection.send(fragment)
         except ConnectionError:
             return True
         time.sleep(0.02)
@@ -374,11 +374,11 @@ def test_408_for_an_unfinished_request_head(hurried: Address) -> None:
         assert connection.is_closed_by_server()
 
 
-@pytest.mark.parametrize("drop", [b"\r\n", b"X: y\r\n"])
-def test_a_slowly_sent_request_head_times_out(hurried: Address, drop: bytes) -> None:
+@pytest.mark.parametrize("fragment", [b"\r\n", b"X: y\r\n"])
+def test_a_slowly_sent_request_head_times_out(hurried: Address, fragment: bytes) -> None:
     with Connection(hurried) as connection:
-        connection.send(b"" if drop.isspace() else b"GET / HTTP/1.1\r\n")
-        assert is_hung_up_on(connection, drop)
+        connection.send(b"" if fragment.isspace() else b"GET / HTTP/1.1\r\n")
+        assert is_closed_while_sending(connection, fragment)
 
 
 def test_a_connection_without_a_request_is_closed(hurried: Address) -> None:
@@ -390,7 +390,7 @@ def test_a_slow_body_after_its_response_closes_the_connection(hurried: Address) 
     with Connection(hurried) as connection:
         connection.send(request("POST", "/early", "Content-Length: 500"), b"x")
         assert connection.receive().status == 200
-        assert is_hung_up_on(connection, b"x")
+        assert is_closed_while_sending(connection, b"x")
 
 
 def test_the_timeout_of_a_request_does_not_apply_to_its_response(hurried: Address) -> None:
@@ -408,22 +408,22 @@ def test_closing_an_idle_connection_is_left_to_uvicorn(hurried: Address) -> None
 
 def test_closed_connections_are_garbage_collected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "CHECKED_EVERY_SECONDS", 3600)
-    kept: weakref.WeakSet[protocol.Protocol] = weakref.WeakSet()
+    alive: weakref.WeakSet[protocol.Protocol] = weakref.WeakSet()
 
-    class Known(protocol.Protocol):
+    class Tracked(protocol.Protocol):
         def connection_made(self, transport: Any) -> None:
-            kept.add(self)
+            alive.add(self)
             super().connection_made(transport)
 
-    with serving(echo, http=Known) as address:
+    with serving(echo, http=Tracked) as address:
         for _ in range(3):
             exchange(address, request("GET", "/", "Connection: close"))
-        assert is_soon(lambda: gc.collect() >= 0 and not kept)
+        assert is_soon(lambda: gc.collect() >= 0 and not alive)
 
 
-def is_soon(what: Callable[[], bool]) -> bool:
-    """Whether it comes true within a few seconds."""
-    return any(what() or time.sleep(0.05) for _ in range(100))
+def is_soon(condition: Callable[[], bool]) -> bool:
+    """Whether the condition comes true within a few seconds."""
+    return any(condition() or time.sleep(0.05) for _ in range(100))
 
 
 def test_an_idle_connection_has_the_full_timeout_for_its_next_head(
@@ -441,8 +441,8 @@ def test_an_idle_connection_has_the_full_timeout_for_its_next_head(
 def test_draining_lasts_longer_than_a_request_may_take_to_arrive() -> None:
     assert protocol.PATIENCE_SECONDS + protocol.CHECKED_EVERY_SECONDS < DRAIN_SECONDS
     assert BODY_TIMEOUT_SECONDS < DRAIN_SECONDS
-    said = f"A body may take {BODY_TIMEOUT_SECONDS:.0f} s to arrive"
-    assert said in (ROOT / "docs/settings.md").read_text()
+    documented = f"A body may take {BODY_TIMEOUT_SECONDS:.0f} s to arrive"
+    assert documented in (ROOT / "docs/settings.md").read_text()
 
 
 # The command -------------------------------------------------------------------------------------
@@ -464,7 +464,7 @@ def test_the_uvicorn_command_accepts_the_protocol(tmp_path: Path) -> None:
 
 
 class Wire(asyncio.Transport):
-    """Keeps what is written to it."""
+    """Records what is written to it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Requests against the document: strict, and silent about what was sent."""
+"""Requests against the document: validated strictly, without echoing what was sent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from billing.errors import InvalidRequest, MalformedBody
 from billing.http.document import Operation, load, operations
 from billing.http.validation import Rules, as_json_schema, parse_json
 
-# A busy machine is no failure.
+# A busy machine must not fail a test.
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 # JSON --------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def test_each_fault_is_reported_by_its_pointer(raw: str, expected: set[tuple[str
 
 
 def assert_same_places(found: set[tuple[str, str]], expected: set[tuple[str, str]]) -> None:
-    # The library's own words may say more than one thing about a place.
+    # The library may report more than one fault at a place.
     assert {pointer for pointer, _ in found} == {pointer for pointer, _ in expected}
     assert found >= expected
 
@@ -261,7 +261,7 @@ LEAKY = st.recursive(
 @given(value=LEAKY, name=st.sampled_from([*SCHEMA["properties"], SECRET]))  # type: ignore[misc]
 def test_no_fault_repeats_a_value(value: Any, name: str) -> None:
     if name == "any":
-        return  # Free-form, so nothing is wrong with it.
+        return  # Free-form: everything is valid.
     try:
         RULES.body(orjson.dumps({"name": value, name: value}))
     except InvalidRequest as refused:
@@ -369,8 +369,8 @@ def test_faults_are_capped_at_the_documented_maximum_and_at_one_for_a_large_body
     unknown = {"webhook_url": "https://hooks.acme.example/", "event_types": list(range(parts))}
     with pytest.raises(InvalidRequest) as refused:
         Rules(as_json_schema(contract["components"]), configure).body(json.dumps(unknown).encode())
-    said = contract["components"]["schemas"]["Problem"]["properties"]["errors"]
-    assert len(refused.value.faults) == faults <= said["maxItems"]
+    documented = contract["components"]["schemas"]["Problem"]["properties"]["errors"]
+    assert len(refused.value.faults) == faults <= documented["maxItems"]
 
 
 # Schemas -----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Wiring: what is missing is missed at the start; a handler gets exactly what it asks for."""
+"""Wiring: what is missing is found at startup; a handler receives exactly what it declares."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def wired(
 
 
 def ask(endpoint: Callable[..., Any], **state: Any) -> Response:
-    async def story() -> Response:
+    async def scenario() -> Response:
         rendered: Rendered = await endpoint({"type": "http", "headers": [], "state": {"query": {}, **state}})
         return rendered.response()
 
-    return asyncio.run(story())
+    return asyncio.run(scenario())
 
 
-# At the start ------------------------------------------------------------------------------------
+# Startup -----------------------------------------------------------------------------------------
 
 
 def test_every_operation_of_the_document_has_its_handler() -> None:
