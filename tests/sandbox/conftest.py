@@ -1,4 +1,4 @@
-"""One sandbox for all, as new for each test."""
+"""One sandbox for all tests, reset after each."""
 
 from __future__ import annotations
 

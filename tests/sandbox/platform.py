@@ -1,4 +1,4 @@
-"""Stripe's own library, as a platform uses it, sent to the sandbox."""
+"""Stripe's own library, as a platform uses it, pointed at the sandbox."""
 
 from __future__ import annotations
 

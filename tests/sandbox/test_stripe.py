@@ -1,4 +1,4 @@
-"""The Stripe sandbox, asked by Stripe's own library and held against Stripe's own schema."""
+"""The Stripe sandbox, called by Stripe's own library and checked against Stripe's own schema."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[2]
 CALLBACK = "http://127.0.0.1:8000/callback/?tenant=acme"
 REFRESH = "http://127.0.0.1:8000/refresh/"
 RETURN = "http://127.0.0.1:8000/return/"
-# uvicorn looks a tenth of a second later whether it has been told to stop at once.
+# uvicorn checks a tenth of a second later whether it was told to stop at once.
 DRAIN_NOTICED_SECONDS = 0.4
 HALF_A_LOGIN = (
     b"POST /api/v1/auth/tenants/login/ HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -114,12 +114,12 @@ def test_page_is_not_cached_and_runs_no_scripts(address: str, session: requests.
     headers = session.get(address).headers
     assert headers["Cache-Control"] == "no-store"
     assert "default-src 'none'" in headers["Content-Security-Policy"]
-    # Chromium would hold the redirect to the platform to it.
+    # Chromium would apply it to the redirect to the platform.
     assert "form-action" not in headers["Content-Security-Policy"]
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "mentioned"),
     [
         ({"client_id": "ca_other"}, "client identifier"),
         ({"response_type": "token"}, "response_type"),
@@ -132,7 +132,7 @@ def test_page_is_not_cached_and_runs_no_scripts(address: str, session: requests.
     ],
 )
 def test_400_page_for_an_invalid_authorize_url(
-    sandbox: Sandbox, client: StripeClient, session: requests.Session, wrong: dict[str, Any], said: str
+    sandbox: Sandbox, client: StripeClient, session: requests.Session, wrong: dict[str, Any], mentioned: str
 ) -> None:
     address = authorize_url(client, **wrong)
     for answer in (
@@ -140,7 +140,7 @@ def test_400_page_for_an_invalid_authorize_url(
         session.post(address, {"decision": "decline"}, allow_redirects=False),
     ):
         assert answer.status_code == 400
-        assert said in answer.text
+        assert mentioned in answer.text
     with pytest.raises(ValueError, match="400"):
         sandbox.approve(address)
 
@@ -351,7 +351,7 @@ def test_account_can_change_to_every_state(sandbox: Sandbox, client: StripeClien
 
 
 def read(account: stripe.Account) -> Status:
-    """What a platform makes of an account: the first that fits."""
+    """How a platform reads an account's state: the first that fits."""
     body = account.to_dict()
     due = body["requirements"]
     reason = due["disabled_reason"] or ""
@@ -494,7 +494,7 @@ def test_403_for_a_link_to_another_platforms_account(client: StripeClient) -> No
 
 
 class Schema:
-    """A schema of Stripe's document, with JSON Schema's words for OpenAPI 3.0's."""
+    """A schema of Stripe's document, translated from OpenAPI 3.0 to JSON Schema."""
 
     document = json.loads((ROOT / "tests/data/stripe-openapi-accounts.json").read_text())
 
@@ -514,7 +514,7 @@ class Schema:
             return node
         schema = {name: self._translated(value) for name, value in node.items()}
         if isinstance(schema.get("properties"), dict) and schema.get("type") == "object":
-            # Stripe lets more in; that we made a name up would not be noticed.
+            # Stripe allows other properties; an invented name would go unnoticed.
             schema.setdefault("additionalProperties", False)
         return {"anyOf": [schema, {"type": "null"}]} if schema.pop("nullable", False) is True else schema
 
@@ -741,8 +741,8 @@ def test_sandbox_stops_while_a_call_hangs() -> None:
             caller = stack.enter_context(connection(urlsplit(sandbox.url).port))
             caller.sendall(b"GET /v1/accounts/acct_1 HTTP/1.1\r\nHost: localhost\r\n\r\n")
             await_call(sandbox, "retrieve_account")
-            asked_to_end = time.monotonic()
-        assert time.monotonic() - asked_to_end < 5
+            stop_requested = time.monotonic()
+        assert time.monotonic() - stop_requested < 5
         assert b" 504 " in caller.recv(1000)
 
 
@@ -753,7 +753,7 @@ def await_call(sandbox: Sandbox, operation: str) -> None:
         time.sleep(0.01)
 
 
-# What was called ---------------------------------------------------------------------------------
+# Recorded calls ----------------------------------------------------------------------------------
 
 
 def test_calls_are_recorded_without_the_key(sandbox: Sandbox, client: StripeClient, address: str) -> None:
@@ -840,7 +840,7 @@ def test_serve_announces_the_sandbox_and_exits_with_the_servers_code(tmp_path: P
 
 @pytest.fixture
 def database_url(cluster: embedded.Cluster, worker_id: str) -> str:
-    """A database of its own: the server's worker outlasts the test, and must not tidy up what others look at."""
+    """A database of its own: the server's worker outlasts the test, and must not clean up what others use."""
     name = f"billing_sandbox_{worker_id}"
     clone(cluster, name)
     return database.url(cluster, database.APP, name)
@@ -850,7 +850,7 @@ def test_ctrl_c_lets_a_request_in_flight_finish(database_url: str) -> None:
     with sandbox_serving(database_url) as (process, port), connection(port) as caller:
         caller.sendall(HALF_A_LOGIN)
         assert b" 100 " in caller.recv(1000)
-        # As a terminal does it: to the whole group. Twice would mean at once.
+        # To the whole group, as a terminal does. A second one would mean to stop at once.
         os.killpg(process.pid, signal.SIGINT)
         assert_free(port)
         time.sleep(DRAIN_NOTICED_SECONDS)
