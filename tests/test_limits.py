@@ -33,7 +33,7 @@ def meter(clock: TurnedClock) -> Meter:
 
 
 def count(meter: Meter, subject: str = "acme", *, times: int = 1, policy: Policy = POLICY) -> Usage:
-    """How it stands after so many."""
+    """The usage after counting so many times."""
     for _ in range(times):
         usage = asyncio.run(meter.count(policy, subject))
     return usage
@@ -42,13 +42,13 @@ def count(meter: Meter, subject: str = "acme", *, times: int = 1, policy: Policy
 # Windows -----------------------------------------------------------------------------------------
 
 
-def test_what_is_left_counts_down_to_nothing_and_no_further(meter: Meter) -> None:
+def test_remaining_counts_down_to_zero_and_no_further(meter: Meter) -> None:
     counted = [count(meter) for _ in range(5)]
     assert [usage.remaining for usage in counted] == [2, 1, 0, 0, 0]
     assert [usage.is_over for usage in counted] == [False, False, False, True, True]
 
 
-def test_each_subject_and_each_policy_has_its_own(meter: Meter) -> None:
+def test_each_subject_and_each_policy_is_counted_separately(meter: Meter) -> None:
     assert count(meter, times=4).is_over
     assert count(meter, "globex").remaining == 2
     assert count(meter, policy=Policy("others", 3, 60)).remaining == 2
@@ -56,7 +56,7 @@ def test_each_subject_and_each_policy_has_its_own(meter: Meter) -> None:
 
 @pytest.mark.parametrize("seconds", [1, 60, 300, 3600])
 @pytest.mark.parametrize("subject", ["acme", "globex", "192.0.2.1", "2001db8::/64"])
-def test_the_seconds_left_are_enough_to_wait_and_no_more_than_the_window(
+def test_seconds_left_is_long_enough_to_wait_and_at_most_the_window(
     meter: Meter, clock: TurnedClock, subject: str, seconds: int
 ) -> None:
     policy = Policy("things", 1, seconds)
@@ -67,7 +67,7 @@ def test_the_seconds_left_are_enough_to_wait_and_no_more_than_the_window(
     assert not count(meter, subject, policy=policy).is_over
 
 
-def test_until_its_end_a_window_stays_over(meter: Meter, clock: TurnedClock) -> None:
+def test_an_exceeded_limit_stays_exceeded_until_the_window_ends(meter: Meter, clock: TurnedClock) -> None:
     over = count(meter, times=4)
     clock.turn(seconds=over.window.seconds_left - 1.01)
     assert count(meter).is_over
@@ -78,34 +78,34 @@ def test_windows_of_many_subjects_do_not_end_together(meter: Meter) -> None:
     assert len(ends) > 50
 
 
-def test_what_is_taken_back_was_not_counted(meter: Meter) -> None:
+def test_taking_back_a_count_frees_its_place(meter: Meter) -> None:
     usage = count(meter, times=3)
     asyncio.run(meter.take_back(usage))
     assert count(meter).remaining == 0
 
 
-def test_to_look_counts_nothing(meter: Meter) -> None:
+def test_peeking_counts_nothing(meter: Meter) -> None:
     count(meter)
     assert [asyncio.run(meter.peek(POLICY, "acme")).remaining for _ in range(3)] == [2] * 3
     assert asyncio.run(meter.peek(POLICY, "globex")).remaining == 3
 
 
-def test_what_is_forgotten_begins_anew(meter: Meter) -> None:
+def test_a_forgotten_count_starts_again_from_zero(meter: Meter) -> None:
     asyncio.run(meter.forget(count(meter, times=4)))
     assert count(meter).remaining == 2
 
 
-def test_a_key_names_the_policy_and_not_the_subject(meter: Meter) -> None:
+def test_a_counter_key_names_the_policy_but_not_the_subject(meter: Meter) -> None:
     key = meter.window(POLICY, "192.0.2.1 ada@acme.example").key
     assert re.fullmatch(r"things:[0-9a-f]{32}:[0-9]+", key)
 
 
-def test_without_the_pepper_a_subject_cannot_be_guessed_from_its_key(clock: TurnedClock) -> None:
+def test_the_subject_in_a_counter_key_is_hashed_with_the_pepper(clock: TurnedClock) -> None:
     one, other = (Meter(InProcess(), pepper, clock).window(POLICY, "acme").key for pepper in (b"a", b"b"))
     assert one.split(":")[1] != other.split(":")[1]
 
 
-def test_processes_agree_whatever_they_counted_before(meter: Meter, clock: TurnedClock) -> None:
+def test_windows_are_the_same_in_every_process(meter: Meter, clock: TurnedClock) -> None:
     count(meter, times=2)
     assert Meter(InProcess(), PEPPER, clock).window(POLICY, "acme") == meter.window(POLICY, "acme")
     clock.turn(seconds=61)
@@ -115,10 +115,10 @@ def test_processes_agree_whatever_they_counted_before(meter: Meter, clock: Turne
 # In this process ---------------------------------------------------------------------------------
 
 
-def test_more_subjects_than_there_is_room_for_drop_those_idle_for_longest() -> None:
+def test_beyond_capacity_the_subjects_idle_longest_are_dropped() -> None:
     counters = InProcess(most=100)
 
-    async def story() -> int:
+    async def scenario() -> int:
         await counters.add("first", 1, seconds=60)
         await counters.add("busy", 5, seconds=60)
         for number in range(10_000):
@@ -126,7 +126,7 @@ def test_more_subjects_than_there_is_room_for_drop_those_idle_for_longest() -> N
             await counters.add("busy", 1, seconds=60)
         return await counters.add("busy", 0, seconds=60)
 
-    assert asyncio.run(story()) == 10_005
+    assert asyncio.run(scenario()) == 10_005
     assert len(counters.counts) == 100
     assert "first" not in counters.counts
 
@@ -140,13 +140,13 @@ def test_every_operation_has_a_limit() -> None:
     assert Policies().by_tenant.keys() == set(Tier.__args__)  # type: ignore[attr-defined]
 
 
-def test_what_else_is_limited_is_an_operation() -> None:
+def test_costly_and_password_limits_name_existing_operations() -> None:
     known = {o.operation_id for o in operations(load())}
     assert Policies().costly.keys() | Policies().wrong_passwords.keys() <= known
     assert Policies().brakes.keys() <= Policies().wrong_passwords.keys()
 
 
-def test_one_address_alone_brings_no_brake_on_and_a_brake_leaves_each_address_something() -> None:
+def test_one_address_cannot_trigger_a_brake_and_a_brake_blocks_no_address_completely() -> None:
     for operation, brake in Policies().brakes.items():
         usual = Policies().wrong_passwords[operation]
         windows = brake.over.seconds // usual.seconds + 1
@@ -154,16 +154,16 @@ def test_one_address_alone_brings_no_brake_on_and_a_brake_leaves_each_address_so
         assert 0 < brake.then.quota / brake.then.seconds < usual.quota / usual.seconds
 
 
-def test_unlimited_is_without_any() -> None:
+def test_unlimited_has_no_policies() -> None:
     assert not any(vars(UNLIMITED).values())
 
 
-def said(policy: Policy) -> tuple[str, str, str]:
+def table_cells(policy: Policy) -> tuple[str, str, str]:
     spans = {60: "minute", 300: "5 minutes", 3600: "hour"}
     return f"`{policy.name}`", f"{policy.quota:,}", spans[policy.seconds]
 
 
-def test_the_tables_of_the_docs_are_the_code() -> None:
+def test_the_tables_of_the_docs_match_the_policies() -> None:
     rows = [
         tuple(cell.strip() for cell in line.strip("|").split("|"))
         for line in DOCS.read_text().splitlines()
@@ -172,17 +172,17 @@ def test_the_tables_of_the_docs_are_the_code() -> None:
     policies = Policies()
     assert policies.bad_credentials is not None
     assert rows == [
-        *((*said(policy), f"`{operation}`") for operation, policy in policies.by_address.items()),
-        (*said(policies.bad_credentials), "those whose credentials are missing or bad"),
-        *((*said(policy), f"tier `{tier}`") for tier, policy in policies.by_tenant.items()),
-        *((*said(policy), f"`{operation}`") for operation, policy in policies.costly.items()),
-        *((*said(policy), f"`{operation}`") for operation, policy in policies.wrong_passwords.items()),
-        *((*said(brake.over), f"`{op}`, from all addresses") for op, brake in policies.brakes.items()),
-        *((*said(brake.then), f"`{op}`, beyond that") for op, brake in policies.brakes.items()),
+        *((*table_cells(policy), f"`{operation}`") for operation, policy in policies.by_address.items()),
+        (*table_cells(policies.bad_credentials), "those whose credentials are missing or bad"),
+        *((*table_cells(policy), f"tier `{tier}`") for tier, policy in policies.by_tenant.items()),
+        *((*table_cells(policy), f"`{operation}`") for operation, policy in policies.costly.items()),
+        *((*table_cells(policy), f"`{operation}`") for operation, policy in policies.wrong_passwords.items()),
+        *((*table_cells(brake.over), f"`{op}`, from all addresses") for op, brake in policies.brakes.items()),
+        *((*table_cells(brake.then), f"`{op}`, beyond that") for op, brake in policies.brakes.items()),
     ]
 
 
-def test_the_clock_of_a_window_is_the_one_that_was_given(meter: Meter, clock: TurnedClock) -> None:
+def test_windows_use_the_injected_clock(meter: Meter, clock: TurnedClock) -> None:
     before = count(meter, times=3)
     clock.now += timedelta(days=365)
     assert count(meter).remaining == 2

@@ -1,4 +1,4 @@
-"""Passwords: bcrypt's limits cured, peppers turned over, easy ones refused."""
+"""Passwords: bcrypt's limits worked around, peppers rotated, weak ones refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COST = 4
 
 @pytest.fixture
 def switching_often() -> Iterator[None]:
-    """Threads take turns within every call, and not every five milliseconds."""
+    """Threads switch within every call, and not only every five milliseconds."""
     usual = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield
@@ -37,19 +37,19 @@ def made(*kids: str, cost: int = COST) -> Passwords:
 # Storing and checking ----------------------------------------------------------------------------
 
 
-def test_a_password_is_known_again_and_no_other() -> None:
+def test_only_the_right_password_matches_its_hash() -> None:
     stored = made("old").hash("correct horse")
     assert made("old").check("correct horse", stored)
     assert not made("old").check("correct horsf", stored)
     assert not made("old").check("", stored)
 
 
-def test_what_is_stored_names_scheme_pepper_and_cost_and_not_the_password() -> None:
+def test_a_stored_hash_names_its_scheme_pepper_and_cost() -> None:
     scheme, kid, hashed = made("old").hash("correct horse").split("$", 2)
     assert (scheme, kid, hashed[:7], len(hashed)) == ("bcrypt-hmac-sha384", "old", "$2b$04$", 60)
 
 
-def test_the_same_password_is_stored_differently_each_time() -> None:
+def test_the_same_password_is_hashed_differently_each_time() -> None:
     one = made("old")
     assert one.hash("correct horse") != one.hash("correct horse")
 
@@ -63,17 +63,17 @@ def test_every_character_counts_beyond_bcrypts_72_bytes(letter: str, length: int
     assert not made("old").check(letter * (length - 1) + "b", stored)
 
 
-def test_what_follows_a_nul_counts() -> None:
+def test_characters_after_a_nul_count() -> None:
     assert not made("old").check("before\0other", made("old").hash("before\0after"))
 
 
-def test_composed_and_decomposed_are_one_password() -> None:
+def test_composed_and_decomposed_forms_are_one_password() -> None:
     decomposed = unicodedata.normalize("NFD", "Pässwörter für Ådå")
     assert decomposed != "Pässwörter für Ådå"
     assert made("old").check(decomposed, made("old").hash("Pässwörter für Ådå"))
 
 
-def test_what_only_looks_alike_is_another_password() -> None:
+def test_compatibility_characters_make_a_different_password() -> None:
     stored = made("old").hash("fish and chips 12")
     assert not made("old").check("\N{LATIN SMALL LIGATURE FI}sh and chips 12", stored)
     assert not made("old").check("fish and chips \N{FULLWIDTH DIGIT ONE}2", stored)
@@ -82,7 +82,7 @@ def test_what_only_looks_alike_is_another_password() -> None:
 # Peppers and cost --------------------------------------------------------------------------------
 
 
-def test_an_older_pepper_still_checks() -> None:
+def test_a_hash_under_an_older_pepper_still_verifies() -> None:
     assert made("new", "old").check("correct horse", made("old").hash("correct horse"))
 
 
@@ -103,7 +103,7 @@ def test_a_hash_under_another_pepper_or_scheme_never_matches() -> None:
         (made("old", cost=5), made("old"), True),
     ],
 )
-def test_renewed_when_pepper_or_cost_is_another(
+def test_a_hash_is_renewed_when_the_pepper_or_cost_differs(
     before: Passwords, present: Passwords, is_renewed: bool
 ) -> None:
     renewed = present.renewed("correct horse", before.hash("correct horse"))
@@ -113,10 +113,10 @@ def test_renewed_when_pepper_or_cost_is_another(
         assert present.renewed("correct horse", renewed) is None
 
 
-# Nobody's password -------------------------------------------------------------------------------
+# Unknown users -----------------------------------------------------------------------------------
 
 
-def test_no_user_costs_a_real_bcrypt_of_the_present_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_user_costs_a_real_bcrypt_at_the_current_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[bytes] = []
     real = bcrypt.checkpw
 
@@ -130,7 +130,7 @@ def test_no_user_costs_a_real_bcrypt_of_the_present_cost(monkeypatch: pytest.Mon
     assert [hashed[:7] for hashed in checked] == [b"$2b$05$"]
 
 
-def test_no_user_takes_as_long_as_a_wrong_password() -> None:
+def test_an_unknown_user_takes_as_long_as_a_wrong_password() -> None:
     one = made("old", cost=8)
     stored = one.hash("correct horse")
     one.check("warm", stored)
@@ -146,12 +146,12 @@ def fastest(one: Passwords, stored: str | None) -> float:
     return min(once() for _ in range(7))
 
 
-def test_no_password_is_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_password_matches_an_unknown_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passwords.bcrypt, "checkpw", lambda *_: True)
     assert not made("old").check("correct horse", None)
 
 
-def test_nothing_is_hashed_before_there_is_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dummy_hash_is_made_without_running_bcrypt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(passwords.bcrypt, "hashpw")
     assert not made("old").check("correct horse", None)
 
@@ -207,14 +207,14 @@ def test_a_password_of_the_accounts_own_words_is_refused(password: str) -> None:
         require_strength(password, OWN_WORDS)
 
 
-def test_only_ones_own_words_count_against_one() -> None:
+def test_only_the_accounts_own_words_weaken_a_password() -> None:
     require_strength("Wolkenkratzerbau", [])
     with pytest.raises(PasswordTooWeak):
         require_strength("Wolkenkratzerbau", ["wolkenkratzerbau"])
 
 
 @pytest.mark.usefixtures("switching_often")
-def test_others_who_choose_a_password_meanwhile_bring_no_words_and_take_none() -> None:
+def test_concurrent_strength_checks_do_not_mix_own_words() -> None:
     def is_refused(words: list[str]) -> bool:
         try:
             require_strength("vexatrumbo123456", words)
@@ -228,7 +228,7 @@ def test_others_who_choose_a_password_meanwhile_bring_no_words_and_take_none() -
 
 
 @pytest.mark.parametrize(("length", "passes"), [(11, False), (12, True), (128, True), (129, False)])
-def test_length_is_counted_in_characters_once_composed(length: int, passes: bool) -> None:
+def test_length_is_counted_in_composed_characters(length: int, passes: bool) -> None:
     varied = "xK9#mQ2$vL5nW8&bT1@cR6!dY3^fH7*gJ4(hZ0)pS"
     password = unicodedata.normalize("NFD", "é" + (varied * 4)[: length - 1])
     assert len(password) == length + 1
@@ -246,7 +246,7 @@ def outcome(password: str, own_words: Sequence[str] = ()) -> bool:
 @pytest.mark.parametrize(
     "password", ["Ada.Lovelace1", "ada-lovelace-2026", "acme.example1", "AcmeInc!AcmeInc!"]
 )
-def test_what_is_left_without_own_words_must_be_worth_something(password: str) -> None:
+def test_own_words_with_little_added_are_refused(password: str) -> None:
     words = ["ada@acme.example", "Acme Inc", "Ada", "Lovelace", "acme.example", "2026"]
     with pytest.raises(PasswordTooWeak):
         require_strength(password, words)
@@ -257,21 +257,21 @@ def test_what_is_left_without_own_words_must_be_worth_something(password: str) -
     [
         ("q7AdaZw§AdaxAda", "Ada", True),
         ("q7AdaZw§AdaAda", "Ada", False),
-        # Two letters are in many words.
+        # A word of two letters is part of many others.
         ("q7JoZwJo§JoJo", "Jo", True),
-        # Of a word in another the longer one is taken out, and not its middle.
+        # Of a word within another, the longer is removed first, and not its middle alone.
         ("q7LovelacezLovelacew", "Lovelace Love", False),
     ],
 )
-def test_six_characters_must_be_left_without_own_words_of_three_letters(
+def test_six_characters_must_remain_without_own_words_of_three_or_more_letters(
     password: str, word: str, passes: bool
 ) -> None:
     assert outcome(password)
     assert outcome(password, [word, *word.split()]) == passes
 
 
-def test_no_password_has_many_readings_to_try(monkeypatch: pytest.MonkeyPatch) -> None:
-    # zxcvbn tries each: with all of its substitutes in one password that took 3.8 s.
+def test_the_l33t_readings_of_a_password_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    # zxcvbn tries each reading: a password with all of its substitutes took 3.8 s.
     def readings(password: str) -> int:
         return len(enumerate_l33t_subs(relevant_l33t_subtable(password, L33T_TABLE)))
 
@@ -283,7 +283,7 @@ def test_no_password_has_many_readings_to_try(monkeypatch: pytest.MonkeyPatch) -
     assert [readings(text) < 50 for text in scored] == [True]
 
 
-def test_a_hash_of_a_lower_cost_takes_as_long_as_a_present_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checking_a_lower_cost_hash_takes_as_long_as_a_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
     stored = made("old", cost=5).hash("correct horse")
     present = made("old", cost=8)
     costs: list[int] = []
@@ -295,5 +295,5 @@ def test_a_hash_of_a_lower_cost_takes_as_long_as_a_present_one(monkeypatch: pyte
 
     monkeypatch.setattr(bcrypt, "hashpw", counted)
     assert present.check("correct horse", stored)
-    # bcrypt's work is 2 to the cost; the check itself is the fifth.
+    # bcrypt's work is 2 to the power of the cost; the check itself has cost 5.
     assert 2**5 + sum(2**cost for cost in costs) == 2**8

@@ -59,19 +59,19 @@ def test_a_session_works_until_it_ends(ended_at: datetime | None, now: datetime,
         (None, "", timedelta(0), False),
     ],
 )
-def test_only_a_soon_repeat_of_the_last_token_is_forgiven(
+def test_only_a_prompt_repeat_of_the_previous_token_is_forgiven(
     previous: str | None, jti: str, after: timedelta, forgiven: bool
 ) -> None:
     session = replace(SESSION, previous_jti=hashed(previous) if previous else None)
     assert session.forgives(jti, NOW + after) is forgiven
 
 
-def test_the_lifetimes() -> None:
+def test_the_session_lifetime_and_the_retry_window() -> None:
     assert timedelta(days=30) == FAMILY_LIFETIME
     assert timedelta(seconds=10) == RETRY_WINDOW
 
 
-def test_of_a_token_only_the_sha_256_of_its_jti_is_kept() -> None:
+def test_a_jti_is_stored_as_its_sha_256() -> None:
     assert hashed("a-jti") == hashlib.sha256(b"a-jti").digest()
 
 
@@ -90,7 +90,7 @@ GOOD = Account(ACME, ADA, STORED)
         (Account(replace(ACME, is_active=False), ADA, STORED), "correct horse", "tenant disabled"),
     ],
 )
-def test_authenticate_refuses_for_each_reason_alike_and_always_checks(
+def test_authenticate_refuses_every_case_alike_and_always_checks_a_password(
     monkeypatch: pytest.MonkeyPatch, account: Account | None, password: str, cause: str | None
 ) -> None:
     checks: list[str | None] = []
@@ -104,17 +104,17 @@ def test_authenticate_refuses_for_each_reason_alike_and_always_checks(
     assert checks == [account.password_hash if account else None]
 
 
-def test_authenticate_knows_the_password_and_tells_nobody() -> None:
-    assert authenticate(GOOD, "correct horse", PASSWORDS, not_told) == GOOD
+def test_authenticate_accepts_the_right_password_and_reports_nothing() -> None:
+    assert authenticate(GOOD, "correct horse", PASSWORDS, must_not_report) == GOOD
 
 
-def test_a_wrong_password_is_told_and_refused() -> None:
+def test_a_wrong_password_is_reported_and_refused() -> None:
     told: list[str] = []
-    require_password(ADA, "correct horse", STORED, PASSWORDS, not_told)
+    require_password(ADA, "correct horse", STORED, PASSWORDS, must_not_report)
     with pytest.raises(WrongPassword):
         require_password(ADA, "wrong", STORED, PASSWORDS, lambda user, _: told.append(user.email))
     assert told == [ADA.email]
 
 
-def not_told(user: User, cause: str) -> None:
+def must_not_report(user: User, cause: str) -> None:
     raise AssertionError(f"{user.email}: {cause}")

@@ -1,4 +1,4 @@
-"""Tenants: slugs, and the words that an account's passwords must not be made of."""
+"""Tenants: slugs, and the own words of an account, of which its passwords must not be made."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from billing.ids import new_id
 from billing.tenants import LONGEST_SLUG, Account, Tenant, own_words, slugs, words_of
 from billing.users import new_user
 
-# A busy machine is no failure.
+# A slow example on a busy machine is not a failure.
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 NOW = datetime(2026, 1, 15, 9, 30, tzinfo=UTC)
@@ -63,7 +63,7 @@ ADA = new_user(ACME.id, {"email": "Ada@Acme.example", "first_name": "Ada"}, role
         ("x" * 50 + " " + "y" * 50, "x" * 50),
     ],
 )
-def test_the_first_slug_is_the_plain_one(name: str, slug: str) -> None:
+def test_the_first_slug_has_no_suffix(name: str, slug: str) -> None:
     assert next(slugs(name)) == slug
 
 
@@ -75,7 +75,7 @@ def test_every_slug_is_safe_in_a_url(name: str) -> None:
         assert len(slug) <= LONGEST_SLUG + 7
 
 
-def test_the_next_slugs_are_ones_that_nobody_else_has() -> None:
+def test_further_slugs_have_distinct_random_suffixes() -> None:
     plain, *others = islice(slugs("Acme"), 50)
     assert plain == "acme"
     assert all(re.fullmatch(r"acme-[0-9a-f]{6}", other) for other in others)
@@ -87,7 +87,7 @@ def test_the_next_slugs_are_ones_that_nobody_else_has() -> None:
 WORDS = {"ada@acme.example", "Acme Industries", "Ada", "Lovelace", "acme.example"}
 
 
-def test_own_words_are_those_of_the_registration() -> None:
+def test_own_words_come_from_the_registration() -> None:
     details = {
         "company_name": "Acme Industries",
         "email": "ada@acme.example",
@@ -99,11 +99,11 @@ def test_own_words_are_those_of_the_registration() -> None:
     assert set(own_words(details)) == WORDS
 
 
-def test_what_was_left_out_has_no_words() -> None:
+def test_omitted_details_add_no_own_words() -> None:
     assert own_words({"email": "ada@acme.example", "company_name": "Acme"}) == ["ada@acme.example", "Acme"]
 
 
-def test_an_existing_account_has_the_same_words() -> None:
+def test_an_existing_account_has_the_same_own_words() -> None:
     assert set(words_of(replace(ADA, last_name="Lovelace"), ACME)) == WORDS
     assert "None" not in "".join(words_of(ADA, replace(ACME, domain=None)))
 

@@ -1,4 +1,4 @@
-"""Tokens: ours, of the right kind, in time; anything else is invalid, whatever it is made of."""
+"""Tokens: only ours, unexpired and of the right kind, are good; anything else is refused, whatever it is."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from billing.tokens import (
     Tokens,
 )
 
-# A busy machine is no failure.
+# A slow example on a busy machine is not a failure.
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 NOW = datetime(2026, 1, 15, 9, 30, tzinfo=UTC)
@@ -58,7 +58,7 @@ def signed(header: dict[str, Any] | None = None, key: bytes = OLD, **claims: Any
 
 
 def raw_signed(body: bytes, header: dict[str, Any] | None = None, key: bytes = OLD) -> str:
-    """What PyJWT would sign if it looked at nothing."""
+    """A token as PyJWT would sign it without any validation."""
     return jwt.PyJWS().encode(body, key, algorithm=ALGORITHM, headers=header or HEADER)
 
 
@@ -68,7 +68,7 @@ def encoded(part: object) -> str:
 
 
 def outcome(text: str, now: datetime = NOW) -> str:
-    """`good`, `invalid` or `expired`, by both readers; anything else that is raised fails the test."""
+    """`good`, `invalid` or `expired`, by either reader; any other exception fails the test."""
     outcomes = []
     for read in (TOKENS.read_access, TOKENS.read_refresh):
         try:
@@ -82,10 +82,10 @@ def outcome(text: str, now: datetime = NOW) -> str:
     return next((said for said in outcomes if said != "invalid"), "invalid")
 
 
-# What a good token says --------------------------------------------------------------------------
+# Contents of a good token ------------------------------------------------------------------------
 
 
-def test_an_access_token_says_for_whom_it_is() -> None:
+def test_an_access_token_identifies_its_holder() -> None:
     claims = TOKENS.read_access(TOKENS.access(HOLDER, NOW), NOW)
     assert (claims.tenant_id, claims.user_id, claims.session_id, claims.token_version) == (
         HOLDER.tenant_id,
@@ -96,7 +96,7 @@ def test_an_access_token_says_for_whom_it_is() -> None:
     assert claims.signed_by == "old"
 
 
-def test_the_handmade_token_of_these_tests_is_good() -> None:
+def test_the_unmodified_token_of_these_tests_is_good() -> None:
     assert outcome(signed()) == "good"
 
 
@@ -112,7 +112,7 @@ def test_every_access_token_has_a_jti_of_its_own() -> None:
     assert len({TOKENS.read_access(text, NOW).jti for text in texts}) == 100
 
 
-def test_a_refresh_token_is_the_same_for_the_same_arguments() -> None:
+def test_a_refresh_token_is_deterministic() -> None:
     assert refresh_token() == refresh_token()
     assert refresh_token() != refresh_token(jti="another")
     assert TOKENS.read_refresh(refresh_token(), NOW).jti == "a-jti"
@@ -134,7 +134,7 @@ def test_an_access_token_is_good_for_fifteen_minutes(seconds: int, expected: str
     ("days_left", "good_for"),
     [(30, REFRESH_IDLE_LIFETIME), (7, timedelta(days=7)), (2, timedelta(days=2))],
 )
-def test_a_refresh_token_ends_when_idle_or_with_its_family(days_left: int, good_for: timedelta) -> None:
+def test_a_refresh_token_expires_when_idle_or_with_its_family(days_left: int, good_for: timedelta) -> None:
     text = TOKENS.refresh(HOLDER, "j", NOW, NOW + timedelta(days=days_left))
     assert outcome(text, NOW + good_for - timedelta(seconds=1)) == "good"
     assert outcome(text, NOW + good_for) == "expired"
@@ -143,7 +143,7 @@ def test_a_refresh_token_ends_when_idle_or_with_its_family(days_left: int, good_
 # Confusion ---------------------------------------------------------------------------------------
 
 
-def test_an_access_token_is_no_refresh_token_nor_the_other_way_round() -> None:
+def test_access_and_refresh_tokens_are_not_interchangeable() -> None:
     with pytest.raises(TokenInvalid):
         TOKENS.read_refresh(TOKENS.access(HOLDER, NOW), NOW)
     with pytest.raises(TokenInvalid):
@@ -182,7 +182,7 @@ CONFUSED: dict[str, str] = {
 
 
 @pytest.mark.parametrize("how", CONFUSED)
-def test_confusion(how: str) -> None:
+def test_a_token_of_another_type_issuer_audience_key_or_form_is_invalid(how: str) -> None:
     assert outcome(CONFUSED[how]) == "invalid"
 
 
@@ -201,28 +201,28 @@ def test_every_claim_is_required(claim: str) -> None:
     assert outcome(jwt.encode(left, OLD, algorithm=ALGORITHM, headers=HEADER)) == "invalid"
 
 
-def test_every_changed_character_is_noticed() -> None:
+def test_changing_any_character_makes_a_token_invalid() -> None:
     text = signed()
-    for at in range(len(text) - 1):  # The last one has two bits that say nothing.
+    for at in range(len(text) - 1):  # The last one has two unused bits.
         changed = text[:at] + ("A" if text[at] != "A" else "B") + text[at + 1 :]
         assert outcome(changed) == "invalid", at
 
 
 @pytest.mark.parametrize(("length", "expected"), [(LONGEST, "good"), (LONGEST + 1, "invalid")])
-def test_a_token_has_a_greatest_length(length: int, expected: str) -> None:
+def test_a_token_over_the_maximum_length_is_invalid(length: int, expected: str) -> None:
     texts = (signed(pad="x" * pad) for pad in range(length // 2, length))
     text = next(text for text in texts if len(text) >= length)
     assert len(text) == length
     assert outcome(text) == expected
 
 
-def test_an_expired_token_of_a_stranger_is_invalid() -> None:
+def test_an_expired_token_of_another_key_or_issuer_is_invalid() -> None:
     assert outcome(signed(key=NEW, exp=1)) == "invalid"
     assert outcome(signed(iss="https://evil.example", exp=1)) == "invalid"
     assert outcome(signed(exp=1)) == "expired"
 
 
-# The ring turns ----------------------------------------------------------------------------------
+# Key rotation ------------------------------------------------------------------------------------
 
 
 def test_a_new_key_signs_and_the_old_one_still_verifies() -> None:
@@ -232,18 +232,18 @@ def test_a_new_key_signs_and_the_old_one_still_verifies() -> None:
     assert outcome(turned.access(HOLDER, NOW)) == "invalid"
 
 
-def test_a_key_taken_off_the_ring_ends_its_tokens() -> None:
+def test_removing_a_key_from_the_ring_invalidates_its_tokens() -> None:
     with pytest.raises(TokenInvalid):
         Tokens(Keyring({"new": NEW}), ISSUER).read_access(TOKENS.access(HOLDER, NOW), NOW)
 
 
-def test_a_successor_outlives_a_turn_of_the_ring() -> None:
+def test_a_successor_survives_a_key_rotation() -> None:
     turned = Tokens(Keyring({"new": NEW, "old": OLD}), ISSUER)
     before, after = (tokens.read_refresh(refresh_token(), NOW) for tokens in (TOKENS, turned))
     assert TOKENS.successor(before) == turned.successor(after)
 
 
-def test_a_successor_is_the_same_each_time_and_not_to_be_guessed() -> None:
+def test_a_successor_is_deterministic_and_depends_on_the_key() -> None:
     one, other = (TOKENS.read_refresh(refresh_token(jti=jti), NOW) for jti in ("one", "other"))
     strange = Tokens(Keyring({"old": NEW}), ISSUER)
     assert TOKENS.successor(one) == TOKENS.successor(one)
@@ -254,7 +254,7 @@ def test_tokens_are_not_shown_in_representations() -> None:
     assert repr(TokenPair("an-access-token", "a-refresh-token")) == "TokenPair()"
 
 
-# Whatever else -----------------------------------------------------------------------------------
+# Arbitrary input ---------------------------------------------------------------------------------
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -267,20 +267,20 @@ TIMES = st.sampled_from([10**exponent * sign for exponent in range(8, 40) for si
 
 @UNHURRIED
 @given(claims=st.dictionaries(KNOWN, JSON | TIMES, max_size=4))
-def test_claims_of_any_type_are_invalid_expired_or_good(claims: dict[str, Any]) -> None:
+def test_claims_of_any_type_raise_no_other_error(claims: dict[str, Any]) -> None:
     assert outcome(signed(**claims)) in ("invalid", "expired", "good")
 
 
 @pytest.mark.parametrize(
     "exp", [10**17, 10**18, -(10**18), 10**400, 1e300, float("nan"), float("inf"), "1", None, [], {}]
 )
-def test_a_time_that_is_none_is_invalid(exp: object) -> None:
+def test_an_expiry_that_is_not_a_valid_time_is_invalid(exp: object) -> None:
     assert outcome(signed(exp=exp)) == "invalid"
 
 
 @UNHURRIED
 @given(header=st.dictionaries(KNOWN, JSON, max_size=4), signature=st.binary(max_size=40))
-def test_headers_of_any_type_are_invalid(header: dict[str, Any], signature: bytes) -> None:
+def test_arbitrary_headers_and_signatures_are_invalid(header: dict[str, Any], signature: bytes) -> None:
     assert (
         outcome(f"{encoded(HEADER | {'alg': 'HS256'} | header)}.{encoded(CLAIMS)}.{encoded(signature)}")
         == "invalid"
@@ -289,13 +289,13 @@ def test_headers_of_any_type_are_invalid(header: dict[str, Any], signature: byte
 
 @UNHURRIED
 @given(parts=st.lists(st.binary(max_size=60) | JSON, max_size=5))
-def test_parts_of_anything_are_invalid(parts: list[object]) -> None:
+def test_arbitrary_parts_are_invalid(parts: list[object]) -> None:
     assert outcome(".".join(encoded(part) for part in parts)) == "invalid"
 
 
 @UNHURRIED
 @given(text=st.text() | st.text(alphabet="eyJhbGciOi.=_-", max_size=200))
-def test_any_other_text_is_invalid(text: str) -> None:
+def test_arbitrary_text_is_invalid(text: str) -> None:
     assert outcome(text) == "invalid"
 
 
@@ -307,7 +307,7 @@ def test_a_hostile_part_is_invalid(part: bytes) -> None:
     assert outcome(raw_signed(part)) == "invalid"
 
 
-def test_a_token_read_before_is_held_against_the_clock_and_its_kind_again() -> None:
+def test_a_cached_token_is_checked_again_for_expiry_and_type() -> None:
     tokens = Tokens(Keyring({"old": OLD}), ISSUER)
     text = tokens.access(HOLDER, NOW)
     assert tokens.read_access(text, NOW) is tokens.read_access(text, NOW)

@@ -1,4 +1,4 @@
-"""Users: emails in the form in which they are compared, and the owner that a tenant keeps."""
+"""Users: how emails are normalised, and that a tenant keeps an active owner."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from billing.tenants import Tenant
 from billing.users import User, get, new_user, normalise_email, require_another_owner
 from tests.conftest import waits_for_a_lock
 
-# A busy machine is no failure.
+# A slow example on a busy machine is not a failure.
 UNHURRIED = hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 NOW = datetime(2026, 1, 15, 9, 30, tzinfo=UTC)
@@ -49,13 +49,13 @@ ADA = new_user(ACME, {"email": "Ada@Acme.example", "first_name": "Ada"}, role="o
         ("a.d.a+tag@acme.example", "a.d.a+tag@acme.example"),
     ],
 )
-def test_an_email_is_kept_composed_and_without_capitals(email: str, kept: str) -> None:
+def test_an_email_is_trimmed_composed_and_lowercased(email: str, kept: str) -> None:
     assert normalise_email(email) == kept
 
 
 @UNHURRIED
 @given(email=st.text() | st.text(alphabet="aAjJ\u030c\u0301\u0307ǰİıſKÅΣς @."))
-def test_an_email_in_its_form_stays_as_it_is(email: str) -> None:
+def test_normalising_an_email_twice_changes_nothing_more(email: str) -> None:
     assert normalise_email(normalise_email(email)) == normalise_email(email)
 
 
@@ -81,11 +81,11 @@ class Members:
 
 
 def with_members(*users: User) -> Any:
-    """A transaction, as far as these rules look at it."""
+    """A stand-in for a transaction, with what these rules use of it."""
     return SimpleNamespace(users=Members(*users))
 
 
-def test_a_user_is_found_in_whatever_capitals() -> None:
+def test_a_user_is_found_case_insensitively() -> None:
     assert get(with_members(ADA), "ADA@acme.example") == ADA
     with pytest.raises(NotFound):
         get(with_members(ADA), "eve@acme.example")
@@ -135,24 +135,24 @@ def rows_of(superuser: Engine, query: str) -> list[Any]:
 
 
 LATER = NOW + timedelta(days=1)
-END: dict[str, Callable[[TenantTx, str], None]] = {
+REMOVALS: dict[str, Callable[[TenantTx, str], None]] = {
     "disable": lambda tx, email: users.disable(tx, email, now=LATER),
     "set_role": lambda tx, email: users.set_role(tx, email, "admin", now=LATER),
 }
 
 
-@pytest.mark.parametrize("end", END)
-def test_two_owners_cannot_end_each_other_at_once(
-    store: Store, superuser: Engine, acme: Tenant, end: str
+@pytest.mark.parametrize("removal", REMOVALS)
+def test_two_owners_cannot_disable_or_demote_each_other_at_once(
+    store: Store, superuser: Engine, acme: Tenant, removal: str
 ) -> None:
-    def end_bob() -> None:
+    def remove_bob() -> None:
         with store.tenant(acme.id, exclusive=True) as tx:
-            END[end](tx, BOB.email)
+            REMOVALS[removal](tx, BOB.email)
 
     with ThreadPoolExecutor(1) as pool:
         with store.tenant(acme.id, exclusive=True) as tx:
-            END[end](tx, ADA.email)
-            other = pool.submit(end_bob)
+            REMOVALS[removal](tx, ADA.email)
+            other = pool.submit(remove_bob)
             while not waits_for_a_lock(superuser):
                 assert not other.done()
                 time.sleep(0.01)
@@ -162,7 +162,7 @@ def test_two_owners_cannot_end_each_other_at_once(
     assert rows_of(superuser, owners) == [(BOB.email,)]
 
 
-def test_a_change_leaves_a_row_that_says_what_and_no_change_none(
+def test_each_change_is_audited_once_and_a_repeat_not_at_all(
     store: Store, superuser: Engine, acme: Tenant
 ) -> None:
     changes: list[Callable[[TenantTx], None]] = [
@@ -203,7 +203,7 @@ CHANGES: dict[str, tuple[str, Callable[[TenantTx, User], object]]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_was_changed_says_when(store: Store, superuser: Engine, acme: Tenant, change: str) -> None:
+def test_each_change_sets_updated_at(store: Store, superuser: Engine, acme: Tenant, change: str) -> None:
     table, act = CHANGES[change]
     with store.tenant(acme.id) as tx:
         act(tx, get(tx, BOB.email))
@@ -211,16 +211,16 @@ def test_what_was_changed_says_when(store: Store, superuser: Engine, acme: Tenan
     assert rows_of(superuser, changed.format(table)) == [(1,)]
 
 
-ENDINGS = {name: CHANGES[name][1] for name in ("disabled", "password", "reset")}
+REVOCATIONS = {name: CHANGES[name][1] for name in ("disabled", "password", "reset")}
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
-def test_whoever_is_locked_out_has_no_token_of_this_version(
-    store: Store, superuser: Engine, acme: Tenant, ending: str
+@pytest.mark.parametrize("revocation", REVOCATIONS)
+def test_disabling_a_user_or_changing_a_password_raises_the_token_version(
+    store: Store, superuser: Engine, acme: Tenant, revocation: str
 ) -> None:
-    # Their sessions end too: either alone would do.
+    # Their sessions end too: either alone would suffice.
     with store.tenant(acme.id) as tx:
-        ENDINGS[ending](tx, get(tx, BOB.email))
+        REVOCATIONS[revocation](tx, get(tx, BOB.email))
         tx.users.enable(get(tx, BOB.email).id, LATER)
     versions = "SELECT email, token_version FROM users ORDER BY email"
     assert rows_of(superuser, versions) == [(ADA.email, 1), (BOB.email, 2)]
