@@ -1,4 +1,4 @@
-"""Logs: one line an event, and no secret in any of them."""
+"""Logs: one line per event, and no secret in any of them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Lines = Callable[[], list[Any]]
 
 @pytest.fixture
 def restored() -> Iterator[None]:
-    """Logging is the whole process's: leave it as it was."""
+    """Restores the logging configuration, which belongs to the whole process."""
     root = logging.getLogger()
     before = structlog.get_config(), root.handlers[:], root.level, logging.raiseExceptions
     names = [*logs.LEVELS, "uvicorn"]
@@ -94,7 +94,7 @@ def sentence(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", [name for name in SECRETS if name != "URL"])
-def test_a_secret_is_replaced_wherever_it_stands(name: str) -> None:
+def test_a_secret_is_redacted_wherever_it_appears(name: str) -> None:
     for text in (
         sentence(name),
         f'{{"x": "{sentence(name)}"}}',
@@ -107,7 +107,7 @@ def test_a_secret_is_replaced_wherever_it_stands(name: str) -> None:
 
 @pytest.mark.parametrize("password", ["hunter2", "p%40ss", "p@ss", "a:b:c", "'quoted'", '"quoted"'])
 @pytest.mark.parametrize("scheme", ["postgresql", "postgresql+psycopg2", "redis", "https"])
-def test_the_password_of_a_url_is_replaced_and_the_rest_stays(scheme: str, password: str) -> None:
+def test_only_the_password_of_a_url_is_redacted(scheme: str, password: str) -> None:
     assert (
         redact(f"to {scheme}://user:{password}@host:5432/db?x=1")
         == f"to {scheme}://user:[redacted]@host:5432/db?x=1"
@@ -127,11 +127,11 @@ def test_the_password_of_a_url_is_replaced_and_the_rest_stays(scheme: str, passw
         "password too short",
     ],
 )
-def test_what_is_no_secret_stays(text: str) -> None:
+def test_text_without_a_secret_is_unchanged(text: str) -> None:
     assert redact(text) == text
 
 
-def test_what_a_key_was_of_can_still_be_told() -> None:
+def test_a_redacted_key_keeps_its_prefix() -> None:
     assert redact(key("pk_test_")) == "pk_test_[redacted]"
 
 
@@ -188,7 +188,7 @@ def test_a_line_is_json_with_time_level_and_values(lines: Lines) -> None:
     }
 
 
-def test_standard_logging_takes_the_same_way(lines: Lines) -> None:
+def test_standard_logging_has_the_same_format_and_context(lines: Lines) -> None:
     with structlog.contextvars.bound_contextvars(request_id="12345678"):
         logging.getLogger("uvicorn.error").info("Started %s", "server")
     (event,) = lines()
@@ -201,7 +201,7 @@ def test_standard_logging_takes_the_same_way(lines: Lines) -> None:
     }
 
 
-def test_a_terminal_gets_words(restored: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_terminal_gets_text_instead_of_json(restored: None, capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure(tty=True)
     structlog.get_logger().info("event", value=sentence("secret key"))
     line = capsys.readouterr().err
@@ -209,14 +209,14 @@ def test_a_terminal_gets_words(restored: None, capsys: pytest.CaptureFixture[str
     assert SECRETS["secret key"] not in line
 
 
-def test_below_the_level_nothing_is_said(restored: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_logged_below_the_level(restored: None, capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure(tty=False, level="warning")
     structlog.get_logger().info("quiet")
     logging.getLogger("anyone").info("quiet")
     assert capsys.readouterr().err == ""
 
 
-def test_configuring_twice_says_things_once(lines: Lines) -> None:
+def test_configuring_twice_logs_each_event_once(lines: Lines) -> None:
     logs.configure(tty=False)
     logging.getLogger("anyone").info("once")
     assert len(lines()) == 1
@@ -236,17 +236,17 @@ def test_connexion_is_silent(lines: Lines, name: str) -> None:
     assert lines() == []
 
 
-def test_uvicorn_may_have_configured_logging_before(lines: Lines) -> None:
+def test_logging_configured_by_uvicorn_before_is_overridden(lines: Lines) -> None:
     uvicorn.Config("any:app")
     logs.configure(tty=False)
-    assert not logging.getLogger("uvicorn.access").hasHandlers()  # What its protocol asks before it logs.
+    assert not logging.getLogger("uvicorn.access").hasHandlers()  # Its protocol checks this before it logs.
     logging.getLogger("uvicorn.access").critical("GET /?code=secret")
     logging.getLogger("uvicorn.error").info("Started")
     assert [event["event"] for event in lines()] == ["Started"]
 
 
 @pytest.mark.parametrize("name", ["stripe", "urllib3.connectionpool", "sqlalchemy.engine.Engine"])
-def test_libraries_keep_bodies_and_statements_to_themselves(lines: Lines, name: str) -> None:
+def test_libraries_log_no_bodies_or_statements(lines: Lines, name: str) -> None:
     logging.getLogger(name).info("post_data=secret")
     assert lines() == []
 
@@ -272,7 +272,7 @@ def test_a_traceback_is_redacted_and_shows_no_locals(lines: Lines) -> None:
         assert SECRETS["bearer"] not in json.dumps(event)
 
 
-def test_a_database_error_shows_its_types_alone(lines: Lines) -> None:
+def test_a_database_error_shows_only_its_types(lines: Lines) -> None:
     email = "@".join(["jane", "acme.example"])
     try:
         try:
@@ -288,7 +288,7 @@ def test_a_database_error_shows_its_types_alone(lines: Lines) -> None:
 
 
 @pytest.mark.parametrize("module", sorted(logs.QUOTING))
-def test_an_error_of_a_library_that_quotes_shows_its_type_alone(lines: Lines, module: str) -> None:
+def test_an_error_of_a_library_that_quotes_input_shows_only_its_type(lines: Lines, module: str) -> None:
     quoting = type("Refused", (Exception,), {"__module__": f"{module}.errors"})
     structlog.get_logger().error("failed", exc_info=quoting("what was submitted"))
     (event,) = lines()
@@ -296,7 +296,7 @@ def test_an_error_of_a_library_that_quotes_shows_its_type_alone(lines: Lines, mo
     assert "submitted" not in event["exception"]
 
 
-def test_the_schemas_library_is_one_of_them(lines: Lines) -> None:
+def test_a_schema_validation_error_shows_only_its_type(lines: Lines) -> None:
     try:
         jsonschema_rs.validate({"type": "integer"}, "what was submitted")
     except jsonschema_rs.ValidationError:
@@ -305,7 +305,7 @@ def test_the_schemas_library_is_one_of_them(lines: Lines) -> None:
     assert event["exception"].endswith("ValidationError")
 
 
-def test_a_line_that_cannot_be_made_is_not_printed_as_it_came(
+def test_a_record_that_cannot_be_formatted_is_not_printed_raw(
     restored: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     logs.configure(tty=False)
@@ -313,7 +313,7 @@ def test_a_line_that_cannot_be_made_is_not_printed_as_it_came(
     assert "submitted" not in capsys.readouterr().err
 
 
-def test_causes_contexts_and_groups_are_told_once_each(lines: Lines) -> None:
+def test_each_cause_context_and_group_member_is_logged_once(lines: Lines) -> None:
     first, second = KeyError("first"), KeyError("second")
     second.__cause__, first.__context__ = first, second
     several = ExceptionGroup("several", [second, OSError("third")])
@@ -325,7 +325,7 @@ def test_causes_contexts_and_groups_are_told_once_each(lines: Lines) -> None:
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left on device"), ValueError("I/O operation on closed file")], ids=repr
 )
-def test_a_log_that_cannot_be_written_costs_only_the_line(
+def test_a_failed_log_write_loses_only_that_line(
     restored: None, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     class Full(io.StringIO):
@@ -338,8 +338,8 @@ def test_a_log_that_cannot_be_written_costs_only_the_line(
     logging.getLogger("anyone").info("lost")
 
 
-def test_what_passes_unsearched_holds_no_secret() -> None:
-    """The short cut for plain words rests on this: no shape of a secret is without a character of another kind."""
+def test_text_that_skips_the_search_for_secrets_contains_none() -> None:
+    """The shortcut for plain words relies on this: every kind of secret contains another character."""
     plain = re.compile("[0-9A-Za-z-]*")
     for secret in (
         key(),

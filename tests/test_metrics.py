@@ -1,4 +1,4 @@
-"""Metrics: what is counted is told, of all processes together, and nothing is told that a client chose."""
+"""Metrics: the counts of all processes are exposed together, and nothing that a client chose is."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def parsed(text: str) -> Samples:
 
 
 def value(samples: Samples, name: str, **labels: str) -> float:
-    """The sum of what has these labels, whatever its others."""
+    """The sum of the samples with these labels, whatever their others."""
     return sum(number for key, number in samples.get(name, {}).items() if labels.items() <= set(key))
 
 
 # One process -------------------------------------------------------------------------------------
 
 
-def told(script: str) -> Samples:
-    """What a process of its own tells after this, so that ours keeps no metrics."""
+def metrics_after(script: str) -> Samples:
+    """What a separate process exposes after this script, so that ours keeps no metrics."""
     program = f"from billing import metrics\ndirectory = metrics.keep(None)\n{script}\n"
     program += "print(metrics.page(directory, metrics.build(), '')[0].decode())"
     ran = subprocess.run(
@@ -58,7 +58,7 @@ def told(script: str) -> Samples:
 
 
 def test_a_counter_counts_by_its_labels() -> None:
-    samples = told(
+    samples = metrics_after(
         "for status in ('200', '200', '500'): metrics.REQUESTS.count('log_in', 'POST', status)\n"
         "metrics.write()\nmetrics.REQUESTS.count('log_in', 'POST', '200')"
     )
@@ -66,8 +66,8 @@ def test_a_counter_counts_by_its_labels() -> None:
     assert value(samples, "billing_requests_total", status="500") == 1
 
 
-def test_a_histogram_puts_each_value_where_it_belongs() -> None:
-    samples = told("for s in (0.001, 0.0011, 40.0): metrics.REQUEST_SECONDS.observe(s, 'log_in')")
+def test_a_histogram_counts_each_value_in_its_bucket() -> None:
+    samples = metrics_after("for s in (0.001, 0.0011, 40.0): metrics.REQUEST_SECONDS.observe(s, 'log_in')")
     counted = {bound: value(samples, "billing_request_duration_seconds_bucket", le=bound) for bound in BOUNDS}
     assert counted == {"0.001": 1, "0.0025": 2, "30.0": 2, "+Inf": 3}
     assert value(samples, "billing_request_duration_seconds_sum") == pytest.approx(40.0021)
@@ -99,13 +99,13 @@ asyncio.run(crowd(BoundedThreads("metrics", 1, longest_wait_seconds=0.01).run))
 """
 
 
-def test_who_found_no_thread_is_counted_under_the_name_of_those_threads() -> None:
-    samples = told(CROWD)
+def test_a_call_refused_for_want_of_a_thread_is_counted_under_its_pools_name() -> None:
+    samples = metrics_after(CROWD)
     assert value(samples, "billing_lane_refused_total", lane="general") == 1
     assert value(samples, "billing_lane_refused_total", lane="metrics") == 1
 
 
-def test_every_metric_is_told_under_its_name_with_its_labels() -> None:
+def test_every_metric_takes_its_labels_and_is_exposed_under_its_name() -> None:
     script = "\n".join(
         f"metrics.REGISTRY[{name!r}].{call}({given}*{tuple('x' for _ in metric.labels)!r})"
         for name, metric in metrics.REGISTRY.items()
@@ -113,12 +113,12 @@ def test_every_metric_is_told_under_its_name_with_its_labels() -> None:
         if not isinstance(metric, metrics.ScrapedGauge)
         if (given := "" if call == "count" else "1, ") is not None
     )
-    families = {SUFFIXES.sub("", name) for name in told(script)}
+    families = {SUFFIXES.sub("", name) for name in metrics_after(script)}
     asked = {name for name, metric in metrics.REGISTRY.items() if isinstance(metric, metrics.ScrapedGauge)}
     assert families == metrics.REGISTRY.keys() - asked | {"billing_build_info"}
 
 
-def test_names_are_as_prometheus_has_them() -> None:
+def test_metric_names_follow_prometheus_conventions() -> None:
     """https://prometheus.io/docs/practices/naming/"""
     for name, metric in metrics.REGISTRY.items():
         assert re.fullmatch(r"billing_[a-z]+(_[a-z]+)*", name)
@@ -127,8 +127,8 @@ def test_names_are_as_prometheus_has_them() -> None:
         assert metric.help.endswith(".")
 
 
-def test_what_a_process_that_ended_said_of_the_present_is_forgotten_and_what_it_counted_is_not() -> None:
-    samples = told(
+def test_gauges_of_an_ended_process_are_dropped_and_its_counters_kept() -> None:
+    samples = metrics_after(
         "import os\n"
         "metrics.WORKERS.set(1)\n"
         "if not (child := os.fork()):\n"
@@ -139,8 +139,8 @@ def test_what_a_process_that_ended_said_of_the_present_is_forgotten_and_what_it_
     assert value(samples, "billing_requests_total") == 1
 
 
-def test_a_disk_that_is_full_for_a_while_costs_what_was_counted_then_and_no_more() -> None:
-    samples = told(
+def test_metrics_are_written_again_after_write_errors_logged_once() -> None:
+    samples = metrics_after(
         "import threading\n"
         "from structlog.testing import capture_logs\n"
         "metrics.WRITTEN_EVERY_SECONDS = 0.01\n"
@@ -157,7 +157,7 @@ def test_a_disk_that_is_full_for_a_while_costs_what_was_counted_then_and_no_more
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root has a disk of its own made")
-def test_a_disk_that_is_really_full_ends_no_process_and_costs_no_count(tmp_path: Path) -> None:
+def test_a_full_disk_ends_no_process_and_loses_no_count(tmp_path: Path) -> None:
     program = (
         "import sys\n"
         "from pathlib import Path\n"
@@ -187,8 +187,8 @@ def test_a_disk_that_is_really_full_ends_no_process_and_costs_no_count(tmp_path:
     assert value(parsed(ran.stdout), "billing_requests_total") == 2000
 
 
-def test_where_nobody_asks_nothing_is_imported() -> None:
-    program = f"import app, sys; print(*(n for n in sys.modules if n.split('.')[0] in {FOR_WATCHERS}))"
+def test_monitoring_libraries_are_imported_only_when_configured() -> None:
+    program = f"import app, sys; print(*(n for n in sys.modules if n.split('.')[0] in {MONITORING}))"
     clean = {
         name: text for name, text in os.environ.items() if not name.startswith(("METRICS", "OTEL", "SENTRY"))
     }
@@ -196,7 +196,7 @@ def test_where_nobody_asks_nothing_is_imported() -> None:
     assert (ran.returncode, ran.stdout.strip()) == (0, ""), ran.stderr
 
 
-FOR_WATCHERS = {"prometheus_client", "opentelemetry", "sentry_sdk"}
+MONITORING = {"prometheus_client", "opentelemetry", "sentry_sdk"}
 
 
 # Several processes -------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def database_url(cluster: embedded.Cluster, worker_id: str) -> str:
 
 @pytest.fixture(scope="module")
 def watched(database_url: str) -> Iterator[tuple[str, str]]:
-    """Two processes and a worker, and the port of their metrics."""
+    """The URLs of two server processes with a worker, and of their metrics."""
     port = str(free_port())
     with live.serving({"DATABASE_URL": database_url, "METRICS_PORT": port}, "--workers", "2") as url:
         yield url, f"http://127.0.0.1:{port}/metrics"
@@ -224,9 +224,9 @@ def read(url: str, **headers: str) -> Samples:
     return parsed(answer.text)
 
 
-def test_metrics_are_of_all_processes(watched: tuple[str, str]) -> None:
+def test_metrics_cover_all_processes(watched: tuple[str, str]) -> None:
     url, metrics_url = watched
-    for _ in range(40):  # Each by a connection of its own, which either process may take.
+    for _ in range(40):  # Each on its own connection, which either process may accept.
         assert requests.get(f"{url}{API}/me/", timeout=10).status_code == 401
     live.eventually(
         lambda: (
@@ -254,12 +254,12 @@ def test_metrics_are_of_all_processes(watched: tuple[str, str]) -> None:
 
 
 def polled(metrics_url: str) -> set[str]:
-    """The queues of which a worker got an answer."""
+    """The queues that a worker has polled successfully."""
     samples = read(metrics_url).get("billing_worker_polled_timestamp_seconds", {})
     return {dict(labels)["queue"] for labels, moment in samples.items() if moment > 1e9}
 
 
-def test_a_login_that_is_refused_is_told_by_its_reason(watched: tuple[str, str]) -> None:
+def test_a_refused_login_is_counted_by_its_problem_code(watched: tuple[str, str]) -> None:
     url, metrics_url = watched
     body = {"email": "nobody@acme.example", "password": PASSWORD}
     assert requests.post(f"{url}{API}/login/", json=body, timeout=10).status_code == 401
@@ -271,7 +271,7 @@ def test_a_login_that_is_refused_is_told_by_its_reason(watched: tuple[str, str])
     )
 
 
-def test_what_a_client_chooses_makes_no_metric(watched: tuple[str, str]) -> None:
+def test_values_chosen_by_a_client_appear_in_no_metric(watched: tuple[str, str]) -> None:
     url, metrics_url = watched
     requests.get(f"{url}/secret-path?of=mine", timeout=10)
     requests.request("BREW", f"{url}/coffee", timeout=10)
@@ -281,13 +281,13 @@ def test_what_a_client_chooses_makes_no_metric(watched: tuple[str, str]) -> None
     assert not re.search("secret-path|mine|BREW|coffee|PROPFIND", text)
 
 
-def test_the_apis_port_tells_nothing_when_metrics_have_their_own(watched: tuple[str, str]) -> None:
+def test_the_api_port_serves_no_metrics_when_they_have_their_own_port(watched: tuple[str, str]) -> None:
     url, metrics_url = watched
     assert requests.get(f"{url}/metrics", timeout=10).status_code == 404
     assert requests.get(metrics_url.removesuffix("metrics"), timeout=10).status_code == 404
 
 
-def test_openmetrics_is_told_to_whoever_asks_for_it(watched: tuple[str, str]) -> None:
+def test_openmetrics_is_served_to_clients_that_accept_it(watched: tuple[str, str]) -> None:
     answer = requests.get(
         watched[1], headers={"accept": "application/openmetrics-text; version=1.0.0"}, timeout=10
     )
@@ -298,7 +298,7 @@ def test_openmetrics_is_told_to_whoever_asks_for_it(watched: tuple[str, str]) ->
 # By token ----------------------------------------------------------------------------------------
 
 
-def test_with_a_token_alone_the_apis_port_tells_whoever_has_it(database_url: str) -> None:
+def test_with_a_token_alone_the_api_port_serves_metrics_to_its_holder(database_url: str) -> None:
     with live.serving({"DATABASE_URL": database_url, "METRICS_TOKEN": TOKEN}, "--no-worker") as url:
         page = f"{url}/metrics"
         assert value(read(page, Authorization=f"Bearer {TOKEN}"), "billing_build_info") == 1
@@ -312,7 +312,7 @@ def test_with_a_token_alone_the_apis_port_tells_whoever_has_it(database_url: str
         assert requests.get(page, headers={"Authorization": f"Basic {TOKEN}"}, timeout=10).status_code == 401
 
 
-def test_with_both_the_port_takes_the_token(database_url: str) -> None:
+def test_with_port_and_token_the_metrics_port_requires_the_token(database_url: str) -> None:
     port = str(free_port())
     given = {"DATABASE_URL": database_url, "METRICS_PORT": port, "METRICS_TOKEN": TOKEN}
     with live.serving(given, "--no-worker") as url:
@@ -322,18 +322,18 @@ def test_with_both_the_port_takes_the_token(database_url: str) -> None:
         assert requests.get(f"{url}/metrics", timeout=10).status_code == 404
 
 
-def test_without_either_there_is_nothing(live_server_url: str) -> None:
+def test_without_port_or_token_no_metrics_are_served(live_server_url: str) -> None:
     assert requests.get(f"{live_server_url}/metrics", timeout=10).status_code == 404
 
 
 @pytest.mark.parametrize("ahead", [0, 100, -100])
-def test_a_clock_that_is_out_of_step_with_the_databases_is_told(store: Store, ahead: int) -> None:
+def test_the_offset_from_the_databases_clock_is_reported(store: Store, ahead: int) -> None:
     answers = database_gauges(store, lambda: utc_now() + timedelta(seconds=ahead), "external")
     assert answers[metrics.CLOCK_OFFSET][()] == pytest.approx(ahead, abs=20)
 
 
-def test_while_the_database_is_away_the_page_says_so() -> None:
-    """And tells of no backlog: nothing would look like nothing to do."""
+def test_while_the_database_is_down_only_that_is_reported() -> None:
+    """And no backlog is reported: zero would look like nothing to do."""
     program = (
         "from billing.http.exposition import database_gauges\n"
         "from billing.clock import utc_now\n"

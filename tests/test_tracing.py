@@ -1,4 +1,4 @@
-"""Traces: a real server tells a real collector who waited for what, and nothing that anybody sent."""
+"""Traces: a real server tells a real collector what a request waited for, and nothing that a client sent."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EMAIL = "ada@acme.example"
 
 @dataclass
 class Seen:
-    """What was collected, delivered and logged."""
+    """The collected traces, the delivered webhooks and the log."""
 
     collector: Receiver
     webhooks: Receiver
@@ -59,7 +59,7 @@ def attributes(span: Span) -> dict[str, object]:
 def seen(
     cluster: embedded.Cluster, worker_id: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Seen]:
-    """A tenant registers with an endpoint, within a trace; and somebody fails to log in."""
+    """A tenant registers with a webhook endpoint, within a trace; then logins fail."""
     name = f"billing_traced_{worker_id}"
     clone(cluster, name)
     log = tmp_path_factory.mktemp("traced") / "log"
@@ -85,10 +85,10 @@ def seen(
             assert requests.post(f"{url}{API}/login/", json=wrong, timeout=30).status_code == 401
             assert requests.request("PROPFIND", f"{url}/teapot/", timeout=30).status_code == 404
             live.eventually(lambda: len(webhooks.received) > 0, seconds=60)
-        yield Seen(collector, webhooks, log)  # It has ended, and told what it had not told yet.
+        yield Seen(collector, webhooks, log)  # The server has ended, and exported its last spans.
 
 
-def test_a_request_is_a_span_below_the_callers(seen: Seen) -> None:
+def test_a_request_is_a_child_span_of_the_callers(seen: Seen) -> None:
     [span] = seen.spans("POST register_tenant")
     assert (span.trace_id.hex(), span.parent_span_id.hex()) == (TRACE, PARENT)
     assert span.kind == Span.SPAN_KIND_SERVER
@@ -99,7 +99,7 @@ def test_a_request_is_a_span_below_the_callers(seen: Seen) -> None:
     assert said["billing.request_id"] == REQUEST_ID
 
 
-def test_what_it_waited_for_stands_below_it(seen: Seen) -> None:
+def test_database_and_password_work_are_child_spans_of_the_request(seen: Seen) -> None:
     [request] = seen.spans("POST register_tenant")
     for name in ("database transaction", "password hash"):
         assert request.span_id in {s.parent_span_id for s in seen.spans(name)}, name
@@ -108,7 +108,7 @@ def test_what_it_waited_for_stands_below_it(seen: Seen) -> None:
     assert attributes(refused[0])["billing.problem"] == "invalid-credentials"
 
 
-def test_a_delivery_is_traced_below_its_task_and_bears_the_trace(seen: Seen) -> None:
+def test_a_delivery_is_a_child_span_of_its_task_and_sends_traceparent(seen: Seen) -> None:
     [task, *_] = seen.spans("task webhook.deliver")
     [delivery, *_] = seen.spans("POST webhook")
     assert delivery.parent_span_id == task.span_id
@@ -117,25 +117,25 @@ def test_a_delivery_is_traced_below_its_task_and_bears_the_trace(seen: Seen) -> 
     assert (version, trace, parent) == ("00", delivery.trace_id.hex(), delivery.span_id.hex())
 
 
-def test_the_log_of_a_delivery_names_the_request_it_came_of(seen: Seen) -> None:
+def test_the_log_of_a_delivery_names_its_originating_request(seen: Seen) -> None:
     lines = [json.loads(line) for line in seen.log.read_text().splitlines() if line.startswith("{")]
     [line, *_] = [line for line in lines if line["event"] == "delivery"]
     assert (line["request_id"], line["status"], line["attempt"]) == (REQUEST_ID, "delivered", 1)
     assert (line["task"], line["tenant_id"]) == ("webhook.deliver", line["task_id"])
 
 
-def test_no_trace_bears_what_anybody_sent(seen: Seen) -> None:
+def test_traces_contain_nothing_that_a_client_sent(seen: Seen) -> None:
     for secret in (PASSWORD, EMAIL, "secret=query", "SELECT", "whsec_", "Acme", f":{seen.webhooks.port}"):
         assert secret.encode() not in seen.raw, secret
 
 
-def test_what_is_no_operation_is_a_span_of_our_words_alone(seen: Seen) -> None:
+def test_a_request_for_no_operation_has_a_span_with_generic_names(seen: Seen) -> None:
     [span] = seen.spans("_OTHER none")
     assert attributes(span)["http.request.method"] == "_OTHER"
     assert not {b"PROPFIND", b"teapot"} & set(re.findall(rb"\w+", seen.raw))
 
 
-# Which requests failed, and below whom --------------------------------------------------------------
+# Failed requests, and parents of requests --------------------------------------------------------
 
 ANSWERED = """
 import asyncio, sys
@@ -167,7 +167,7 @@ tracing.end()
 
 @pytest.fixture(scope="module")
 def answered(tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    """Requests answered with each status, one of them below two spans at once."""
+    """Requests answered with each status, one of them with two parent spans."""
     log = tmp_path_factory.mktemp("answered") / "log"
     parents = [f"00-{TRACE}-{PARENT}-01", f"00-{TRACE[::-1]}-{PARENT[::-1]}-01"]
     with receiving(answers()) as collector, log.open("wb") as sink:
@@ -180,24 +180,22 @@ def answered(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     ("answer", "error"),
     [("200", None), ("404", None), ("499", None), ("leaves", None), ("500", "500"), ("503", "503")],
 )
-def test_what_the_server_failed_at_is_a_span_that_failed(
-    answered: Seen, answer: str, error: str | None
-) -> None:
+def test_only_server_errors_mark_a_span_as_failed(answered: Seen, answer: str, error: str | None) -> None:
     [span] = answered.spans(f"GET {answer}")
     assert (span.status.code == Status.STATUS_CODE_ERROR) == (error is not None)
     assert attributes(span).get("error.type") == error
 
 
-def test_who_names_two_parents_has_none(answered: Seen) -> None:
+def test_a_request_with_two_traceparents_starts_a_trace_of_its_own(answered: Seen) -> None:
     [two], [one] = answered.spans("GET 201"), answered.spans("GET 202")
     assert (one.trace_id.hex(), one.parent_span_id.hex()) == (TRACE, PARENT)
     assert two.parent_span_id == b""
     assert two.trace_id.hex() not in (TRACE, TRACE[::-1])
 
 
-# The end -----------------------------------------------------------------------------------------
+# Shutdown ----------------------------------------------------------------------------------------
 
-AWAY = """
+TRACED_PROCESS = """
 import sys
 from time import monotonic
 from billing import tracing
@@ -208,26 +206,26 @@ tracing.end()
 """
 
 
-def ended(url: str) -> tuple[int, bool]:
-    """How a process ends that has a span to tell this collector, and whether it is gone soon after its work."""
+def shutdown(url: str) -> tuple[int, bool]:
+    """The exit code of a process with a span for this collector, and whether it ended soon after its work."""
     ran = subprocess.run(
-        [sys.executable, "-c", AWAY, url], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", TRACED_PROCESS, url], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     return ran.returncode, time.monotonic() - float(ran.stdout) < 3 * tracing.SHUTDOWN_SECONDS
 
 
-def test_a_collector_that_is_away_keeps_no_process_from_ending() -> None:
+def test_an_unreachable_collector_does_not_block_shutdown() -> None:
     url = f"http://127.0.0.1:{live.free_port()}"
-    assert ended(url) == (0, True)
+    assert shutdown(url) == (0, True)
 
 
-def test_a_collector_that_hangs_keeps_no_process_from_ending() -> None:
+def test_a_hanging_collector_does_not_block_shutdown() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        assert ended(url) == (0, True)
+        assert shutdown(url) == (0, True)
 
 
-def test_a_server_ends_well_while_the_collector_is_away(
+def test_a_server_shuts_down_cleanly_with_an_unreachable_collector(
     cluster: embedded.Cluster, worker_id: str, tmp_path: Path
 ) -> None:
     name, log, port = f"billing_untraced_{worker_id}", tmp_path / "log", live.free_port()
@@ -252,7 +250,7 @@ def test_a_server_ends_well_while_the_collector_is_away(
     assert "a thread did not end" not in log.read_text()
 
 
-def test_where_nobody_collects_a_span_is_nothing() -> None:
+def test_without_a_collector_spans_do_nothing() -> None:
     assert not tracing.is_on()
     with tracing.span("nothing", attributes={"of.this": "is told"}) as span:
         span.rename("something")

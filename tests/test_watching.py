@@ -1,4 +1,4 @@
-"""What is written down about metrics, for people and for machines, against the metrics that there are."""
+"""The documentation, dashboard and alerts of the metrics, compared with the metrics that exist."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def exists(name: str) -> bool:
     return name in series or (name in REGISTRY and REGISTRY[name].kind != "histogram")
 
 
-def test_the_table_lists_every_metric_as_it_is() -> None:
+def test_the_docs_table_lists_every_metric() -> None:
     listed = re.findall(r"^\| `(billing_\w+)` \| (\w+) \| (.*?) \| (.*?) \|$", DOCS, re.MULTILINE)
     told = [
         (name, metric.kind, ", ".join(f"`{label}`" for label in metric.labels) or "–", metric.help)
@@ -41,13 +41,13 @@ def test_the_table_lists_every_metric_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("expression", sorted(set(expressions())))
-def test_an_alert_or_a_panel_asks_for_metrics_that_there_are(expression: str) -> None:
+def test_alerts_and_panels_query_existing_metrics(expression: str) -> None:
     names = NAME.findall(expression)
     assert names
     assert [name for name in names if not exists(name)] == []
 
 
-def test_labels_that_are_asked_for_are_there() -> None:
+def test_alerts_and_panels_query_existing_labels() -> None:
     for expression in expressions():
         for name, matchers in re.findall(r"\b(billing_[a-z_]+)\{([^}]*)\}", expression):
             metric = REGISTRY.get(name) or REGISTRY[name.rpartition("_")[0]]
@@ -60,7 +60,7 @@ def test_every_metric_is_on_the_dashboard() -> None:
     assert {n for n in REGISTRY if not any(name.startswith(n) for name in shown)} == set()
 
 
-def test_every_alert_says_what_to_do_here_and_in_the_docs() -> None:
+def test_every_alert_has_a_severity_and_a_runbook_and_is_documented() -> None:
     listed = re.findall(r"^\| `(Billing\w+)` \| \S", DOCS, re.MULTILINE)
     assert listed == [rule["alert"] for rule in RULES]
     for rule in RULES:
@@ -68,7 +68,7 @@ def test_every_alert_says_what_to_do_here_and_in_the_docs() -> None:
         assert rule["annotations"].keys() == {"summary", "runbook"}
 
 
-def test_a_name_that_there_is_not_would_be_noticed() -> None:
+def test_a_metric_name_that_does_not_exist_is_detected() -> None:
     assert not exists("billing_request_total")
     assert not exists("billing_request_duration_seconds")
     assert exists("billing_request_duration_seconds_bucket")
