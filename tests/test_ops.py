@@ -1,4 +1,4 @@
-"""The files of `ops/`: what they say of the server is true, and the wheel that the image installs is whole."""
+"""The files of `ops/`: they agree with the server, and the wheel that the image installs is complete."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def seconds(text: str) -> int:
 
 
 def commands() -> list[list[str]]:
-    """How each file starts us."""
+    """The command by which each file starts us."""
     dockerfile = (OPS / "Dockerfile").read_text()
     started = [
         re.findall(r'"([^"]+)"', line) for line in re.findall(r"^CMD \[(.*)\]$", dockerfile, re.MULTILINE)
@@ -52,7 +52,7 @@ def commands() -> list[list[str]]:
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
-def test_what_is_started_is_a_command_with_such_options(command: list[str]) -> None:
+def test_every_start_command_exists_with_its_options(command: list[str]) -> None:
     assert command[0] == "billing"
     subcommand = main.commands[command[1]]
     options = {
@@ -61,7 +61,7 @@ def test_what_is_started_is_a_command_with_such_options(command: list[str]) -> N
     assert {word for word in command[2:] if word.startswith("--")} <= options
 
 
-def test_each_variable_is_a_setting() -> None:
+def test_every_environment_variable_is_a_setting() -> None:
     named = set(re.findall(r"\b([A-Z][A-Z_]+)=", (OPS / "Dockerfile").read_text()))
     for service in SERVICES.values():
         if service.get("image") == "billing":
@@ -72,14 +72,14 @@ def test_each_variable_is_a_setting() -> None:
     assert named - pythons - {"PATH", "CMD"} <= SETTINGS
 
 
-def test_whoever_stops_us_waits_for_requests_in_flight() -> None:
+def test_stop_timeouts_exceed_the_drain_time() -> None:
     assert all(seconds(SERVICES[name]["stop_grace_period"]) > DRAIN_SECONDS for name in ("api", "worker"))
     for unit in UNITS:
         [wait] = re.findall(r"^TimeoutStopSec=(\d+)$", unit.read_text(), re.MULTILINE)
         assert int(wait) > DRAIN_SECONDS
 
 
-def test_the_image_runs_as_nobody_and_holds_no_secret() -> None:
+def test_the_image_sets_a_numeric_user_and_copies_only_allowed_files() -> None:
     dockerfile = (OPS / "Dockerfile").read_text()
     assert re.search(r"^USER \d+$", dockerfile, re.MULTILINE)
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
@@ -92,7 +92,7 @@ def test_the_image_runs_as_nobody_and_holds_no_secret() -> None:
     assert copied == {line[1:] for line in ignored if line.startswith("!")}
 
 
-def test_what_is_trusted_is_the_proxys_own_address_which_nobody_else_gets() -> None:
+def test_only_the_proxys_reserved_address_is_trusted() -> None:
     given = SERVICES["proxy"]["networks"]["default"]["ipv4_address"]
     [network] = COMPOSE["networks"]["default"]["ipam"]["config"]
     [trusted] = ip_network(SERVICES["api"]["environment"]["TRUSTED_PROXIES"])
@@ -103,11 +103,11 @@ def test_what_is_trusted_is_the_proxys_own_address_which_nobody_else_gets() -> N
 
 
 @pytest.mark.parametrize("name", ["api", "worker", "migrate"])
-def test_a_container_of_ours_writes_nowhere_but_to_its_tmp(name: str) -> None:
+def test_our_containers_can_write_only_to_tmp(name: str) -> None:
     assert (SERVICES[name]["read_only"], SERVICES[name]["tmpfs"]) == (True, ["/tmp"])
 
 
-def test_the_proxy_is_a_little_wider_than_the_server(settings: Settings) -> None:
+def test_the_proxys_limits_are_no_stricter_than_the_servers(settings: Settings) -> None:
     text = (OPS / "nginx/billing.conf").read_text()
     said = dict(
         re.findall(
@@ -119,7 +119,7 @@ def test_the_proxy_is_a_little_wider_than_the_server(settings: Settings) -> None
     assert seconds(said["proxy_read_timeout"]) > settings.request_timeout_seconds
 
 
-def test_the_proxy_keeps_to_https_as_the_server_does() -> None:
+def test_the_proxy_requires_https_and_sends_the_servers_hsts_header() -> None:
     over_http, _, over_https = (OPS / "nginx/billing.conf").read_text().partition("listen 443")
     assert re.search(r"location /api/ \{\s+return 403;", over_http)
     assert f'add_header Strict-Transport-Security "{STRICT_TRANSPORT[1].decode()}" always;' in over_https
@@ -127,12 +127,12 @@ def test_the_proxy_keeps_to_https_as_the_server_does() -> None:
 
 
 @pytest.mark.parametrize("location", ["/metrics", "= /readyz"])
-def test_the_proxy_keeps_from_the_internet_what_is_for_the_inside(location: str) -> None:
+def test_the_proxy_hides_internal_endpoints_from_the_internet(location: str) -> None:
     _, _, over_https = (OPS / "nginx/billing.conf").read_text().partition("listen 443")
     assert re.search(rf"location {location} \{{\s+return 404;", over_https)
 
 
-def test_nginx_understands_the_proxys_configuration(tmp_path: Path) -> None:
+def test_nginx_accepts_the_proxys_configuration(tmp_path: Path) -> None:
     nginx = shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/bin")
     if nginx is None:
         pytest.skip("nginx is not installed")
@@ -168,7 +168,7 @@ def test_nginx_understands_the_proxys_configuration(tmp_path: Path) -> None:
     assert answer.returncode == 0, answer.stderr
 
 
-def test_the_wheel_holds_all_that_the_server_reads(tmp_path: Path) -> None:
+def test_the_wheel_contains_every_file_the_server_reads(tmp_path: Path) -> None:
     build = [
         sys.executable,
         "-m",
@@ -188,7 +188,7 @@ def test_the_wheel_holds_all_that_the_server_reads(tmp_path: Path) -> None:
     assert ours | {"app.py", "billing/openapi/billing.yaml"} <= held
 
 
-def test_an_editable_install_holds_no_copy_that_could_grow_old(tmp_path: Path) -> None:
+def test_an_editable_install_contains_no_copied_files(tmp_path: Path) -> None:
     build = f"from hatchling.build import build_editable; build_editable({str(tmp_path)!r})"
     subprocess.run([sys.executable, "-c", build], cwd=copied(tmp_path), check=True, capture_output=True)
     [wheel] = tmp_path.glob("*.whl")

@@ -1,4 +1,4 @@
-"""Keys are renewed while two servers run, the one before a step and the one after it."""
+"""Keys are rotated while two servers run, one before a step and one after it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.clock import TurnedClock
 from tests.conftest import API, PASSWORD, STATE, CheckedClient, TestDatabase, bearer, log_in, register
 
 OLD, NEW = new_keyring("old"), new_keyring("new")
-# What stands in the setting, one step after the other.
+# The setting's value, step by step.
 STEPS = (OLD, f"{OLD},{NEW}", f"{NEW},{OLD}")
 RINGS = ("jwt_keys", "encryption_keys", "key_peppers", "password_peppers")
 
@@ -42,8 +42,8 @@ def serving(clock: TurnedClock, *settings: Settings) -> Iterator[list[TestClient
         yield [stack.enter_context(CheckedClient(app, raise_server_exceptions=False)) for app in apps]
 
 
-def assert_understood(made: dict[str, Any], email: str, server: TestClient) -> None:
-    """What one server handed out opens the other."""
+def assert_accepted(made: dict[str, Any], email: str, server: TestClient) -> None:
+    """The other server accepts the credentials that one server issued."""
     assert server.get(f"{API}/me/", headers=bearer(made["tokens"]["access"])).status_code == 200
     assert server.get(f"{API}/verify/", headers=bearer(made["tenant"]["api_key_secret"])).status_code == 200
     refreshed = server.post(f"{API}/token/refresh/", json={"refresh": made["tokens"]["refresh"]})
@@ -53,7 +53,7 @@ def assert_understood(made: dict[str, Any], email: str, server: TestClient) -> N
 
 @pytest.mark.parametrize("ring", RINGS)
 @pytest.mark.parametrize("step", [0, 1])
-def test_servers_before_and_after_a_step_understand_each_other(
+def test_servers_before_and_after_a_step_accept_each_others_credentials(
     settings: Settings, clock: TurnedClock, store: Store, ring: str, step: int
 ) -> None:
     before, after = (given(settings, ring, text) for text in STEPS[step : step + 2])
@@ -61,23 +61,23 @@ def test_servers_before_and_after_a_step_understand_each_other(
         for number, (here, there) in enumerate([servers, servers[::-1]]):
             name = f"Tenant{number}"
             made = register(here, name, webhook_url="https://hooks.acme.example/").json()
-            assert_understood(made, f"ada@tenant{number}.example", there)
+            assert_accepted(made, f"ada@tenant{number}.example", there)
             shown = there.get(f"{API}/webhooks/config/", headers=bearer(made["tokens"]["access"])).json()
             assert shown["webhook_secret"][-4:] == made["tenant"]["webhook_secret"][-4:]
 
 
-# What is sealed is opened by the worker alone.
+# Only the worker opens sealed secrets.
 @pytest.mark.parametrize("ring", [ring for ring in RINGS if ring != "encryption_keys"])
-def test_skipping_the_first_step_would_break_what_the_other_server_hands_out(
+def test_without_the_first_step_an_old_server_rejects_a_new_ones_credentials(
     settings: Settings, clock: TurnedClock, store: Store, ring: str
 ) -> None:
     with serving(clock, given(settings, ring, STEPS[0]), given(settings, ring, STEPS[2])) as (old, new):
         made = register(new).json()
         with pytest.raises(AssertionError):
-            assert_understood(made, "ada@acme.example", old)
+            assert_accepted(made, "ada@acme.example", old)
 
 
-def test_the_old_signing_key_can_go_when_its_last_refresh_token_has_ended(
+def test_the_old_signing_key_can_go_once_its_last_refresh_token_expired(
     settings: Settings, clock: TurnedClock, store: Store
 ) -> None:
     with serving(clock, given(settings, "jwt_keys", OLD), given(settings, "jwt_keys", STEPS[2])) as (
@@ -95,7 +95,7 @@ def test_the_old_signing_key_can_go_when_its_last_refresh_token_has_ended(
 
 
 def status_of(ring: str, text: str, database: TestDatabase) -> dict[str, tuple[int, str]]:
-    """What `billing secrets status` says of a ring: by key, by how many it is needed, and what it is."""
+    """What `billing secrets status` reports of a ring: for each key, how many need it, and what it is."""
     environ = {
         "BILLING_STATE_DIR": str(STATE),
         "DATABASE_URL": database.app_url,
@@ -108,7 +108,7 @@ def status_of(ring: str, text: str, database: TestDatabase) -> dict[str, tuple[i
     return {row["key"]: (row["needed_by"], row["is"]) for row in rows}
 
 
-def test_a_login_renews_what_is_kept_of_a_password(
+def test_a_login_rehashes_the_password_with_the_new_pepper(
     settings: Settings, clock: TurnedClock, store: Store, test_database: TestDatabase
 ) -> None:
     ring = "PASSWORD_PEPPERS"
@@ -121,7 +121,7 @@ def test_a_login_renews_what_is_kept_of_a_password(
     assert status_of(ring, NEW, test_database) == {"new": (1, "first"), "old": (1, "MISSING")}
     with serving(clock, given(settings, ring.lower(), NEW)) as (without,):
         assert log_in(without, "ada@acme.example", PASSWORD).status_code == 200
-        # Who has not logged in since needs `billing users reset-password`.
+        # A user who has not logged in since needs `billing users reset-password`.
         assert log_in(without, "ada@globex.example", PASSWORD).status_code == 401
 
 
@@ -140,7 +140,7 @@ def test_an_api_key_needs_its_pepper_as_long_as_it_lives(
     assert status_of(ring, STEPS[2], test_database) == {"new": (4, "first"), "old": (0, "kept")}
 
 
-def test_housekeeping_seals_anew_within_a_day(
+def test_housekeeping_reseals_secrets_within_a_day(
     settings: Settings, clock: TurnedClock, store: Store, test_database: TestDatabase
 ) -> None:
     ring = "ENCRYPTION_KEYS"

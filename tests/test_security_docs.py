@@ -1,4 +1,4 @@
-"""docs/security.md: every file and test that it names is there, and no requirement is left out."""
+"""docs/security.md: every file and test that it names exists, and no requirement is left out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PAGE = (ROOT / "docs/security.md").read_text(encoding="utf-8")
 PROSE = " ".join(PAGE.split())
 CHECKLIST = PAGE.partition("\n### V1 ")[2]
 
-# How many requirements of levels 1 and 2 each section of ASVS 5.0.0 has; they come first in it.
+# How many requirements of levels 1 and 2 each section of ASVS 5.0.0 has; they come first in each.
 LEVELS_1_AND_2 = """
 1.1:2 1.2:9 1.3:11 1.4:3 1.5:2
 2.1:3 2.2:3 2.3:4 2.4:1
@@ -34,7 +34,7 @@ LEVELS_1_AND_2 = """
 17.1:1 17.2:4 17.3:2
 """
 REQUIREMENTS = {section: int(most) for section, most in (part.split(":") for part in LEVELS_1_AND_2.split())}
-SAID = {
+TOTALS = {
     "met": r"(\d+) are met",
     "partly": r"(\d+) partly",
     "not met": r"(\d+) not;",
@@ -50,22 +50,22 @@ ROWS = re.findall(
 
 
 @pytest.mark.parametrize("path", NAMED)
-def test_a_file_that_is_named_is_there(path: str) -> None:
+def test_every_named_file_exists(path: str) -> None:
     assert (ROOT / path).exists()
 
 
 @pytest.mark.parametrize(("path", "name"), TESTS)
-def test_a_test_that_is_named_is_there(path: str, name: str) -> None:
+def test_every_named_test_exists(path: str, name: str) -> None:
     assert re.search(rf"^(?:async )?def {name}\(", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE)
 
 
-def test_nothing_is_named_in_another_form() -> None:
+def test_every_test_is_named_as_path_and_function() -> None:
     assert len(NAMED) > 80
     assert len(TESTS) > 150
     assert PAGE.count("::") == len(re.findall(r"`tests/[\w/]+\.py::\w+`", PAGE))
 
 
-def test_each_requirement_stands_in_it_once() -> None:
+def test_each_requirement_is_listed_once() -> None:
     listed = Counter(f"{section}.{number}" for section, number in numbers())
     wanted = [
         f"{section}.{number}" for section, most in REQUIREMENTS.items() for number in range(1, most + 1)
@@ -73,18 +73,18 @@ def test_each_requirement_stands_in_it_once() -> None:
     assert listed == Counter(wanted)
 
 
-def test_what_is_met_says_where() -> None:
+def test_every_met_requirement_names_its_evidence() -> None:
     assert [row[3] for row in ROWS if row[4] == "met" and not re.search(r"`[\w/.-]+|\]\(", row[5])] == []
 
 
-def test_the_sums_are_those_of_the_table() -> None:
-    counted = Counter(state for *_, state in weighted())
-    said = {state: int(re.search(pattern, PROSE)[1]) for state, pattern in SAID.items()}  # type: ignore[index]
+def test_the_totals_match_the_table() -> None:
+    counted = Counter(state for *_, state in states())
+    said = {state: int(re.search(pattern, PROSE)[1]) for state, pattern in TOTALS.items()}  # type: ignore[index]
     assert said == counted
     assert f"levels 1 and 2 ({sum(counted.values())})" in PROSE
 
 
-def test_what_is_not_met_is_told_at_the_top() -> None:
+def test_unmet_requirements_are_listed_at_the_top() -> None:
     told = re.findall(
         r"^\| (V[\d.–]+) \|", PAGE.partition("### Not met")[2].partition("\n### ")[0], re.MULTILINE
     )
@@ -92,11 +92,11 @@ def test_what_is_not_met_is_told_at_the_top() -> None:
 
 
 def numbers() -> list[tuple[str, int]]:
-    return [(section, number) for section, number, _ in weighted()]
+    return [(section, number) for section, number, _ in states()]
 
 
-def weighted() -> list[tuple[str, int, str]]:
-    """Each requirement with its state; a row may stand for several in a row."""
+def states() -> list[tuple[str, int, str]]:
+    """Each requirement with its state; one row may cover several consecutive ones."""
     return [
         (section, number, state)
         for section, first, last, _, state, _ in ROWS

@@ -1,4 +1,4 @@
-"""Settings: every variable by its default, its good and its bad values, and no secret in any message."""
+"""Settings: the default, the good and the bad values of each variable, and no secret in any message."""
 
 from __future__ import annotations
 
@@ -83,11 +83,11 @@ def test_defaults(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("port", "url"), [("9000", "http://127.0.0.1:9000"), ("80", "http://127.0.0.1")])
-def test_the_base_url_of_a_laptop_is_what_a_browser_calls_it(tmp_path: Path, port: str, url: str) -> None:
+def test_the_default_base_url_omits_only_the_standard_port(tmp_path: Path, port: str, url: str) -> None:
     assert development(tmp_path, PORT=port).public_base_url == url
 
 
-def test_every_setting_has_a_default_here_or_is_a_secret_or_the_state_directory() -> None:
+def test_every_setting_but_secrets_and_the_state_directory_has_a_tested_default() -> None:
     fields = {field.name for field in dataclasses.fields(Settings)}
     assert fields == DEFAULTS.keys() | {"state_dir"} | {name.lower() for name in KEYRINGS}
 
@@ -206,13 +206,13 @@ BAD = {
 
 
 @pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in BAD.items() for text in texts])
-def test_a_bad_value_is_refused_by_the_name_of_its_variable(tmp_path: Path, name: str, text: str) -> None:
+def test_a_bad_value_is_refused_naming_its_variable(tmp_path: Path, name: str, text: str) -> None:
     said = refusal(tmp_path, **{name: text})
     assert said.startswith(name)
     assert "nter2" not in said
 
 
-def test_a_number_too_long_to_be_read_is_refused_all_the_same(tmp_path: Path) -> None:
+def test_a_number_too_long_to_parse_is_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path, PORT="9" * 5000) == "PORT must be a whole number from 0 to 65535."
 
 
@@ -234,7 +234,7 @@ def test_the_state_directory_is_absolute(tmp_path: Path, monkeypatch: pytest.Mon
         (1000, {}, "/home/ada/.local/state/billing"),
     ],
 )
-def test_the_state_directory_by_default(
+def test_the_default_state_directory(
     monkeypatch: pytest.MonkeyPatch, user: int, environ: dict[str, str], expected: str
 ) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: user)
@@ -243,8 +243,8 @@ def test_the_state_directory_by_default(
 
 
 @pytest.mark.parametrize("name", ["DATABASE_REPLICA_URL", "MIGRATION_DATABASE_URL"])
-def test_another_address_needs_the_databases_own(tmp_path: Path, name: str) -> None:
-    """Or the embedded one would be looked at, by whoever means another."""
+def test_other_database_urls_require_database_url(tmp_path: Path, name: str) -> None:
+    """Otherwise the embedded database would be used by somebody who means another."""
     url = "postgresql://other.example/billing"
     assert refusal(tmp_path, **{name: url}).startswith(f"{name} needs DATABASE_URL")
     assert getattr(production(**{name: url}), name.lower()) == url
@@ -272,19 +272,19 @@ def test_the_representation_shows_no_secret() -> None:
 # Production --------------------------------------------------------------------------------------
 
 
-def test_production_with_everything_it_needs() -> None:
+def test_production_loads_with_everything_it_needs() -> None:
     assert production().environment == "production"
 
 
 @pytest.mark.parametrize("empty", [True, False])
 @pytest.mark.parametrize("name", [*KEYRINGS, "DATABASE_URL", "PUBLIC_BASE_URL"])
-def test_production_names_what_is_missing(name: str, empty: bool) -> None:
+def test_production_names_a_missing_setting(name: str, empty: bool) -> None:
     given = {**PRODUCTION, name: ""} if empty else {n: v for n, v in PRODUCTION.items() if n != name}
     with pytest.raises(SettingsError, match=f"^{name} (is )?missing"):
         Settings.load(given, dotenv=None)
 
 
-def test_production_names_every_missing_secret_and_makes_none(tmp_path: Path) -> None:
+def test_production_names_every_missing_secret_and_generates_none(tmp_path: Path) -> None:
     given = {n: v for n, v in PRODUCTION.items() if n not in KEYRINGS}
     with pytest.raises(SettingsError, match=", ".join(KEYRINGS)):
         Settings.load({**given, "BILLING_STATE_DIR": str(tmp_path)}, dotenv=None)
@@ -292,7 +292,7 @@ def test_production_names_every_missing_secret_and_makes_none(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["STRIPE_API_BASE", "STRIPE_CONNECT_BASE"])
-def test_production_speaks_to_stripe_over_tls_alone(name: str) -> None:
+def test_production_requires_tls_for_stripe(name: str) -> None:
     with pytest.raises(SettingsError, match=f"^{name} must"):
         production(**{name: "http://127.0.0.1:9000"})
 
@@ -301,14 +301,14 @@ def test_production_speaks_to_stripe_over_tls_alone(name: str) -> None:
     ("name", "text"),
     [("WEBHOOK_ALLOW_CIDRS", "127.0.0.0/8"), ("WEBHOOK_ALLOW_HTTP", "on")],
 )
-def test_production_never_opens_private_addresses(name: str, text: str) -> None:
+def test_production_refuses_private_addresses_and_plain_http_for_webhooks(name: str, text: str) -> None:
     with pytest.raises(SettingsError, match=f"^{name} is for development"):
         production(**{name: text})
     assert not production(WEBHOOK_ALLOW_HTTP="off", WEBHOOK_ALLOW_CIDRS="").webhook_allow_http
 
 
 @pytest.mark.parametrize(("cost", "allowed"), [("9", False), ("10", True)])
-def test_production_needs_a_serious_cost(cost: str, allowed: bool) -> None:
+def test_production_requires_a_password_cost_of_ten(cost: str, allowed: bool) -> None:
     if allowed:
         assert production(PASSWORD_COST=cost).password_cost == int(cost)
     else:
@@ -323,7 +323,7 @@ def rings(loaded: Settings) -> list[Any]:
     return [getattr(loaded, name.lower()) for name in KEYRINGS]
 
 
-def test_secrets_are_made_once_and_readable_by_their_owner_only(tmp_path: Path) -> None:
+def test_secrets_are_generated_once_and_readable_by_their_owner_only(tmp_path: Path) -> None:
     environ = {"BILLING_STATE_DIR": str(tmp_path / "deep" / "state")}
     first, second = (Settings.load(environ, dotenv=None) for _ in range(2))
     assert rings(first) == rings(second)
@@ -332,7 +332,7 @@ def test_secrets_are_made_once_and_readable_by_their_owner_only(tmp_path: Path) 
     assert stat.S_IMODE((tmp_path / "deep" / "state" / "secrets.env").stat().st_mode) == 0o600
 
 
-def test_a_secret_of_the_environment_goes_before_a_kept_one(tmp_path: Path) -> None:
+def test_a_secret_from_the_environment_overrides_a_stored_one(tmp_path: Path) -> None:
     environ = {"BILLING_STATE_DIR": str(tmp_path)}
     kept = Settings.load(environ, dotenv=None)
     chosen = Settings.load({**environ, "JWT_KEYS": new_keyring("chosen")}, dotenv=None)
@@ -340,7 +340,7 @@ def test_a_secret_of_the_environment_goes_before_a_kept_one(tmp_path: Path) -> N
     assert chosen.key_peppers == kept.key_peppers
 
 
-def test_no_secrets_are_made_where_all_are_given(tmp_path: Path) -> None:
+def test_no_secrets_are_generated_when_all_are_given(tmp_path: Path) -> None:
     development(tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -353,7 +353,7 @@ print([sorted(ring) for ring in vars(Settings.load(dotenv=None)).values() if has
 """
 
 
-def test_ten_processes_that_start_at_once_agree(tmp_path: Path) -> None:
+def test_ten_processes_starting_at_once_agree_on_the_secrets(tmp_path: Path) -> None:
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", LOAD],
@@ -374,7 +374,9 @@ def test_ten_processes_that_start_at_once_agree(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["secrets.env"]
 
 
-def test_who_loses_the_race_takes_the_winner_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loser_of_a_race_uses_the_winners_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     environ = {"BILLING_STATE_DIR": str(tmp_path)}
     winner = Settings.load(environ, dotenv=None)
     # The loser looked before the winner wrote.
@@ -386,7 +388,7 @@ def test_who_loses_the_race_takes_the_winner_s(tmp_path: Path, monkeypatch: pyte
 # The .env file -----------------------------------------------------------------------------------
 
 
-def test_the_file_is_read_and_the_environment_wins(tmp_path: Path) -> None:
+def test_dotenv_is_read_and_the_environment_overrides_it(tmp_path: Path) -> None:
     file = tmp_path / ".env"
     file.write_text('# comment\nHOST=from-file\nexport PORT="1234"\nWORKER_THREADS=$PORT\nWORKER_THREADS=3\n')
     environ = {"BILLING_STATE_DIR": str(tmp_path), "HOST": "from-environment", **SECRETS}
@@ -394,7 +396,7 @@ def test_the_file_is_read_and_the_environment_wins(tmp_path: Path) -> None:
     assert (loaded.host, loaded.port, loaded.worker_threads) == ("from-environment", 1234, 3)
 
 
-def test_the_file_is_taken_as_it_stands(tmp_path: Path) -> None:
+def test_dotenv_values_are_not_interpolated(tmp_path: Path) -> None:
     file = tmp_path / ".env"
     file.write_text("DATABASE_URL=postgresql://app:pa${HOST}$$@db.example/billing\nPORT\n")
     loaded = Settings.load({"BILLING_STATE_DIR": str(tmp_path), **SECRETS}, dotenv=file)
@@ -402,7 +404,7 @@ def test_the_file_is_taken_as_it_stands(tmp_path: Path) -> None:
     assert loaded.port == 8000
 
 
-def test_the_file_is_looked_for_in_the_current_directory(
+def test_dotenv_is_looked_for_in_the_current_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     environ = {"BILLING_STATE_DIR": str(tmp_path), **SECRETS}
@@ -413,46 +415,46 @@ def test_the_file_is_looked_for_in_the_current_directory(
     assert Settings.load(environ, dotenv=None).port == 8000
 
 
-def test_the_environment_of_the_process_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_process_environment_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BILLING_STATE_DIR", str(tmp_path))
     monkeypatch.setenv("PORT", "4444")
     assert Settings.load(dotenv=None).port == 4444
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o770])
-def test_a_state_directory_that_others_may_write_to_is_refused(tmp_path: Path, mode: int) -> None:
+def test_a_state_directory_writable_by_others_is_refused(tmp_path: Path, mode: int) -> None:
     tmp_path.chmod(mode)
     with pytest.raises(SettingsError, match="nobody else may write"):
         Settings.load({"BILLING_STATE_DIR": str(tmp_path)}, dotenv=None)
 
 
-def test_a_state_directory_that_cannot_be_one_is_told_in_a_sentence(tmp_path: Path) -> None:
+def test_an_unusable_state_directory_is_reported_as_a_settings_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for place in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nowhere")):
         with pytest.raises(SettingsError, match=f"^{place} cannot be used: "):
             Settings.load({"BILLING_STATE_DIR": str(place)}, dotenv=None)
 
 
-def test_a_dotenv_that_is_no_text_is_told_in_a_sentence(tmp_path: Path) -> None:
+def test_a_dotenv_that_is_not_utf_8_is_reported_as_a_settings_error(tmp_path: Path) -> None:
     (tmp_path / ".env").write_bytes("HOST=münchen".encode("latin-1"))
     with pytest.raises(SettingsError, match="is not text in UTF-8"):
         Settings.load({}, dotenv=tmp_path / ".env")
 
 
-def test_secrets_that_are_no_text_are_told_in_a_sentence(tmp_path: Path) -> None:
+def test_secrets_that_are_not_utf_8_are_reported_as_a_settings_error(tmp_path: Path) -> None:
     (tmp_path / "secrets.env").write_bytes(b"\xff")
     (tmp_path / "secrets.env").chmod(0o600)
     with pytest.raises(SettingsError, match=r"secrets\.env is not text in UTF-8"):
         Settings.load({"BILLING_STATE_DIR": str(tmp_path)}, dotenv=None)
 
 
-def test_secrets_behind_a_link_are_refused(tmp_path: Path) -> None:
+def test_secrets_behind_a_symbolic_link_are_refused(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").touch(mode=0o600)
     (tmp_path / "secrets.env").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(SettingsError, match=r"secrets\.env is a symbolic link"):
         Settings.load({"BILLING_STATE_DIR": str(tmp_path)}, dotenv=None)
 
 
-def test_a_new_state_directory_is_the_owners_alone(tmp_path: Path) -> None:
+def test_a_new_state_directory_is_accessible_to_its_owner_only(tmp_path: Path) -> None:
     Settings.load({"BILLING_STATE_DIR": str(tmp_path / "state")}, dotenv=None)
     assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == 0o700

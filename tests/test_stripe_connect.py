@@ -1,4 +1,4 @@
-"""The rules of Stripe Connect, by table."""
+"""The rules of Stripe Connect, as tables of cases."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ID = "acct_1AcmeExample"
 
 
 def account(**changes: Any) -> Account:
-    """One with nothing wrong, but for what is named; a mapping is of requirements."""
+    """An account with nothing wrong but these changes; `requirements` is a mapping."""
     asked = Requirements(**changes.pop("requirements", {}))
     return replace(
         Account(ID, charges_enabled=True, payouts_enabled=True, details_submitted=True, requirements=asked),
@@ -43,7 +43,7 @@ def account(**changes: Any) -> Account:
 
 
 # What an account lacks, by its status.
-WANTING: dict[str, dict[str, bool]] = {
+LACKING: dict[str, dict[str, bool]] = {
     "active": {},
     "pending": {"details_submitted": False},
     "incomplete": {"payouts_enabled": False},
@@ -52,7 +52,7 @@ WANTING: dict[str, dict[str, bool]] = {
 
 
 def connection(status: str = "active", *, flow: Any = "oauth", ended: bool = False) -> Connection:
-    found = account(**WANTING[status])
+    found = account(**LACKING[status])
     assert found.status == status
     return Connection(new_id(), flow, True, found, NOW, NOW, NOW if ended else None)
 
@@ -64,7 +64,7 @@ def connection(status: str = "active", *, flow: Any = "oauth", ended: bool = Fal
     ("changes", "status"),
     [
         ({}, "active"),
-        # What is due some day, or was not accepted, alone changes nothing.
+        # What is due eventually, or was not accepted, changes nothing by itself.
         ({"requirements": {"eventually_due": ("external_account",)}}, "active"),
         ({"requirements": {"pending_verification": ("company.tax_id",)}}, "active"),
         ({"requirements": {"current_deadline": 1}}, "active"),
@@ -107,7 +107,7 @@ def test_the_status_of_an_account(changes: dict[str, Any], status: str) -> None:
         (None, True, True, True, "incomplete"),
     ],
 )
-def test_of_several_the_first_that_fits(
+def test_the_first_status_that_applies_wins(
     disabled_reason: str | None, submitted: bool, charges: bool, payouts: bool, status: str
 ) -> None:
     found = account(
@@ -119,16 +119,16 @@ def test_of_several_the_first_that_fits(
     assert found.status == status
 
 
-def test_an_account_of_which_only_the_id_is_known_is_pending() -> None:
+def test_an_account_known_only_by_its_id_is_pending() -> None:
     assert Account(ID).status == "pending"
 
 
-def test_every_status_has_a_sentence() -> None:
+def test_every_status_has_a_message() -> None:
     words = {*get_args(stripe_connect.Status), "not_connected", "disconnected"}
     assert stripe_connect.MESSAGES.keys() == words
 
 
-def test_a_connection_that_ended_is_disconnected_whatever_the_account_was() -> None:
+def test_an_ended_connection_is_disconnected_whatever_its_account_status() -> None:
     assert connection("active").status == "active"
     assert connection("active", ended=True).status == "disconnected"
     assert not connection("pending", ended=True).is_living
@@ -157,7 +157,9 @@ def test_a_connection_that_ended_is_disconnected_whatever_the_account_was() -> N
         (connection("active"), "account_link", False),
     ],
 )
-def test_starting_beside_a_connection(current: Connection | None, flow: Any, may_start: bool) -> None:
+def test_which_flow_may_start_beside_a_connection(
+    current: Connection | None, flow: Any, may_start: bool
+) -> None:
     if may_start:
         require_startable(current, flow)
     else:
@@ -172,7 +174,7 @@ def test_checks_of_many_accounts_spread_out() -> None:
     assert len(waits) > 50
 
 
-# Whose state it is -------------------------------------------------------------------------------
+# The browser of a state --------------------------------------------------------------------------
 
 
 def state(browser: str | None) -> State:
@@ -192,18 +194,18 @@ def state(browser: str | None) -> State:
         ("ada", None, False),
     ],
 )
-def test_a_state_is_for_the_browser_that_started_it(
+def test_a_state_is_valid_only_for_the_browser_that_started_it(
     started_by: str | None, brought_by: str | None, is_theirs: bool
 ) -> None:
     assert state(started_by).is_for(brought_by) is is_theirs
 
 
-def test_what_is_kept_of_a_state_is_no_state() -> None:
+def test_a_state_is_hashed_for_storage() -> None:
     assert hashed("a state") != b"a state"
     assert len(hashed("a state")) == 32
 
 
-def test_a_state_just_made_does_not_show_itself() -> None:
+def test_a_new_state_is_not_in_a_representation() -> None:
     assert "a state" not in repr(
         ConnectStart("https://connect.example/?state=a+state", "", state(None), "a state")
     )
@@ -227,7 +229,7 @@ def test_a_state_just_made_does_not_show_itself() -> None:
         "https://billing.example/ui/",
     ],
 )
-def test_a_page_of_one_of_the_origins(url: str | None) -> None:
+def test_a_return_url_of_an_allowed_origin_is_accepted(url: str | None) -> None:
     require_return_url(url, ORIGINS)
 
 
@@ -285,18 +287,18 @@ def test_a_page_of_one_of_the_origins(url: str | None) -> None:
         "https://[::1/",
     ],
 )
-def test_anything_else_is_refused(url: str) -> None:
+def test_any_other_return_url_is_refused(url: str) -> None:
     with pytest.raises(ReturnUrlRefused):
         require_return_url(url, ORIGINS)
 
 
 @pytest.mark.parametrize("url", ["null", "null://null/", "://", "http://localhost:3000/"])
-def test_without_an_origin_nothing_is_a_page_of_one(url: str) -> None:
+def test_without_allowed_origins_every_return_url_is_refused(url: str) -> None:
     with pytest.raises(ReturnUrlRefused):
         require_return_url(url, ())
 
 
-# What the browser is told there ------------------------------------------------------------------
+# What the return URL reports ---------------------------------------------------------------------
 
 
 def connected() -> Connected:
@@ -329,14 +331,14 @@ def connected() -> Connected:
         ("https://app.acme.example/a?b#c", "https://app.acme.example/a?b&stripe=connected#c"),
         ("https://app.acme.example//a", "https://app.acme.example//a?stripe=connected"),
         ("http://localhost:3000/", "http://localhost:3000/?stripe=connected"),
-        # What an earlier ending left there would be read first.
+        # The parameters of an earlier return would be read first.
         (
             "https://app.acme.example/?stripe=error&a=b&code=x&",
             "https://app.acme.example/?a=b&stripe=connected",
         ),
     ],
 )
-def test_returning_with_a_connection(url: str, returned: str) -> None:
+def test_the_return_url_reports_a_connection(url: str, returned: str) -> None:
     assert returning(url, connected()) == returned
 
 
@@ -344,6 +346,6 @@ def test_returning_with_a_connection(url: str, returned: str) -> None:
     ("error", "code"),
     [(StripeAccountTaken(), "stripe-account-taken"), (StateUnknown("why"), "state-unknown")],
 )
-def test_returning_with_an_error_tells_its_code_alone(error: Any, code: str) -> None:
+def test_the_return_url_reports_only_the_code_of_an_error(error: Any, code: str) -> None:
     returned = returning("https://app.acme.example/a?b=c", error)
     assert parse_qsl(urlsplit(returned).query) == [("b", "c"), ("stripe", "error"), ("code", code)]
