@@ -1,4 +1,4 @@
-"""Every answer against the document: its status, media type, headers and body."""
+"""Checks answers against the document: status, media type, headers and body."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from billing.http.validation import as_json_schema
 DOCUMENT = load()
 PROBLEM = "application/problem+json"
 CONFIG = "/api/v1/auth/tenants/webhooks/config/"
-# Any request can meet them: the document says so once, and operations need not list them.
+# Any request can get these: the document says so once, and operations need not list them.
 IMPLIED = {404, 405, 408, 415, 431}
 
 
 class Undocumented(AssertionError):
-    """The server answered what its document does not say."""
+    """The server gave an answer that its document does not describe."""
 
 
 def check(response: httpx.Response) -> None:
-    """Raises `Undocumented`, unless the document says that this may be answered."""
+    """Raises `Undocumented`, unless the document describes this answer."""
     path, method = response.request.url.path, response.request.method.lower()
     operation = DOCUMENT["paths"].get(path, {}).get("get" if method == "head" else method)
     if "x-request-id" not in response.headers:
@@ -73,7 +73,7 @@ def _validate(schema: dict[str, Any], response: httpx.Response) -> None:
 
 
 def check_event(event: dict[str, Any]) -> None:
-    """Raises `Undocumented`, unless the document's callback for events of that type has such a body."""
+    """Raises `Undocumented`, unless the body matches the document's callback for events of that type."""
     operation = DOCUMENT["paths"][CONFIG]["post"]["callbacks"][event["type"]]["{$request.body#/webhook_url}"][
         "post"
     ]
@@ -84,10 +84,10 @@ def check_event(event: dict[str, Any]) -> None:
 
 
 def closed(node: Any) -> Any:
-    """The schema without room for members that it does not list.
+    """The schema, refusing members that it does not list.
 
-    Clients must pass over members that are new to them, so answers are open in the document; but one that
-    today's document does not know is a mistake of today's server.
+    Clients must ignore members that are new to them, so schemas of answers are open in the document; but a
+    member that the current document does not list is a mistake of the current server.
     """
     if isinstance(node, list):
         return [closed(item) for item in node]

@@ -1,4 +1,4 @@
-"""A clock that a test turns."""
+"""A clock that a test moves."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 
 class TurnedClock:
-    """Stands still until it is turned."""
+    """A clock that stands still until it is moved."""
 
     def __init__(self) -> None:
         self.reset()
@@ -18,5 +18,5 @@ class TurnedClock:
         self.now = datetime.now(UTC)
 
     def turn(self, **forward: float) -> None:
-        """Forward by `seconds=…`, `minutes=…`, `days=…`."""
+        """Move forward by `seconds=…`, `minutes=…`, `days=…`."""
         self.now += timedelta(**forward)

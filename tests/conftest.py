@@ -1,4 +1,4 @@
-"""One PostgreSQL for all, a database for each worker, and every answer held against the document."""
+"""One PostgreSQL for all tests, a database for each worker, and every answer checked against the document."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-# `import app` reads the environment: nothing of the machine's own may be in it.
+# `import app` reads the environment: settings of this machine must not be in it.
 if "BILLING_TEST_STATE" not in os.environ:
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     os.environ["BILLING_TEST_STATE"] = tempfile.mkdtemp(prefix="billing-tests-", dir=memory)
@@ -44,7 +44,7 @@ from tests.receivers import HangingNames
 API = "/api/v1/auth/tenants"
 PASSWORD = "SecurePass123!"
 TEMPLATE = "billing_template"
-# The rows of a test need not outlive the machine.
+# The rows of a test need not survive a crash of the machine.
 VOLATILE = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "max_connections": "200"}
 
 
@@ -53,7 +53,7 @@ VOLATILE = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "of
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[embedded.Cluster]:
-    """The PostgreSQL of this run, shared by its workers; BILLING_PG_BIN tries another version."""
+    """The PostgreSQL of this run, shared by its workers; BILLING_PG_BIN selects another version."""
     chosen = os.environ.get("BILLING_PG_BIN")
     with embedded.start(STATE / "pg", bin_dir=Path(chosen) if chosen else None, options=VOLATILE) as server:
         database.prepare(server.cluster, TEMPLATE)
@@ -86,7 +86,7 @@ def test_database(cluster: embedded.Cluster, worker_id: str) -> TestDatabase:
 def clone(cluster: embedded.Cluster, name: str) -> None:
     engine = create_engine(cluster.url("postgres"), isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
-        # One at a time: a template must have no other user.
+        # One at a time: a template must have no other connection.
         connection.execute(text("SELECT pg_advisory_lock(1)"))
         connection.exec_driver_sql(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
         connection.exec_driver_sql(f'CREATE DATABASE "{name}" TEMPLATE {TEMPLATE} OWNER {database.OWNER}')
@@ -95,7 +95,7 @@ def clone(cluster: embedded.Cluster, name: str) -> None:
 
 @pytest.fixture(scope="session")
 def superuser(test_database: TestDatabase) -> Iterator[Engine]:
-    """The one who sees all rows: for looking at what is really stored."""
+    """An engine that sees all rows, to examine what is really stored."""
     engine = create_engine(test_database.superuser_url, pool_pre_ping=True)
     yield engine
     engine.dispose()
@@ -103,12 +103,12 @@ def superuser(test_database: TestDatabase) -> Iterator[Engine]:
 
 @pytest.fixture
 def clean(superuser: Engine) -> Iterator[None]:
-    """Leaves the tables empty."""
+    """Empties the tables after the test."""
     yield
     try:
         empty(superuser)
     except IntegrityError:
-        # A failed login was audited in this moment. The next will find no tenant.
+        # A failed login was audited at that moment. The next one will find no tenant.
         empty(superuser)
 
 
@@ -126,7 +126,7 @@ def settings(test_database: TestDatabase) -> Settings:
         "PASSWORD_COST": "4",
         "PUBLIC_BASE_URL": "http://testserver",
         "CORS_ALLOWED_ORIGINS": "https://app.acme.example",
-        # `COMPILED_OPERATIONS=off make unit` runs everything by Connexion's own stack.
+        # `COMPILED_OPERATIONS=off make unit` runs everything through Connexion's own stack.
         "COMPILED_OPERATIONS": os.environ.get("COMPILED_OPERATIONS", "on"),
     }
     return Settings.load(environ, dotenv=None)
@@ -156,13 +156,13 @@ def clock(shared_clock: TurnedClock) -> TurnedClock:
 
 @pytest.fixture(scope="session")
 def shared_counters() -> InProcess:
-    """What limits have counted, by all applications of the run."""
+    """The counts of the limits, shared by all applications of the run."""
     return InProcess()
 
 
 @pytest.fixture
 def uncounted(shared_counters: InProcess) -> None:
-    """Limits are on, as they are for strangers; each test has all that they leave."""
+    """Limits are on, as in production; each test starts with nothing counted."""
     shared_counters.counts.clear()
 
 
@@ -177,7 +177,7 @@ def running_app(
 
 @pytest.fixture
 def client(running_app: TestClient, clock: TurnedClock, uncounted: None, clean: None) -> TestClient:
-    """A client whose every answer is held against the document."""
+    """A client whose every answer is checked against the document."""
     running_app.cookies.clear()
     return running_app
 
@@ -191,7 +191,7 @@ def flooded(settings: Settings, clock: TurnedClock, clean: None) -> Iterator[Tes
 
 
 class CheckedClient(TestClient):
-    """Starlette's test client, suspicious."""
+    """Starlette's test client; it checks every answer against the document."""
 
     def request(self, method: str, url: Any, **kwargs: Any) -> httpx.Response:
         response = super().request(method, url, **kwargs)
@@ -207,7 +207,7 @@ def running_stripe() -> Iterator[Sandbox]:
 
 @pytest.fixture
 def stripe(running_stripe: Sandbox) -> Iterator[Sandbox]:
-    """Stripe on loopback, as new for each test."""
+    """Stripe on loopback, reset after each test."""
     yield running_stripe
     running_stripe.reset()
 
@@ -223,7 +223,7 @@ def live_server_url(cluster: embedded.Cluster, worker_id: str) -> Iterator[str]:
 
 @dataclass
 class Account:
-    """A registered tenant, and how its owner calls."""
+    """A registered tenant, with calls by its owner."""
 
     client: TestClient
     registered: dict[str, Any]
@@ -279,7 +279,7 @@ def globex(client: TestClient) -> Account:
 
 @pytest.fixture
 def hanging_resolver(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """A look-up of `hangs.example` ends when this is set, that of `good.example` at once."""
+    """A lookup of `hangs.example` returns when this is set, that of `good.example` at once."""
     names = HangingNames({"good.example": ["127.0.0.1"]})
     monkeypatch.setattr(socket, "getaddrinfo", names)
     yield names.freed
@@ -287,7 +287,7 @@ def hanging_resolver(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Even
 
 
 def waits_for_a_lock(superuser: Engine) -> bool:
-    """Whether anybody waits for one in this database; `pg_locks` has those of the whole cluster."""
+    """Whether any session of this database waits for a lock; `pg_locks` covers the whole cluster."""
     query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
     with superuser.connect() as connection:
         return bool(connection.scalar(text(query)))

@@ -1,4 +1,4 @@
-"""Node.js and the packages of the tests' JavaScript, which `make node` installs."""
+"""Node.js and the packages of the JavaScript tests, which `make node` installs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NODE_MODULES = PLACE / "node_modules"
 
 
 def node() -> str:
-    """The command, where JavaScript is to be tried."""
+    """The path of Node.js; skips the test where that was asked for, and fails it where it is missing."""
     if os.environ.get("BILLING_TESTS_WITHOUT_NODE") == "1":
         pytest.skip("BILLING_TESTS_WITHOUT_NODE=1")
     found = shutil.which("node")

@@ -1,4 +1,4 @@
-"""A server as `billing serve` runs it, in a process of its own."""
+"""A server as `billing serve` runs it, in a separate process."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def free_port() -> int:
 def serving(
     environ: Mapping[str, str], *arguments: str, log: IO[bytes] | None = None, cwd: Path | None = None
 ) -> Iterator[str]:
-    """The base URL of a server that runs as long as the block; what it says goes to `log`, or to ours.
+    """The base URL of a server that runs as long as the block; its output goes to `log`, or to ours.
 
-    Limits are off unless `environ` has them on: many tests share one server, and all have one address.
+    Limits are off unless `environ` turns them on: many tests share one server, and all have one address.
     """
     port = free_port()
     url = f"http://127.0.0.1:{port}"
@@ -67,7 +67,7 @@ def await_ready(process: subprocess.Popen[bytes], url: str) -> None:
 
 
 def eventually(is_so: Callable[[], bool], *, seconds: float = 15) -> None:
-    """Wait until something is so."""
+    """Wait until the condition is true; fail after so many seconds."""
     deadline = time.monotonic() + seconds
     while not is_so():
         assert time.monotonic() < deadline, "it did not come to be"

@@ -20,7 +20,7 @@ Address = tuple[str, int]
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer as it came; header names are read in any case."""
+    """One answer as received; header names are case-insensitive."""
 
     status: int
     headers: Message
@@ -34,7 +34,7 @@ class Answer:
 
     @property
     def code(self) -> str:
-        """The `code` of a problem; fails for what is none."""
+        """The `code` of a problem; fails if the answer is no problem."""
         assert self["content-type"] == "application/problem+json", (
             self.status,
             self["content-type"],
@@ -48,7 +48,7 @@ class Answer:
 class Connection:
     """One TCP connection; nothing is added to what is sent.
 
-    The timeout is shorter than uvicorn's keep-alive of 5 s: an idle connection is not taken for a closed one.
+    The timeout is shorter than uvicorn's keep-alive of 5 s: an idle connection does not seem closed.
     """
 
     def __init__(self, address: Address, *, timeout_seconds: float = 3.0) -> None:
@@ -64,7 +64,7 @@ class Connection:
         self._socket.close()
 
     def send(self, *packets: bytes, pause_seconds: float = 0.02) -> None:
-        """Send each packet by itself, so that the server reads them apart."""
+        """Send each packet by itself, so that the server reads them separately."""
         for number, packet in enumerate(packets):
             if number:
                 time.sleep(pause_seconds)
@@ -107,7 +107,7 @@ class Connection:
 
 
 def exchange(address: Address, *packets: bytes, timeout_seconds: float = 3.0) -> Answer:
-    """Send the packets over a connection of their own and read one answer."""
+    """Send the packets over a new connection and read one answer."""
     with Connection(address, timeout_seconds=timeout_seconds) as connection:
         connection.send(*packets)
         return connection.receive()
@@ -131,7 +131,7 @@ def chunked(*chunks: bytes) -> bytes:
 
 @contextmanager
 def serving(app: Any, **config: Any) -> Iterator[Address]:
-    """A uvicorn server in a thread of its own, on a free port of loopback, stopped at the end."""
+    """A uvicorn server in a separate thread, on a free port of loopback, stopped at the end."""
     settings: dict[str, Any] = {"http": "billing.http.protocol:Protocol", "lifespan": "auto", "ws": "none"}
     settings |= {"proxy_headers": False, "server_header": False, "log_config": None} | config
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, **settings))

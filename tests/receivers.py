@@ -1,4 +1,4 @@
-"""Receivers on loopback, good and bad, and the names that lead to them."""
+"""Receivers on loopback, well-behaved and hostile, and the names that resolve to them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STOP_SECONDS = 5
 
 @dataclass(frozen=True)
 class Received:
-    """One request as it came."""
+    """One request as received."""
 
     method: str
     path: str
@@ -32,7 +32,7 @@ class Received:
 
 @dataclass
 class Receiver:
-    """What a receiver has seen so far."""
+    """A receiver, and what it has received so far."""
 
     address: tuple[str, int]
     received: list[Received] = field(default_factory=list)
@@ -66,7 +66,7 @@ class Visit:
         self.connection.close()
 
     def receive(self) -> Received | None:
-        """The next request, None when there is no more."""
+        """The next request, None when there are no more."""
         if head := self.receive_head():
             body = self._reader.read(int(head.headers["content-length"] or 0))
             self.receiver.received.append(replace(head, body=body))
@@ -109,7 +109,7 @@ def head(status: int, headers: Mapping[str, str]) -> bytes:
 
 
 def answers(status: int = 200, body: bytes = b"ok", **headers: str) -> Behaviour:
-    """Answers every request of the connection alike; `Retry_After="7"` is the header Retry-After."""
+    """Gives every request of the connection the same answer; `Retry_After="7"` is the header Retry-After."""
     given = {name.replace("_", "-"): value for name, value in headers.items()}
 
     def behave(visit: Visit) -> None:
@@ -120,7 +120,7 @@ def answers(status: int = 200, body: bytes = b"ok", **headers: str) -> Behaviour
 
 
 def says(data: bytes) -> Behaviour:
-    """Sends these bytes in answer to a request, and ends the connection."""
+    """Sends these bytes in answer to a request, and closes the connection."""
 
     def behave(visit: Visit) -> None:
         visit.receive()
@@ -130,7 +130,7 @@ def says(data: bytes) -> Behaviour:
 
 
 def greets(data: bytes) -> Behaviour:
-    """Sends these bytes before it has heard anything, and ends the connection when the other side has."""
+    """Sends these bytes before it receives any, and closes the connection when the other side has."""
 
     def behave(visit: Visit) -> None:
         visit.send(data)
@@ -141,18 +141,18 @@ def greets(data: bytes) -> Behaviour:
 
 
 def resets_at_once(visit: Visit) -> None:
-    """Ends the connection with RST as soon as it is there: the other side may not even see that it was."""
+    """Closes the connection with RST as soon as it is accepted: the other side may never see it open."""
     visit.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 def resets(visit: Visit) -> None:
-    """Ends the connection with RST where an answer should be."""
+    """Closes the connection with RST instead of an answer."""
     visit.receive()
     resets_at_once(visit)
 
 
 def breaks_off(data: bytes) -> Behaviour:
-    """Sends these bytes in answer to a request, and ends the connection with RST."""
+    """Sends these bytes in answer to a request, and closes the connection with RST."""
 
     def behave(visit: Visit) -> None:
         visit.receive()
@@ -163,7 +163,7 @@ def breaks_off(data: bytes) -> Behaviour:
 
 
 def answers_head(status: int) -> Behaviour:
-    """Answers a request by its head, and ends the connection: with RST, as there is a body that it has not read."""
+    """Answers after the head of a request, and closes the connection: with RST, as its body is unread."""
 
     def behave(visit: Visit) -> None:
         visit.receive_head()
@@ -173,7 +173,7 @@ def answers_head(status: int) -> Behaviour:
 
 
 def hangs(visit: Visit) -> None:
-    """Takes the connection and says nothing, nor reads."""
+    """Accepts the connection, and neither reads nor sends."""
     visit.receiver.stopped.wait()
 
 
@@ -189,14 +189,14 @@ def drips_body(visit: Visit) -> None:
 
 
 def drips_until_the_end(visit: Visit) -> None:
-    """A body without a length: what was read when it is cut looks whole."""
+    """A body without a length: if it is cut off, what was read looks complete."""
     visit.receive()
     visit.send(head(200, {"Connection": "close"}))
     visit.drip(itertools.repeat(ord("x")))
 
 
 def drips_handshake(visit: Visit) -> None:
-    """The beginning of a TLS record of 16 KiB, byte by byte."""
+    """Sends the beginning of a TLS record of 16 KiB, byte by byte."""
     visit.drip(itertools.chain(b"\x16\x03\x03\x40\x00\x02\x00\x3f\xfc", itertools.repeat(0)))
 
 
@@ -219,24 +219,24 @@ def floods_head(visit: Visit) -> None:
 
 
 def floods_continue(visit: Visit) -> None:
-    """100 (Continue) without end, which http.client passes over."""
+    """Sends 100 (Continue) without end, which http.client skips."""
     visit.receive()
     visit.send_without_end(b"HTTP/1.1 100 Continue\r\n\r\n" * 100)
 
 
 def sends_head(*lines: bytes) -> Behaviour:
-    """204 with these lines in its head, whatever they are."""
+    """Answers 204 with these lines in its head, valid or not."""
     return says(b"\r\n".join([b"HTTP/1.1 204 No Content", *lines, b"", b""]))
 
 
 def nested_parts(levels: int) -> bytes:
-    """A header that a parser of MIME takes for parts within parts, and for many empty lines in each."""
+    """A header that a MIME parser reads as nested parts with many empty lines in each."""
     types = [b"Content-Type:multipart/m;boundary=%d\r\r--%d" % (level, level) for level in range(levels)]
     return b"X: y\r" + b"\r".join(types) + b"\r" * 30_000
 
 
 def floods_negative_chunk(visit: Visit) -> None:
-    """A chunk of size -1, which http.client reads to its end."""
+    """Sends a chunk of size -1, which http.client reads to the end of the stream."""
     visit.receive()
     visit.send(head(200, {"Transfer-Encoding": "chunked"}) + b"-1\r\n")
     visit.send_without_end(b"x" * 64 * 1024)
@@ -265,7 +265,7 @@ def sends_bomb(visit: Visit) -> None:
 def receiving(
     behave: Behaviour, *, host: str = "127.0.0.1", tls: ssl.SSLContext | None = None
 ) -> Iterator[Receiver]:
-    """A receiver on a free port that behaves so on every connection, for as long as the block."""
+    """A receiver on a free port with this behaviour on every connection, for as long as the block."""
     listener = socket.create_server((host, 0), backlog=256)
     receiver = Receiver(listener.getsockname()[:2])
     visits = _Visits(receiver, behave, tls)
@@ -298,7 +298,7 @@ class _Visits:
                 thread.start()
 
     def _run(self, connection: socket.socket) -> None:
-        # What the other side does to the connection is not the receiver's to judge.
+        # The other side may do anything to the connection: that is no failure of the receiver.
         with connection, suppress(OSError), self._wrapped(connection) as wrapped:
             visit = Visit(self._receiver, wrapped)
             try:
@@ -309,7 +309,7 @@ class _Visits:
 
     def _wrapped(self, connection: socket.socket) -> socket.socket:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # A descriptor of its own, or there were nothing to end it by.
+        # A duplicate descriptor, or end() could not shut the connection down.
         return self._tls.wrap_socket(connection.dup(), server_side=True) if self._tls else connection
 
     def end(self) -> None:
@@ -324,7 +324,7 @@ class _Visits:
 
 
 class Names:
-    """Stands in for `socket.getaddrinfo`: the addresses of these names, numbers read as ever, nothing else known."""
+    """Replaces `socket.getaddrinfo`: resolves these names and numeric addresses, and no other names."""
 
     def __init__(self, addresses: Mapping[str, Sequence[str]]) -> None:
         self.addresses = addresses
@@ -341,7 +341,7 @@ class Names:
 
 
 class HangingNames(Names):
-    """As `Names`, where the lookup of `hangs.example` ends when it is freed."""
+    """As `Names`, but a lookup of `hangs.example` returns only once `freed` is set."""
 
     def __init__(self, addresses: Mapping[str, Sequence[str]]) -> None:
         super().__init__(addresses)

@@ -1,4 +1,4 @@
-"""A Redis on loopback, started and ended by the test that asks for it."""
+"""A Redis on loopback, started and stopped by the test that uses it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def required_program() -> str:
 
 
 class RedisServer:
-    """One that keeps nothing, and can be stopped, killed and brought back on its port."""
+    """A server without persistence, which can be paused, killed and restarted on its port."""
 
     def __init__(self) -> None:
         self.port = free_port()

@@ -1,6 +1,6 @@
-"""An earlier revision on the schema of this one: its server is started there, and its own `billing check` walks it.
+"""Starts the server of an earlier revision on this revision's schema, and runs its own `billing check` on it.
 
-`make rolling BASE=main`. Earlier than migration 0006 there is nothing to try: those demand exactly their own schema.
+`make rolling BASE=main`. Revisions before migration 0006 cannot be tried: they require their exact schema.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def checked_out(base: str, directory: Path) -> Path:
-    """The files of a revision."""
+    """Extract the files of a revision."""
     packed = subprocess.run(["git", "archive", base], cwd=ROOT, capture_output=True, check=True).stdout
     with tarfile.open(fileobj=io.BytesIO(packed)) as files:
         files.extractall(directory, filter="data")
