@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 from itertools import islice
+from operator import getitem
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -32,14 +34,14 @@ class Rules:
 
     def __init__(self, components: Mapping[str, Any], operation: Operation) -> None:
         parameters = operation.query
-        self._query = {p["name"]: _compiled(components, p["schema"]) for p in parameters}
+        self._query = {p["name"]: Schema(components, p["schema"]) for p in parameters}
         self._required_query = {p["name"] for p in parameters if p.get("required", False)}
         self._open_query = operation.open_query
         self._headers = {
-            p["name"]: (p["name"].lower().encode(), _compiled(components, p["schema"]))
+            p["name"]: (p["name"].lower().encode(), Schema(components, p["schema"]))
             for p in operation.headers
         }
-        self._body = operation.request and _compiled(components, operation.request)
+        self._body = operation.request and Schema(components, operation.request)
         self._body_required = operation.body_required
 
     def query(self, query_string: bytes) -> dict[str, str]:
@@ -53,9 +55,9 @@ class Rules:
         if len(set(names)) < len(names):
             faults.append(Fault("/query", "A parameter is repeated."))
         if given.keys() - self._query.keys() and not self._open_query:
-            faults.append(Fault("/query", "It has a parameter that is not in the document."))
+            faults.append(Fault("/query", _unknown("parameter", self._query)))
         for name in given.keys() & self._query.keys():
-            faults.extend(_faults(self._query[name], given[name], at=f"/query/{name}"))
+            faults.extend(self._query[name].faults(given[name], at=f"/query/{name}"))
         _refuse(faults)
         return given
 
@@ -67,7 +69,7 @@ class Rules:
             if len(found) > 1:
                 _refuse([Fault(f"/header/{name}", "The header is repeated.")])
             for value in found:
-                _refuse(list(_faults(schema, value, at=f"/header/{name}")))
+                _refuse(schema.faults(value, at=f"/header/{name}"))
                 given[name] = value
         return given
 
@@ -81,7 +83,7 @@ class Rules:
             raise MalformedBody(f"The body is nested more than {MAX_DEPTH} deep.")
         if self._body:
             has_many_parts = raw.count(b",") >= MAX_PARTS
-            _refuse(list((_first_fault if has_many_parts else _faults)(self._body, body)))
+            _refuse(self._body.first_fault(body) if has_many_parts else self._body.faults(body))
         return body
 
 
@@ -134,36 +136,46 @@ def _refuse(faults: Sequence[Fault]) -> None:
         )
 
 
-def _faults(validator: Draft4Validator, value: Any, *, at: str = "") -> Iterator[Fault]:
-    for error in islice(validator.iter_errors(value), MAX_FAULTS):
-        yield _fault(error, at + _pointer(error.instance_path))
+class Schema:
+    """A compiled schema of the document, and what is wrong with a value by it, without repeating the value."""
+
+    def __init__(self, components: Mapping[str, Any], schema: Mapping[str, Any]) -> None:
+        # OpenAPI 3.0 schemas are draft 4 with `nullable`; the references point into the components.
+        self._whole = {**as_json_schema(schema), "components": components}
+        self._validator = Draft4Validator(self._whole, validate_formats=True, mask=MASK)
+
+    def faults(self, value: Any, *, at: str = "") -> list[Fault]:
+        """The first `MAX_FAULTS` faults."""
+        return [self._fault(error, at) for error in islice(self._validator.iter_errors(value), MAX_FAULTS)]
+
+    def first_fault(self, value: Any) -> list[Fault]:
+        """The first fault, if there is any."""
+        try:
+            self._validator.validate(value)
+        except ValidationError as error:
+            return [self._fault(error)]
+        return []
+
+    def _fault(self, error: ValidationError, at: str = "") -> Fault:
+        pointer = at + _pointer(error.instance_path)
+        match error.kind:
+            case ValidationErrorKind.Required(property=missing):
+                return Fault(pointer + _pointer([missing]), "It is required.")
+            case ValidationErrorKind.AdditionalProperties():
+                # The library's message names the unknown member, which the client sent.
+                *place, _ = error.schema_path
+                known = reduce(getitem, place, self._whole).get("properties", {})
+                return Fault(pointer, _unknown("member", known))
+        return Fault(pointer, f"{error.message}.")
 
 
-def _first_fault(validator: Draft4Validator, value: Any) -> Iterator[Fault]:
-    try:
-        validator.validate(value)
-    except ValidationError as error:
-        yield _fault(error, _pointer(error.instance_path))
-
-
-def _fault(error: ValidationError, pointer: str) -> Fault:
-    match error.kind:
-        case ValidationErrorKind.Required(property=missing):
-            return Fault(pointer + _pointer([missing]), "It is required.")
-        case ValidationErrorKind.AdditionalProperties():
-            # The library's message names the unknown member, which the client sent.
-            return Fault(pointer, "It has a member that is not in the document.")
-    return Fault(pointer, f"{error.message}.")
+def _unknown(kind: str, known: Iterable[str]) -> str:
+    listed = ", ".join(known)
+    return f"It has a {kind} that is not in the document." + (f" Known: {listed}." if listed else "")
 
 
 def _pointer(path: Sequence[str | int]) -> str:
     return "".join(f"/{str(part).replace('~', '~0').replace('/', '~1')}" for part in path)
-
-
-def _compiled(components: Mapping[str, Any], schema: Mapping[str, Any]) -> Draft4Validator:
-    # OpenAPI 3.0 schemas are draft 4 with `nullable`; the references point into the components.
-    whole = {**as_json_schema(schema), "components": components}
-    return Draft4Validator(whole, validate_formats=True, mask=MASK)
 
 
 def as_json_schema(node: Any) -> Any:
