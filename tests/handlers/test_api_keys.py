@@ -1,4 +1,4 @@
-"""Operations 12–14, by status."""
+"""Operations 12–14 (API keys), by status."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def listed(acme: Account) -> list[tuple[str, str]]:
 # list --------------------------------------------------------------------------------------------
 
 
-def test_list_shows_publishable_keys_whole_and_secret_ones_masked(acme: Account) -> None:
+def test_list_shows_public_keys_whole_and_masks_secret_ones(acme: Account) -> None:
     keys = {key["type"]: key for key in acme.get("/api-keys/").json()["keys"]}
     assert keys["live_public"]["key"] == acme.tenant["api_key_public"]
     assert keys["live_public"]["masked"] is False
@@ -53,13 +53,13 @@ def test_list_shows_the_current_key_then_the_one_in_grace(acme: Account) -> None
     ]
 
 
-def test_list_shows_the_last_of_a_type_with_none_living(acme: Account, clock: TurnedClock) -> None:
+def test_list_shows_the_last_key_of_a_type_with_no_working_one(acme: Account, clock: TurnedClock) -> None:
     acme.regenerate("test")
     acme.revoke("test")
     assert listed(acme)[2:] == [("test_public", "revoked"), ("test_secret", "revoked")]
 
 
-def test_last_use_is_noted_outside_the_request(acme: Account, clock: TurnedClock) -> None:
+def test_last_use_is_recorded_after_the_request(acme: Account, clock: TurnedClock) -> None:
     def last_used() -> str | None:
         keys = acme.get("/api-keys/").json()["keys"]
         return next(key["last_used_at"] for key in keys if key["type"] == "live_secret")
@@ -75,7 +75,7 @@ def test_last_use_is_noted_outside_the_request(acme: Account, clock: TurnedClock
     assert await_change(last_used, first) > first
 
 
-def test_a_key_that_is_refused_was_not_used(
+def test_a_refused_key_does_not_record_a_use(
     acme: Account, store: Store, superuser: Engine, clock: TurnedClock
 ) -> None:
     refused, good = acme.tenant["api_key_secret"], acme.tenant["api_key_test_secret"]
@@ -103,7 +103,7 @@ def await_change(read: Any, before: Any) -> Any:
 # regenerate --------------------------------------------------------------------------------------
 
 
-def test_regenerate_ends_the_old_keys_at_once(acme: Account) -> None:
+def test_regenerate_expires_the_old_keys_at_once(acme: Account) -> None:
     answer = acme.regenerate("live")
     assert answer["keys"].keys() == {"live_public", "live_secret"}
     assert outcome(acme, acme.tenant["api_key_secret"]) == "key-expired"
@@ -115,7 +115,7 @@ def test_regenerate_ends_the_old_keys_at_once(acme: Account) -> None:
     }
 
 
-def test_a_key_in_its_grace_period_works_and_says_when_it_ends(acme: Account, clock: TurnedClock) -> None:
+def test_a_key_in_its_grace_period_works_and_reports_its_expiry(acme: Account, clock: TurnedClock) -> None:
     previous = acme.regenerate("all", grace_period_seconds=HOUR)["previous"]
     answer = verify(acme, acme.tenant["api_key_secret"])
     assert answer.status_code == 200
@@ -127,18 +127,18 @@ def test_a_key_in_its_grace_period_works_and_says_when_it_ends(acme: Account, cl
     assert outcome(acme, acme.tenant["api_key_secret"]) == "key-expired"
 
 
-def test_a_current_key_has_no_end(acme: Account) -> None:
+def test_a_current_key_sends_no_expiry_header(acme: Account) -> None:
     assert "x-key-expires-at" not in verify(acme, acme.tenant["api_key_secret"]).headers
 
 
-def test_at_most_one_old_key_of_a_type_overlaps(acme: Account) -> None:
+def test_at_most_one_old_key_of_a_type_stays_in_grace(acme: Account) -> None:
     second = acme.regenerate("live", grace_period_seconds=HOUR)["keys"]["live_secret"]["key"]
     third = acme.regenerate("live", grace_period_seconds=HOUR)["keys"]["live_secret"]["key"]
     keys = (acme.tenant["api_key_secret"], second, third)
     assert [outcome(acme, key) for key in keys] == ["key-expired", 200, 200]
 
 
-def test_regenerating_at_once_leaves_one_current_key_of_a_type(acme: Account, superuser: Engine) -> None:
+def test_simultaneous_regenerations_leave_one_current_key_per_type(acme: Account, superuser: Engine) -> None:
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: acme.regenerate("all"), range(16)))
     assert all("keys" in answer for answer in answers)
@@ -164,7 +164,7 @@ def test_regenerating_at_once_leaves_one_current_key_of_a_type(acme: Account, su
         {"key_type": "live", "confirm": True, "grace_period_seconds": "60"},
     ],
 )
-def test_regenerate_400(acme: Account, body: dict[str, Any]) -> None:
+def test_regenerate_400_for_an_invalid_body(acme: Account, body: dict[str, Any]) -> None:
     assert acme.post("/api-keys/regenerate/", body).status_code == 400
     assert outcome(acme, acme.tenant["api_key_secret"]) == 200
 
@@ -172,7 +172,7 @@ def test_regenerate_400(acme: Account, body: dict[str, Any]) -> None:
 # revoke ------------------------------------------------------------------------------------------
 
 
-def test_revoke_ends_keys_on_the_next_request_in_grace_too(acme: Account, superuser: Engine) -> None:
+def test_revoke_takes_effect_on_the_next_request_also_in_grace(acme: Account, superuser: Engine) -> None:
     new = acme.regenerate("all", grace_period_seconds=HOUR)["keys"]["live_secret"]["key"]
     answer = acme.revoke("live", reason="leaked in a screenshot")
     assert answer["revoked_keys"] == ["live_public", "live_secret"]
@@ -188,7 +188,7 @@ def test_revoke_ends_keys_on_the_next_request_in_grace_too(acme: Account, superu
 
 
 @pytest.mark.parametrize("change", ["regenerated", "revoked"])
-def test_the_log_names_the_keys_by_their_last_characters(
+def test_the_audit_log_names_keys_by_their_last_four_characters(
     acme: Account, superuser: Engine, change: str
 ) -> None:
     before = {kind: acme.tenant[f"api_key_test_{kind}"][-4:] for kind in ("public", "secret")}
@@ -205,7 +205,7 @@ def test_the_log_names_the_keys_by_their_last_characters(
     assert (row.action, row.details) == (f"api_key.{change}", expected)
 
 
-def test_what_ends_no_key_leaves_a_row_all_the_same(acme: Account, superuser: Engine) -> None:
+def test_revoke_and_regenerate_are_audited_even_if_no_key_ends(acme: Account, superuser: Engine) -> None:
     acme.revoke("live")
     acme.revoke("live")
     acme.regenerate("live")
@@ -216,7 +216,7 @@ def test_what_ends_no_key_leaves_a_row_all_the_same(acme: Account, superuser: En
         assert list(actions) == ["api_key.revoked", "api_key.revoked", "api_key.regenerated"]
 
 
-def test_revoke_ends_what_still_works_by_a_clock_that_is_behind(
+def test_revoke_includes_just_expired_keys_in_case_a_clock_is_behind(
     acme: Account, clock: TurnedClock, superuser: Engine
 ) -> None:
     old = acme.tenant["api_key_secret"]
@@ -234,7 +234,7 @@ def test_revoke_ends_what_still_works_by_a_clock_that_is_behind(
     assert outcome(acme, old) == "key-revoked"
 
 
-def test_revoke_again_is_no_error(acme: Account) -> None:
+def test_revoking_twice_is_not_an_error(acme: Account) -> None:
     acme.revoke("all")
     assert acme.revoke("all")["revoked_keys"] == []
 
@@ -246,14 +246,14 @@ def test_regenerate_works_after_revoke(acme: Account) -> None:
     assert outcome(acme, answer["keys"]["test_secret"]["key"]) == 200
 
 
-# who may -----------------------------------------------------------------------------------------
+# roles and tenants -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("role", "allowed"),
     [("owner", {"list", "regenerate", "revoke"}), ("admin", {"list"}), ("developer", set())],
 )
-def test_roles(acme: Account, superuser: Engine, role: str, allowed: set[str]) -> None:
+def test_allowed_operations_by_role(acme: Account, superuser: Engine, role: str, allowed: set[str]) -> None:
     with superuser.begin() as connection:
         connection.execute(text("UPDATE users SET role = :role"), {"role": role})
     body = {"key_type": "test", "confirm": True}
@@ -266,13 +266,13 @@ def test_roles(acme: Account, superuser: Engine, role: str, allowed: set[str]) -
     assert acme.get("/me/").status_code == 200
 
 
-def test_403_comes_before_400(acme: Account, superuser: Engine) -> None:
+def test_403_takes_precedence_over_400(acme: Account, superuser: Engine) -> None:
     with superuser.begin() as connection:
         connection.execute(text("UPDATE users SET role = 'developer'"))
     assert acme.post("/api-keys/revoke/", {"nonsense": True}).status_code == 403
 
 
-def test_each_tenant_sees_and_ends_its_own_keys_alone(acme: Account, globex: Account) -> None:
+def test_each_tenant_lists_and_revokes_only_its_own_keys(acme: Account, globex: Account) -> None:
     theirs = {key["id"] for key in globex.get("/api-keys/").json()["keys"]}
     assert not theirs & {key["id"] for key in acme.get("/api-keys/").json()["keys"]}
     acme.revoke("all")

@@ -1,4 +1,4 @@
-"""What each operation leaves in the audit log: who did what to what, why, from where, in which request."""
+"""What each operation records in the audit log: actor, action, subject, reason, address and request."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def stripe_app(
 
 @pytest.fixture
 def client(stripe_app: TestClient, stripe: Sandbox, clock: TurnedClock, clean: None) -> TestClient:
-    """In the place of everybody's: a client of a server with a Stripe."""
+    """Overrides the shared `client`: its server is configured with Stripe."""
     stripe_app.cookies.clear()
     return stripe_app
 
@@ -67,13 +67,13 @@ def rows_of(superuser: Engine, account: Account, action: str) -> list[Any]:
 
 
 def await_row(superuser: Engine, account: Account, action: str) -> Any:
-    """The row that is written a second after its request."""
+    """Wait for the row, which is written a second after its request."""
     [row] = await_rows(superuser, account, action, 1)
     return row
 
 
 def await_rows(superuser: Engine, account: Account, action: str, number: int) -> list[Any]:
-    """So many, and no more, in their order."""
+    """Wait for exactly this number of rows; returns them in order."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while len(rows := rows_of(superuser, account, action)) < number:
         assert time.monotonic() < deadline, "It was never written."
@@ -107,29 +107,29 @@ def remove(account: Account, stripe: Sandbox) -> httpx.Response:
     return delete(account, "/webhooks/config/")
 
 
-def begin(account: Account) -> httpx.Response:
+def start_connect(account: Account) -> httpx.Response:
     return account.client.post(f"{API}/stripe/connect/", headers=bearer(account.tokens["access"]))
 
 
-def come_back(account: Account, stripe: Sandbox) -> httpx.Response:
-    url = stripe.approve(begin(account).json()["url"])
+def complete_connect(account: Account, stripe: Sandbox) -> httpx.Response:
+    url = stripe.approve(start_connect(account).json()["url"])
     return account.client.get(url, follow_redirects=False)
 
 
-def refuse(account: Account, stripe: Sandbox) -> httpx.Response:
-    return account.client.get(stripe.decline(begin(account).json()["url"]), follow_redirects=False)
+def decline_connect(account: Account, stripe: Sandbox) -> httpx.Response:
+    return account.client.get(stripe.decline(start_connect(account).json()["url"]), follow_redirects=False)
 
 
 def disconnect(account: Account, stripe: Sandbox) -> httpx.Response:
-    come_back(account, stripe)
+    complete_connect(account, stripe)
     return delete(account, "/stripe/disconnect/")
 
 
-# In the place of whatever the account at Stripe is called.
+# Stands for the id of the account at Stripe, whatever it is.
 ACCOUNT = "the account"
 
 Act = Callable[[Account, Sandbox], httpx.Response]
-# What is done; by whom; what the row names, and why.
+# The call, and the row's actor kind, subject and reason.
 CHANGES: dict[str, tuple[Act, str, str | None, str | None]] = {
     "user.logged_in": (lambda a, s: log_in(a.client, a.email), "anonymous", "ada@acme.example", None),
     "user.password_changed": (lambda a, s: change_password(a), "user", "ada@acme.example", None),
@@ -140,9 +140,9 @@ CHANGES: dict[str, tuple[Act, str, str | None, str | None]] = {
         None,
     ),
     "api_key.revoked": (lambda a, s: revoke(a), "user", "live", "leaked in a screenshot"),
-    "stripe.connect_started": (lambda a, s: begin(a), "user", "oauth", None),
-    "stripe.connected": (come_back, "anonymous", ACCOUNT, None),
-    "stripe.connect_refused": (refuse, "anonymous", None, "access-denied"),
+    "stripe.connect_started": (lambda a, s: start_connect(a), "user", "oauth", None),
+    "stripe.connected": (complete_connect, "anonymous", ACCOUNT, None),
+    "stripe.connect_refused": (decline_connect, "anonymous", None, "access-denied"),
     "stripe.disconnected": (disconnect, "user", ACCOUNT, None),
     "webhook.configured": (lambda a, s: configure(a), "user", "hooks.acme.example", None),
     "webhook.removed": (remove, "user", "hooks.acme.example", None),
@@ -150,7 +150,7 @@ CHANGES: dict[str, tuple[Act, str, str | None, str | None]] = {
 
 
 @pytest.mark.parametrize("action", CHANGES)
-def test_a_change_leaves_a_row(acme: Account, stripe: Sandbox, superuser: Engine, action: str) -> None:
+def test_each_change_is_audited(acme: Account, stripe: Sandbox, superuser: Engine, action: str) -> None:
     act, actor, subject, reason = CHANGES[action]
     answer = act(acme, stripe)
     assert (answer.status_code < 300) == (action != "stripe.connect_refused"), answer.text
@@ -161,7 +161,7 @@ def test_a_change_leaves_a_row(acme: Account, stripe: Sandbox, superuser: Engine
     assert (row.address, row.request_id) == ("testclient", answer.headers["x-request-id"])
 
 
-def test_registering_leaves_two_rows(client: TestClient, superuser: Engine) -> None:
+def test_a_registration_is_audited_in_two_rows(client: TestClient, superuser: Engine) -> None:
     answer = register(client)
     account = Account(client, answer.json())
     for action, subject in (("tenant.registered", "acme-inc"), ("user.added", "ada@acme.example")):
@@ -173,7 +173,7 @@ def test_registering_leaves_two_rows(client: TestClient, superuser: Engine) -> N
 # Each failure ------------------------------------------------------------------------------------
 
 
-def test_a_failed_login_leaves_a_row_with_its_address(acme: Account, superuser: Engine) -> None:
+def test_a_failed_login_is_audited_with_its_address(acme: Account, superuser: Engine) -> None:
     answer = log_in(acme.client, acme.email.upper(), "wrong password")
     assert answer.status_code == 401
     row = await_row(superuser, acme, "user.login_failed")
@@ -182,7 +182,7 @@ def test_a_failed_login_leaves_a_row_with_its_address(acme: Account, superuser: 
     assert row.details == {"cause": "wrong password"}
 
 
-def test_a_wrong_old_password_leaves_a_row(acme: Account, superuser: Engine) -> None:
+def test_a_wrong_old_password_is_audited(acme: Account, superuser: Engine) -> None:
     answer = change_password(acme, old="wrong password")
     assert answer.status_code == 403
     row = await_row(superuser, acme, "user.password_change_failed")
@@ -190,26 +190,26 @@ def test_a_wrong_old_password_leaves_a_row(acme: Account, superuser: Engine) -> 
     assert (row.address, row.request_id) == ("testclient", answer.headers["x-request-id"])
 
 
-def test_an_unknown_email_leaves_nothing_and_waits_for_nothing(store: Store, clock: TurnedClock) -> None:
+def test_a_flush_with_nothing_queued_does_nothing(store: Store, clock: TurnedClock) -> None:
     failed = FailedLogins(clock)
     assert failed.waiting == 0
     failed.flush(store)
 
 
 @pytest.fixture
-def guessed(settings: Settings, clock: TurnedClock, clean: None) -> Iterator[CheckedClient]:
-    """A client of a server that limits wrong passwords alone."""
+def throttling_client(settings: Settings, clock: TurnedClock, clean: None) -> Iterator[CheckedClient]:
+    """A client of a server that limits only wrong passwords."""
     policies = replace(Policies(), by_address={})
     with CheckedClient(create_app(settings, clock=clock, policies=policies)) as client:
         yield client
 
 
-def test_logins_that_are_throttled_leave_one_row_a_window(
-    guessed: CheckedClient, superuser: Engine, clock: TurnedClock
+def test_throttled_logins_are_audited_once_per_window(
+    throttling_client: CheckedClient, superuser: Engine, clock: TurnedClock
 ) -> None:
-    acme = Account(guessed, register(guessed).json())
+    acme = Account(throttling_client, register(throttling_client).json())
     for window in (1, 2):
-        answers = [log_in(guessed, acme.email.upper(), "wrong password") for _ in range(8)]
+        answers = [log_in(throttling_client, acme.email.upper(), "wrong password") for _ in range(8)]
         assert [answer.status_code for answer in answers] == [401] * 5 + [429] * 3
         await_rows(superuser, acme, "user.login_failed", 5 * window)
         *_, row = await_rows(superuser, acme, "user.login_throttled", window)
@@ -219,7 +219,7 @@ def test_logins_that_are_throttled_leave_one_row_a_window(
         clock.turn(seconds=int(answers[-1].headers["retry-after"]))
 
 
-def test_those_of_an_unknown_email_leave_none(
+def test_throttled_logins_of_an_unknown_email_are_not_audited(
     acme: Account, store: Store, superuser: Engine, clock: TurnedClock
 ) -> None:
     failed = FailedLogins(clock)
@@ -230,7 +230,7 @@ def test_those_of_an_unknown_email_leave_none(
     assert not rows_of(superuser, acme, "user.login_throttled")
 
 
-def test_those_of_a_colleague_are_theirs(
+def test_throttled_logins_are_attributed_to_the_right_user(
     acme: Account, store: Store, superuser: Engine, clock: TurnedClock
 ) -> None:
     tenant_id = UUID(acme.tenant["id"])
@@ -244,7 +244,7 @@ def test_those_of_a_colleague_are_theirs(
     assert row.subject == bob.email
 
 
-def test_a_storm_while_the_database_is_away_is_forgotten_from_its_beginning(
+def test_a_full_queue_of_failed_logins_drops_the_oldest(
     known: Known,
     acme: Account,
     store: Store,
@@ -261,7 +261,7 @@ def test_a_storm_while_the_database_is_away_is_forgotten_from_its_beginning(
     assert [row.details["cause"] for row in rows_of(superuser, acme, "user.login_failed")] == ["2", "3", "4"]
 
 
-def test_a_throttled_change_of_password_is_no_login(acme: Account, superuser: Engine) -> None:
+def test_a_throttled_password_change_is_not_audited_as_a_login(acme: Account, superuser: Engine) -> None:
     statuses = [change_password(acme, old="wrong password").status_code for _ in range(7)]
     assert statuses == [403] * 5 + [429] * 2
     await_rows(superuser, acme, "user.password_change_failed", 5)
@@ -276,7 +276,7 @@ def known(acme: Account, store: Store) -> Known:
     return found
 
 
-def test_what_could_not_be_written_waits(
+def test_failed_logins_stay_queued_while_the_database_is_unavailable(
     known: Known, acme: Account, store: Store, superuser: Engine, clock: TurnedClock
 ) -> None:
     failed = FailedLogins(clock)
@@ -292,7 +292,7 @@ def test_what_could_not_be_written_waits(
     assert failed.waiting == 0
 
 
-def test_two_that_write_at_once_write_each_row_once(
+def test_simultaneous_flushes_write_each_row_once(
     known: Known, acme: Account, store: Store, superuser: Engine, clock: TurnedClock
 ) -> None:
     failed = FailedLogins(clock)
@@ -304,7 +304,7 @@ def test_two_that_write_at_once_write_each_row_once(
     assert sorted(int(row.details["cause"]) for row in rows) == list(range(40))
 
 
-def test_what_can_never_be_written_is_given_up(
+def test_a_failed_login_of_a_deleted_tenant_is_discarded(
     known: Known, store: Store, superuser: Engine, acme: Account, clock: TurnedClock
 ) -> None:
     failed = FailedLogins(clock)
@@ -320,7 +320,7 @@ def test_what_can_never_be_written_is_given_up(
 
 
 def recorded_in(path: Path) -> Iterator[str]:
-    """Every action that is named where something is recorded or noted."""
+    """Every action named in a call of `audit.record`, or assigned in `failed_logins.py`."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("audit.record"):
             yield from names_in(node.args[0])
@@ -334,7 +334,7 @@ def names_in(node: ast.AST) -> Iterator[str]:
             yield str(inner.value)
 
 
-def test_the_documented_actions_are_those_that_are_recorded() -> None:
+def test_the_documented_actions_are_exactly_those_recorded() -> None:
     recorded = {name for path in (ROOT / "billing").rglob("*.py") for name in recorded_in(path)}
     rows = re.findall(r"^\| `([a-z_]+\.[a-z_]+)` \|", (ROOT / "docs/audit.md").read_text(), re.MULTILINE)
     assert len(rows) == len(set(rows))

@@ -1,4 +1,4 @@
-"""Operations 1–7, by status."""
+"""Operations 1–7 (registration, login, tokens, verification), by status."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def code_of(response: Any) -> tuple[int, str]:
 # register ----------------------------------------------------------------------------------------
 
 
-def test_register_answers_everything_once(client: TestClient) -> None:
+def test_register_returns_tenant_user_and_secrets(client: TestClient) -> None:
     answer = register(
         client, first_name="Ada", domain="acme.example", webhook_url="https://hooks.acme.example/"
     )
@@ -49,14 +49,14 @@ def test_register_answers_everything_once(client: TestClient) -> None:
     assert answer.headers["cache-control"] == "no-store"
 
 
-def test_secrets_are_nowhere_else(acme: Account) -> None:
+def test_no_other_operation_returns_a_secret(acme: Account) -> None:
     shown = [acme.get(path).text for path in ("/me/", "/details/", "/verify/", "/api-keys/")]
     shown.append(log_in(acme.client, acme.email).text)
     secrets = {acme.tenant[name] for name in SECRETS if "public" not in name}
     assert not [secret for secret in secrets for text in shown if secret in text]
 
 
-def test_nothing_secret_is_stored_as_text(acme: Account, superuser: Engine) -> None:
+def test_secrets_are_not_stored_as_plain_text(acme: Account, superuser: Engine) -> None:
     with superuser.connect() as connection:
         tables = ("tenants", "users", "sessions", "api_keys", "webhook_secrets", "directory", "audit_log")
         stored = "".join(str(connection.execute(text(f"SELECT * FROM {table}")).all()) for table in tables)
@@ -81,7 +81,7 @@ def test_slug_is_made_unique(acme: Account) -> None:
     assert other["slug"].startswith("acme-inc-")
 
 
-def test_slug_of_a_name_without_latin_letters(client: TestClient) -> None:
+def test_slug_of_a_company_name_without_latin_letters(client: TestClient) -> None:
     assert register(client, "北京", email="x@beijing.example").json()["tenant"]["slug"] == "bei-jing"
     assert register(client, "!!!", email="y@beijing.example").json()["tenant"]["slug"] == "tenant"
 
@@ -101,7 +101,7 @@ def test_fifty_registrations_of_one_email_make_one_tenant(flooded: TestClient, s
 
 
 @pytest.mark.parametrize("password", [PASSWORD, "SecurePassword123!", NEW_PASSWORD])
-def test_passwords_in_use_by_existing_clients_pass(client: TestClient, password: str) -> None:
+def test_passwords_of_existing_clients_are_accepted(client: TestClient, password: str) -> None:
     assert register(client, password=password).status_code == 201
 
 
@@ -120,7 +120,7 @@ def test_422_for_a_webhook_url_that_is_not_public(client: TestClient, url: str) 
     assert code_of(register(client, webhook_url=url)) == (422, "webhook-url-refused")
 
 
-def test_400_names_each_fault_and_repeats_no_value(client: TestClient) -> None:
+def test_400_lists_each_fault_without_echoing_values(client: TestClient) -> None:
     answer = register(client, password="hunter2", surprise="hunter2")
     assert code_of(answer) == (400, "invalid-request")
     assert {fault["pointer"] for fault in answer.json()["errors"]} == {"", "/password"}
@@ -131,14 +131,14 @@ def test_400_names_each_fault_and_repeats_no_value(client: TestClient) -> None:
 # login -------------------------------------------------------------------------------------------
 
 
-def test_log_in_opens_a_session_and_notes_it(acme: Account) -> None:
+def test_log_in_opens_a_session_and_sets_last_login(acme: Account) -> None:
     answer = log_in(acme.client, "ADA@acme.example")
     assert answer.status_code == 200
     assert answer.json()["user"]["last_login"] is not None
     assert acme.client.get(f"{API}/me/", headers=bearer(answer.json()["tokens"]["access"])).status_code == 200
 
 
-def read_and_disabled(acme: Account, store: Store, clock: TurnedClock) -> FoundAccount:
+def read_then_disabled(acme: Account, store: Store, clock: TurnedClock) -> FoundAccount:
     """The account as it was read before its user was disabled."""
     with store.platform() as platform:
         account = platform.find_account(acme.email)
@@ -151,7 +151,7 @@ def read_and_disabled(acme: Account, store: Store, clock: TurnedClock) -> FoundA
 def test_a_user_who_is_disabled_while_they_log_in_gets_no_session(
     acme: Account, store: Store, settings: Settings, superuser: Engine, clock: TurnedClock
 ) -> None:
-    account = read_and_disabled(acme, store, clock)
+    account = read_then_disabled(acme, store, clock)
     tokens = Tokens(settings.jwt_keys, settings.public_base_url)
     with store.tenant(account.tenant.id) as tx, pytest.raises(InvalidCredentials):
         sessions.log_in(tx, account, renewed_hash=None, tokens=tokens, now=clock())
@@ -159,7 +159,7 @@ def test_a_user_who_is_disabled_while_they_log_in_gets_no_session(
         assert connection.scalar(text("SELECT count(*) FROM sessions")) == 1
 
 
-def test_log_in_hashes_anew_what_was_hashed_at_another_cost(
+def test_log_in_rehashes_a_password_stored_at_another_cost(
     acme: Account, settings: Settings, superuser: Engine
 ) -> None:
     stored = Passwords(settings.password_peppers, settings.password_cost + 1).hash(PASSWORD)
@@ -171,7 +171,7 @@ def test_log_in_hashes_anew_what_was_hashed_at_another_cost(
     assert cost_of(renewed.split("$", 2)[2]) == settings.password_cost
 
 
-def test_log_in_says_the_same_for_every_reason(acme: Account, superuser: Engine) -> None:
+def test_log_in_gives_the_same_refusal_for_every_reason(acme: Account, superuser: Engine) -> None:
     refusals = [log_in(acme.client, acme.email, "wrong"), log_in(acme.client, "nobody@acme.example")]
     with superuser.begin() as connection:
         connection.execute(text("UPDATE users SET is_active = false"))
@@ -192,12 +192,12 @@ def test_log_in_ignores_stale_credentials(acme: Account) -> None:
     assert acme.client.post(f"{API}/login/", json=body, headers=stale).status_code == 200
 
 
-def test_a_password_means_its_composed_form(client: TestClient) -> None:
+def test_passwords_are_compared_in_composed_unicode_form(client: TestClient) -> None:
     register(client, password="Cafe\u0301 Zu\u0308rich am See")
     assert log_in(client, "ada@acme.example", "Caf\u00e9 Z\u00fcrich am See").status_code == 200
 
 
-def test_a_long_password_counts_to_its_end(client: TestClient) -> None:
+def test_a_long_password_is_not_truncated(client: TestClient) -> None:
     password = "correct horse battery staple " * 4
     register(client, password=password)
     assert log_in(client, "ada@acme.example", password[:-2] + "!!").status_code == 401
@@ -211,7 +211,7 @@ def refresh(client: TestClient, token: str) -> Any:
     return client.post(f"{API}/token/refresh/", json={"refresh": token})
 
 
-def test_refresh_rotates(acme: Account) -> None:
+def test_refresh_rotates_the_refresh_token(acme: Account) -> None:
     first = refresh(acme.client, acme.tokens["refresh"])
     assert first.status_code == 200
     assert first.json()["refresh"] != acme.tokens["refresh"]
@@ -249,7 +249,9 @@ def bob(acme: Account, store: Store, settings: Settings, clock: TurnedClock) -> 
     return access
 
 
-def test_a_token_used_twice_ends_its_own_session_alone(acme: Account, bob: str, clock: TurnedClock) -> None:
+def test_a_reused_refresh_token_ends_only_its_own_session(
+    acme: Account, bob: str, clock: TurnedClock
+) -> None:
     elsewhere = log_in(acme.client, acme.email).json()["tokens"]["access"]
     refresh(acme.client, acme.tokens["refresh"])
     clock.turn(seconds=11)
@@ -265,7 +267,7 @@ def test_a_repeat_after_the_successor_was_used_ends_the_session(acme: Account) -
     assert code_of(refresh(acme.client, acme.tokens["refresh"])) == (401, "refresh-token-reused")
 
 
-def test_a_hundred_refreshes_at_once_leave_one_living_family(flooded: TestClient) -> None:
+def test_a_hundred_simultaneous_refreshes_get_one_successor(flooded: TestClient) -> None:
     acme = Account(flooded, register(flooded).json())
     with ThreadPoolExecutor(25) as pool:
         answers = list(pool.map(lambda _: refresh(acme.client, acme.tokens["refresh"]), range(100)))
@@ -274,7 +276,7 @@ def test_a_hundred_refreshes_at_once_leave_one_living_family(flooded: TestClient
     assert refresh(acme.client, successor).status_code == 200
 
 
-def test_refresh_ends_after_seven_idle_days_and_thirty_in_all(acme: Account, clock: TurnedClock) -> None:
+def test_refresh_expires_after_seven_idle_days_and_thirty_in_all(acme: Account, clock: TurnedClock) -> None:
     token = acme.tokens["refresh"]
     for _ in range(4):
         clock.turn(days=6.9)
@@ -287,33 +289,31 @@ def test_refresh_ends_after_seven_idle_days_and_thirty_in_all(acme: Account, clo
 
 
 @pytest.mark.parametrize("token", ["", "x", "a.b.c", "eyJhbGciOiJub25lIn0.e30.", "\U0001f511", "." * 16_000])
-def test_401_for_any_string_that_is_no_refresh_token(client: TestClient, token: str) -> None:
+def test_401_for_a_malformed_refresh_token(client: TestClient, token: str) -> None:
     assert code_of(refresh(client, token)) == (401, "token-invalid")
 
 
-def test_an_access_token_is_no_refresh_token_and_the_other_way_round(acme: Account) -> None:
+def test_access_and_refresh_tokens_are_not_interchangeable(acme: Account) -> None:
     assert code_of(refresh(acme.client, acme.tokens["access"])) == (401, "token-invalid")
     answer = acme.client.get(f"{API}/me/", headers=bearer(acme.tokens["refresh"]))
     assert code_of(answer) == (401, "token-invalid")
 
 
-def test_the_refresh_token_of_a_tenant_that_is_gone_is_401(
-    acme: Account, store: Store, superuser: Engine
-) -> None:
+def test_401_for_a_refresh_token_of_a_deleted_tenant(acme: Account, store: Store, superuser: Engine) -> None:
     with superuser.begin() as connection:
         for table in reversed(metadata.sorted_tables):
             connection.execute(table.delete())
     assert code_of(refresh(acme.client, acme.tokens["refresh"])) == (401, "session-ended")
 
 
-def test_refresh_of_a_disabled_tenant_is_403(acme: Account, superuser: Engine) -> None:
+def test_403_for_a_refresh_of_a_disabled_tenant(acme: Account, superuser: Engine) -> None:
     with superuser.begin() as connection:
         connection.execute(text("UPDATE tenants SET is_active = false"))
     assert code_of(refresh(acme.client, acme.tokens["refresh"])) == (403, "tenant-disabled")
 
 
 @pytest.mark.parametrize("ending", ["is_active = false", "token_version = token_version + 1"])
-def test_either_ends_a_refresh_token_whatever_becomes_of_its_session(
+def test_a_disabled_user_or_newer_token_version_ends_refresh_tokens(
     acme: Account, superuser: Engine, ending: str
 ) -> None:
     with superuser.begin() as connection:
@@ -324,7 +324,7 @@ def test_either_ends_a_refresh_token_whatever_becomes_of_its_session(
 # me, change-password -----------------------------------------------------------------------------
 
 
-def test_me_answers_user_and_tenant(acme: Account) -> None:
+def test_me_returns_user_and_tenant(acme: Account) -> None:
     answer = acme.get("/me/").json()
     assert answer["user"]["tenant"] == answer["tenant"]["id"] == acme.tenant["id"]
     assert answer["user"]["tenant_name"] == "Acme Inc."
@@ -339,13 +339,13 @@ def test_an_access_token_lives_fifteen_minutes(acme: Account, clock: TurnedClock
     assert 'error="invalid_token"' in answer.headers["www-authenticate"]
 
 
-def test_401_without_credentials_bears_no_error_code(client: TestClient) -> None:
+def test_401_without_credentials_has_no_error_attribute(client: TestClient) -> None:
     answer = client.get(f"{API}/me/")
     assert code_of(answer) == (401, "credentials-missing")
     assert answer.headers["www-authenticate"] == 'Bearer realm="billing"'
 
 
-def test_401_for_a_token_signed_by_a_stranger(acme: Account) -> None:
+def test_401_for_a_forged_or_unsigned_token(acme: Account) -> None:
     claims = jwt.decode(acme.tokens["access"], options={"verify_signature": False})
     forged = jwt.encode(claims, "k" * 32, headers={"typ": "at+jwt", "kid": "k1"})
     unsigned = jwt.encode(claims, None, algorithm="none", headers={"typ": "at+jwt", "kid": "k1"})
@@ -382,7 +382,7 @@ def test_change_password_ends_every_other_session(acme: Account) -> None:
     assert refresh(acme.client, new["refresh"]).status_code == 200
 
 
-def test_however_many_sessions_there_are_change_password_ends_all(acme: Account, superuser: Engine) -> None:
+def test_change_password_ends_more_sessions_than_a_batch(acme: Account, superuser: Engine) -> None:
     others = [log_in(acme.client, acme.email).json()["tokens"] for _ in range(2)]
     many = (
         "INSERT INTO sessions SELECT tenant_id, gen_random_uuid(), user_id, current_jti, NULL, created_at, "
@@ -393,20 +393,20 @@ def test_however_many_sessions_there_are_change_password_ends_all(acme: Account,
     assert change_password(acme).status_code == 200
     with superuser.connect() as connection:
         living = connection.scalar(text("SELECT count(*) FROM sessions WHERE ended_at IS NULL"))
-    assert living > 1  # Of which nobody has a token that works.
+    assert living > 1  # Beyond a batch they are not marked; their tokens are of an older version.
     for tokens in others:
         assert code_of(refresh(acme.client, tokens["refresh"])) == (401, "session-ended")
         answer = acme.client.get(f"{API}/me/", headers=bearer(tokens["access"]))
         assert code_of(answer) == (401, "session-ended")
 
 
-def test_change_password_leaves_the_sessions_of_others_alone(acme: Account, bob: str) -> None:
+def test_change_password_keeps_the_sessions_of_other_users(acme: Account, bob: str) -> None:
     assert change_password(acme).status_code == 200
     assert acme.client.get(f"{API}/me/", headers=bearer(bob)).status_code == 200
 
 
-def test_change_password_leaves_one_living_session(acme: Account, superuser: Engine) -> None:
-    # Their tokens are of an older version, and would be refused even so.
+def test_change_password_leaves_one_active_session(acme: Account, superuser: Engine) -> None:
+    # The ended sessions' tokens are of an older version, and would be refused anyway.
     log_in(acme.client, acme.email)
     change_password(acme)
     with superuser.connect() as connection:
@@ -414,7 +414,7 @@ def test_change_password_leaves_one_living_session(acme: Account, superuser: Eng
     assert living == 1
 
 
-def test_the_audit_log_has_what_an_account_went_through(acme: Account, superuser: Engine) -> None:
+def test_login_and_password_change_are_audited_in_order(acme: Account, superuser: Engine) -> None:
     log_in(acme.client, acme.email)
     change_password(acme)
     with superuser.connect() as connection:
@@ -434,14 +434,14 @@ def test_403_for_a_wrong_old_password(acme: Account) -> None:
     assert code_of(answer) == (403, "wrong-password")
 
 
-def test_422_for_a_new_password_made_of_own_words(acme: Account) -> None:
+def test_422_for_a_new_password_made_of_account_data(acme: Account) -> None:
     assert code_of(change_password(acme, new="acme.example1")) == (422, "password-too-weak")
 
 
 def test_a_user_who_is_disabled_while_they_change_their_password_gets_no_session(
     acme: Account, store: Store, settings: Settings, superuser: Engine, clock: TurnedClock
 ) -> None:
-    account = read_and_disabled(acme, store, clock)
+    account = read_then_disabled(acme, store, clock)
     tokens = Tokens(settings.jwt_keys, settings.public_base_url)
     with store.tenant(account.tenant.id) as tx, pytest.raises(SessionEnded):
         sessions.change_password(tx, account.user, "-", tokens=tokens, now=clock())
@@ -450,7 +450,7 @@ def test_a_user_who_is_disabled_while_they_change_their_password_gets_no_session
         assert connection.scalar(text("SELECT password_hash FROM users")) == account.password_hash
 
 
-def test_two_changes_at_once_change_it_once(acme: Account) -> None:
+def test_of_two_simultaneous_password_changes_one_succeeds(acme: Account) -> None:
     both = threading.Barrier(2)
 
     def change(new: str) -> int:
@@ -476,7 +476,7 @@ PUBLIC_MEMBERS = {"id", "company_name", "slug", "is_active", "created_at"}
 
 @pytest.mark.parametrize("name", KEYS)
 @pytest.mark.parametrize("header", ["X-API-Key", "Authorization"])
-def test_verify_knows_every_key_by_both_headers(acme: Account, name: str, header: str) -> None:
+def test_verify_accepts_every_key_in_both_headers(acme: Account, name: str, header: str) -> None:
     key = acme.tenant[name]
     sent = {header: f"Bearer {key}" if header == "Authorization" else key}
     answer = acme.client.get(f"{API}/verify/", headers=sent).json()
@@ -497,11 +497,11 @@ def test_details_by_key_and_by_user(acme: Account) -> None:
     assert by_user["tenant"]["email"] == acme.email
 
 
-def test_verify_by_user_has_no_key(acme: Account) -> None:
+def test_verify_by_user_returns_no_key(acme: Account) -> None:
     assert acme.get("/verify/").json().keys() == {"valid", "tenant"}
 
 
-def test_401_tells_what_is_wrong_with_a_key(acme: Account) -> None:
+def test_401_distinguishes_malformed_and_unknown_keys(acme: Account) -> None:
     def code(key: str) -> tuple[int, str]:
         return code_of(acme.client.get(f"{API}/verify/", headers={"X-API-Key": key}))
 
@@ -510,21 +510,21 @@ def test_401_tells_what_is_wrong_with_a_key(acme: Account) -> None:
     assert code(swapped) == (401, "key-malformed")
     assert code("sk_live_short") == (401, "key-malformed")
     assert code("") == (401, "key-malformed")
-    assert code(stranger()) == (401, "key-unknown")
+    assert code(unknown_key()) == (401, "key-unknown")
 
 
-def stranger() -> str:
+def unknown_key() -> str:
     from billing.keys import mint
 
     return mint("live_secret")
 
 
-def test_a_bad_bearer_is_401_even_beside_a_good_key(acme: Account) -> None:
+def test_401_for_a_bad_authorization_header_despite_a_good_key(acme: Account) -> None:
     for authorization in (
         "Bearer nonsense",
         "Bearer",
         "Basic dXNlcjpwYXNz",
-        f"Bearer {stranger()}",
+        f"Bearer {unknown_key()}",
         "garbage",
     ):
         headers = {"Authorization": authorization, "X-API-Key": acme.tenant["api_key_secret"]}
@@ -533,12 +533,12 @@ def test_a_bad_bearer_is_401_even_beside_a_good_key(acme: Account) -> None:
         assert 'error="invalid_token"' in answer.headers["www-authenticate"]
 
 
-def test_a_credential_in_the_query_is_never_read(acme: Account) -> None:
+def test_401_for_a_key_in_the_query_string(acme: Account) -> None:
     answer = acme.client.get(f"{API}/verify/", params={"X-API-Key": acme.tenant["api_key_secret"]})
     assert answer.status_code == 401
 
 
-def test_a_key_may_verify_itself_and_no_more(acme: Account) -> None:
+def test_a_key_is_refused_where_a_user_is_required(acme: Account) -> None:
     key = acme.tenant["api_key_secret"]
     for path, roles in (("/me/", "developer or admin or owner"), ("/api-keys/", "admin or owner")):
         answer = acme.client.get(f"{API}{path}", headers=bearer(key))
