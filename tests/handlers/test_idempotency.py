@@ -1,4 +1,4 @@
-"""Idempotency-Key: the operations that take it do a thing once, and say the same of it to whoever asks again."""
+"""Idempotency-Key: operations that take it are executed once, and a repeat gets the same answer again."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ BODIES: dict[str, Any] = {
     "send_test_webhook": {"test_data": {"a": 1}},
 }
 KEYED = {o.operation_id: o for o in operations(DOCUMENT) if takes_key(o)}
-# Its caller's token ends with it: a repeat is told that first.
+# change_password ends its caller's token: a repeat is refused for that first.
 STAYS_SIGNED_IN = [name for name in BODIES if name != "change_password"]
 
 
@@ -57,7 +57,7 @@ STAYS_SIGNED_IN = [name for name in BODIES if name != "change_password"]
 def whole_app(
     settings: Settings, running_stripe: Sandbox, shared_clock: TurnedClock, shared_counters: InProcess
 ) -> Iterator[TestClient]:
-    """An app with a Stripe, that may call loopback."""
+    """An app with Stripe configured, whose webhooks may go to loopback."""
     opened = replace(
         settings,
         stripe_secret_key=running_stripe.secret_key,
@@ -86,10 +86,10 @@ def receiver() -> Iterator[Receiver]:
         yield running
 
 
-def ask(
+def call(
     account: Account, operation_id: str, *, key: str | None = "one", body: Any = "usual", **headers: str
 ) -> httpx.Response:
-    """Ask for an operation, as the owner where it is not for anyone."""
+    """Call an operation, as the owner unless it is public."""
     operation = KEYED[operation_id]
     if operation.schemes:
         headers = {**bearer(account.tokens["access"]), **headers}
@@ -107,8 +107,8 @@ def problem(answer: httpx.Response) -> tuple[int, str]:
     return answer.status_code, answer.json()["code"]
 
 
-def everything(superuser: Engine) -> dict[str, list[str]]:
-    """All rows of all tables, but what is noted of a login."""
+def all_rows(superuser: Engine) -> dict[str, list[str]]:
+    """All rows of all tables."""
     with superuser.connect() as connection:
         return {
             table: sorted(connection.scalars(text(f"SELECT to_jsonb(t)::text FROM {table} t")))
@@ -121,33 +121,33 @@ def count(superuser: Engine, table: str) -> int:
         return connection.scalar(text(f"SELECT count(*) FROM {table}")) or 0
 
 
-# Once --------------------------------------------------------------------------------------------
+# Executed once -----------------------------------------------------------------------------------
 
 
-def test_the_operations_are_those_that_change_something_for_good() -> None:
+def test_every_operation_that_takes_a_key_is_tested() -> None:
     assert KEYED.keys() == BODIES.keys()
 
 
 @pytest.fixture
 def listening(acme: Account, receiver: Receiver) -> Account:
-    """Acme, whose webhook has a receiver."""
+    """Acme, with a webhook whose receiver is running."""
     url = f"http://localhost:{receiver.port}/in"
     assert acme.post("/webhooks/config/", {"webhook_url": url}).is_success
     return acme
 
 
 @pytest.mark.parametrize("operation_id", STAYS_SIGNED_IN)
-def test_a_repeat_is_answered_alike_and_changes_nothing(
+def test_a_repeat_replays_the_answer_and_changes_nothing(
     listening: Account, superuser: Engine, operation_id: str
 ) -> None:
-    first = ask(listening, operation_id)
-    before = everything(superuser)
-    again = ask(listening, operation_id)
+    first = call(listening, operation_id)
+    before = all_rows(superuser)
+    again = call(listening, operation_id)
 
     assert first.is_success, first.text
     assert (again.status_code, again.content) == (first.status_code, first.content)
     assert (is_replayed(first), is_replayed(again)) == (False, True)
-    assert everything(superuser) == before
+    assert all_rows(superuser) == before
     own = {"x-request-id", "idempotent-replayed", "ratelimit"}
     assert {k: v for k, v in again.headers.items() if k not in own} == {
         k: v for k, v in first.headers.items() if k not in own
@@ -155,36 +155,36 @@ def test_a_repeat_is_answered_alike_and_changes_nothing(
     assert again.headers["x-request-id"] != first.headers["x-request-id"]
 
 
-def test_a_changed_password_is_told_again_to_whoever_has_logged_in_with_it(acme: Account) -> None:
-    first = ask(acme, "change_password")
-    assert problem(ask(acme, "change_password")) == (401, "session-ended")
+def test_a_password_change_is_replayed_after_a_login_with_the_new_password(acme: Account) -> None:
+    first = call(acme, "change_password")
+    assert problem(call(acme, "change_password")) == (401, "session-ended")
     renewed = Account(acme.client, log_in(acme.client, acme.email, NEW_PASSWORD).json())
-    again = ask(renewed, "change_password")
+    again = call(renewed, "change_password")
     assert (is_replayed(again), again.content) == (True, first.content)
 
 
-def test_a_receiver_is_tested_once(listening: Account, receiver: Receiver) -> None:
+def test_a_repeated_test_webhook_is_sent_once(listening: Account, receiver: Receiver) -> None:
     for _ in range(3):
-        assert ask(listening, "send_test_webhook").json()["success"]
+        assert call(listening, "send_test_webhook").json()["success"]
     assert len(receiver.received) == 1
 
 
 @pytest.mark.parametrize("operation_id", ["regenerate_api_keys", "configure_webhook"])
-def test_without_a_key_it_is_done_each_time(acme: Account, operation_id: str) -> None:
-    first, second = (ask(acme, operation_id, key=None) for _ in range(2))
+def test_a_repeat_without_a_key_is_executed_again(acme: Account, operation_id: str) -> None:
+    first, second = (call(acme, operation_id, key=None) for _ in range(2))
     assert first.content != second.content
     assert not is_replayed(second)
 
 
-def test_a_cookie_is_part_of_the_answer(acme: Account) -> None:
+def test_a_replay_includes_the_cookie(acme: Account) -> None:
     ours = {"Sec-Fetch-Site": "same-origin", "Origin": "http://testserver"}
-    first, again = (ask(acme, "start_stripe_connect", **ours) for _ in range(2))
+    first, again = (call(acme, "start_stripe_connect", **ours) for _ in range(2))
     assert first.headers["set-cookie"] == again.headers["set-cookie"]
     assert is_replayed(again)
 
 
-def test_the_same_json_is_the_same_however_it_is_written(acme: Account) -> None:
-    first = ask(acme, "regenerate_api_keys")
+def test_equivalent_json_is_the_same_request(acme: Account) -> None:
+    first = call(acme, "regenerate_api_keys")
     headers = {
         **bearer(acme.tokens["access"]),
         "Idempotency-Key": "one",
@@ -195,35 +195,35 @@ def test_the_same_json_is_the_same_however_it_is_written(acme: Account) -> None:
     assert (is_replayed(again), again.content) == (True, first.content)
 
 
-def test_a_key_means_the_same_in_quotes_and_without(acme: Account) -> None:
-    ask(acme, "regenerate_api_keys", key='"one"')
-    assert is_replayed(ask(acme, "regenerate_api_keys", key="one"))
+def test_quoted_and_unquoted_keys_are_equal(acme: Account) -> None:
+    call(acme, "regenerate_api_keys", key='"one"')
+    assert is_replayed(call(acme, "regenerate_api_keys", key="one"))
 
 
-def test_the_answer_is_the_old_one_whatever_has_happened_since(acme: Account) -> None:
-    first = ask(acme, "regenerate_api_keys")
+def test_a_replay_is_unchanged_by_later_events(acme: Account) -> None:
+    first = call(acme, "regenerate_api_keys")
     acme.revoke()
-    again = ask(acme, "regenerate_api_keys")
+    again = call(acme, "regenerate_api_keys")
     assert again.content == first.content
     secret = again.json()["keys"]["live_secret"]["key"]
     assert acme.client.get(f"{API}/verify/", headers=bearer(secret)).json()["code"] == "key-revoked"
 
 
-def test_twenty_at_once_are_one(acme: Account, superuser: Engine) -> None:
+def test_twenty_simultaneous_repeats_are_executed_once(acme: Account, superuser: Engine) -> None:
     with ThreadPoolExecutor(20) as pool:
-        got = list(pool.map(lambda _: ask(acme, "regenerate_api_keys"), range(20)))
+        got = list(pool.map(lambda _: call(acme, "regenerate_api_keys"), range(20)))
     done = [answer for answer in got if answer.is_success]
     assert len([answer for answer in done if not is_replayed(answer)]) == 1
     assert len({answer.content for answer in done}) == 1
     assert {problem(answer) for answer in got if not answer.is_success} <= {(409, "idempotency-in-progress")}
-    # Those of the registration, and the new ones.
+    # Four from the registration, and four new ones.
     assert count(superuser, "api_keys") == 8
 
 
-def test_twenty_who_register_at_once_are_one(client: TestClient, superuser: Engine) -> None:
-    nobody = Account(client, {})
+def test_twenty_simultaneous_registrations_create_one_tenant(client: TestClient, superuser: Engine) -> None:
+    anonymous = Account(client, {})
     with ThreadPoolExecutor(20) as pool:
-        got = list(pool.map(lambda _: ask(nobody, "register_tenant"), range(20)))
+        got = list(pool.map(lambda _: call(anonymous, "register_tenant"), range(20)))
     assert {answer.status_code for answer in got} <= {201, 409}
     assert len({answer.content for answer in got if answer.is_success}) == 1
     assert "email-taken" not in {answer.json().get("code") for answer in got}
@@ -235,11 +235,11 @@ def test_twenty_who_register_at_once_are_one(client: TestClient, superuser: Engi
 
 @pytest.mark.parametrize(
     "key",
-    # Of letters that no id in an answer has.
+    # Of letters that do not occur in an answer's ids.
     ["", '""', "z y", '"z', 'z"', 'z"y', '"z"y"', "z\\y", "z\ty", "\xe9", "z" * 256, '"' + "z" * 254 + '"'],
 )
-def test_400_for_what_is_no_key(acme: Account, key: str) -> None:
-    answer = ask(acme, "regenerate_api_keys", key=key.encode("latin-1"))  # type: ignore[arg-type]
+def test_400_for_a_malformed_key(acme: Account, key: str) -> None:
+    answer = call(acme, "regenerate_api_keys", key=key.encode("latin-1"))  # type: ignore[arg-type]
     assert problem(answer) == (400, "invalid-request")
     assert {fault["pointer"] for fault in answer.json()["errors"]} == {"/header/Idempotency-Key"}
     assert not key or key not in answer.text
@@ -248,9 +248,9 @@ def test_400_for_what_is_no_key(acme: Account, key: str) -> None:
 @pytest.mark.parametrize(
     "key", ["a", "a" * 255, '"' + "a" * 253 + '"', '"a b"', "~!#$%&'()*+,-./:;<=>?@[]^_`{|}"]
 )
-def test_a_key_may_be(acme: Account, key: str) -> None:
-    assert not is_replayed(ask(acme, "regenerate_api_keys", key=key))
-    assert is_replayed(ask(acme, "regenerate_api_keys", key=key))
+def test_well_formed_keys_are_accepted(acme: Account, key: str) -> None:
+    assert not is_replayed(call(acme, "regenerate_api_keys", key=key))
+    assert is_replayed(call(acme, "regenerate_api_keys", key=key))
 
 
 def test_400_for_two_keys(acme: Account) -> None:
@@ -259,41 +259,41 @@ def test_400_for_two_keys(acme: Account) -> None:
     assert problem(answer) == (400, "invalid-request")
 
 
-def test_where_it_changes_nothing_the_header_is_not_looked_at(acme: Account) -> None:
+def test_operations_that_change_nothing_ignore_the_header(acme: Account) -> None:
     headers = {**bearer(acme.tokens["access"]), "Idempotency-Key": "no key"}
     assert acme.client.get(f"{API}/me/", headers=headers).status_code == 200
 
 
-def test_422_for_another_body(acme: Account, superuser: Engine) -> None:
-    ask(acme, "regenerate_api_keys")
-    before = everything(superuser)
-    answer = ask(acme, "regenerate_api_keys", body={**REGENERATE, "grace_period_seconds": 1})
+def test_422_for_the_same_key_with_another_body(acme: Account, superuser: Engine) -> None:
+    call(acme, "regenerate_api_keys")
+    before = all_rows(superuser)
+    answer = call(acme, "regenerate_api_keys", body={**REGENERATE, "grace_period_seconds": 1})
     assert problem(answer) == (422, "idempotency-key-reused")
-    assert everything(superuser) == before
+    assert all_rows(superuser) == before
 
 
-def test_422_for_another_operation(acme: Account) -> None:
-    ask(acme, "regenerate_api_keys")
-    assert problem(ask(acme, "revoke_api_keys", body=REGENERATE)) == (422, "idempotency-key-reused")
+def test_422_for_the_same_key_with_another_operation(acme: Account) -> None:
+    call(acme, "regenerate_api_keys")
+    assert problem(call(acme, "revoke_api_keys", body=REGENERATE)) == (422, "idempotency-key-reused")
 
 
-def test_a_body_that_is_no_good_claims_nothing(acme: Account) -> None:
-    assert ask(acme, "regenerate_api_keys", body={}).status_code == 400
-    assert ask(acme, "regenerate_api_keys").status_code == 200
+def test_an_invalid_body_does_not_claim_the_key(acme: Account) -> None:
+    assert call(acme, "regenerate_api_keys", body={}).status_code == 400
+    assert call(acme, "regenerate_api_keys").status_code == 200
 
 
-# Whose key it is ---------------------------------------------------------------------------------
+# Scope of a key ----------------------------------------------------------------------------------
 
 
-def test_another_tenant_may_choose_the_same_key(acme: Account, globex: Account) -> None:
-    first, second = ask(acme, "regenerate_api_keys"), ask(globex, "regenerate_api_keys")
+def test_another_tenant_may_use_the_same_key(acme: Account, globex: Account) -> None:
+    first, second = call(acme, "regenerate_api_keys"), call(globex, "regenerate_api_keys")
     assert second.is_success
     assert not is_replayed(second)
     assert first.json()["keys"].keys() == second.json()["keys"].keys()
     assert first.content != second.content
 
 
-def test_another_user_of_the_tenant_gets_an_answer_of_their_own(
+def test_another_user_of_the_tenant_may_use_the_same_key(
     acme: Account, store: Store, superuser: Engine
 ) -> None:
     with superuser.begin() as connection:
@@ -310,14 +310,14 @@ def test_another_user_of_the_tenant_gets_an_answer_of_their_own(
             )
         )
     bob = Account(acme.client, log_in(acme.client, "bob@acme.example").json())
-    first, second = ask(acme, "regenerate_api_keys"), ask(bob, "regenerate_api_keys")
+    first, second = call(acme, "regenerate_api_keys"), call(bob, "regenerate_api_keys")
     assert not is_replayed(second)
     assert first.content != second.content
 
 
-def test_whoever_registers_is_known_by_their_address(client: TestClient) -> None:
+def test_keys_of_registrations_are_scoped_by_address(client: TestClient) -> None:
     body = BODIES["register_tenant"]
-    first = ask(Account(client, {}), "register_tenant")
+    first = call(Account(client, {}), "register_tenant")
     elsewhere = TestClient(client.app, client=("192.0.2.7", 50000))
     headers = {"Idempotency-Key": "one"}
     answer = elsewhere.post(f"{API}/register/", json=body, headers=headers)
@@ -325,51 +325,51 @@ def test_whoever_registers_is_known_by_their_address(client: TestClient) -> None
     assert problem(answer) == (409, "email-taken")
 
 
-def test_a_replay_needs_credentials_that_would_do(acme: Account, clock: TurnedClock) -> None:
-    ask(acme, "regenerate_api_keys")
+def test_a_replay_requires_valid_credentials(acme: Account, clock: TurnedClock) -> None:
+    call(acme, "regenerate_api_keys")
     clock.turn(minutes=16)
-    assert problem(ask(acme, "regenerate_api_keys")) == (401, "token-expired")
+    assert problem(call(acme, "regenerate_api_keys")) == (401, "token-expired")
     renewed = Account(acme.client, log_in(acme.client, acme.email).json())
-    assert is_replayed(ask(renewed, "regenerate_api_keys"))
+    assert is_replayed(call(renewed, "regenerate_api_keys"))
 
 
 # Refusals and failures ---------------------------------------------------------------------------
 
 
-def test_what_the_state_of_things_refused_is_kept(acme: Account, superuser: Engine) -> None:
+def test_a_409_refusal_is_replayed(acme: Account, superuser: Engine) -> None:
     body = {**BODIES["register_tenant"], "email": acme.email}
-    first = ask(acme, "register_tenant", body=body)
-    before = everything(superuser)
-    again = ask(acme, "register_tenant", body=body)
+    first = call(acme, "register_tenant", body=body)
+    before = all_rows(superuser)
+    again = call(acme, "register_tenant", body=body)
     assert problem(first) == (409, "email-taken")
     assert (is_replayed(again), again.status_code, again.content) == (True, 409, first.content)
-    assert everything(superuser) == before
+    assert all_rows(superuser) == before
 
 
-def test_what_a_rule_refused_is_kept(acme: Account) -> None:
+def test_a_422_refusal_is_replayed_and_logged_each_time(acme: Account) -> None:
     body = {"webhook_url": "https://127.0.0.1/"}
     with structlog.testing.capture_logs() as events:
-        first, again = (ask(acme, "configure_webhook", body=body) for _ in range(2))
+        first, again = (call(acme, "configure_webhook", body=body) for _ in range(2))
     assert problem(first) == (422, "webhook-url-refused")
     assert (is_replayed(again), again.content) == (True, first.content)
-    said = [event["problem"] for event in events if event["event"] == "request"]
-    assert said == ["webhook-url-refused"] * 2
+    logged = [event["problem"] for event in events if event["event"] == "request"]
+    assert logged == ["webhook-url-refused"] * 2
 
 
-def test_a_wrong_password_is_not_kept(acme: Account) -> None:
+def test_a_wrong_password_refusal_is_not_replayed(acme: Account) -> None:
     wrong = {**BODIES["change_password"], "old_password": "not this one"}
     for _ in range(2):
-        answer = ask(acme, "change_password", body=wrong)
+        answer = call(acme, "change_password", body=wrong)
         assert problem(answer) == (403, "wrong-password")
         assert not is_replayed(answer)
-    assert ask(acme, "change_password").status_code == 200
+    assert call(acme, "change_password").status_code == 200
 
 
-def test_a_failure_is_not_kept(acme: Account, stripe: Sandbox, superuser: Engine) -> None:
+def test_a_502_failure_is_not_replayed(acme: Account, stripe: Sandbox, superuser: Engine) -> None:
     stripe.faults.once("create_account_link", Fault.SERVER_ERROR)
-    assert ask(acme, "start_stripe_connect").status_code == 502
+    assert call(acme, "start_stripe_connect").status_code == 502
     assert count(superuser, "idempotency_keys") == 0
-    answer = ask(acme, "start_stripe_connect")
+    answer = call(acme, "start_stripe_connect")
     assert answer.status_code == 200
     assert not is_replayed(answer)
 
@@ -377,63 +377,63 @@ def test_a_failure_is_not_kept(acme: Account, stripe: Sandbox, superuser: Engine
 # In progress -------------------------------------------------------------------------------------
 
 
-def begin(superuser: Engine) -> None:
-    """As if the answer had been lost before it was kept."""
+def lose_answer(superuser: Engine) -> None:
+    """As if the answer had been lost before it was stored."""
     with superuser.begin() as connection:
         connection.execute(text("UPDATE idempotency_keys SET answer = NULL"))
 
 
-def end_at(superuser: Engine, at: object) -> None:
+def set_expiry(superuser: Engine, at: object) -> None:
     with superuser.begin() as connection:
         connection.execute(text("UPDATE idempotency_keys SET expires_at = :at"), {"at": at})
 
 
-def test_409_while_the_first_is_being_answered(acme: Account, superuser: Engine, clock: TurnedClock) -> None:
-    ask(acme, "regenerate_api_keys")
-    begin(superuser)
-    end_at(superuser, clock() + LEASE)
-    answer = ask(acme, "regenerate_api_keys")
+def test_409_while_the_first_request_is_in_progress(
+    acme: Account, superuser: Engine, clock: TurnedClock
+) -> None:
+    call(acme, "regenerate_api_keys")
+    lose_answer(superuser)
+    set_expiry(superuser, clock() + LEASE)
+    answer = call(acme, "regenerate_api_keys")
     assert problem(answer) == (409, "idempotency-in-progress")
     assert answer.headers["retry-after"] == "1"
-    other = ask(acme, "regenerate_api_keys", body={**REGENERATE, "grace_period_seconds": 1})
+    other = call(acme, "regenerate_api_keys", body={**REGENERATE, "grace_period_seconds": 1})
     assert problem(other) == (422, "idempotency-key-reused")
 
     clock.now += LEASE - MOMENT
-    assert ask(acme, "regenerate_api_keys").status_code == 409
+    assert call(acme, "regenerate_api_keys").status_code == 409
     clock.now += MOMENT
-    answer = ask(acme, "regenerate_api_keys")
+    answer = call(acme, "regenerate_api_keys")
     assert answer.status_code == 200
     assert not is_replayed(answer)
 
 
-def test_a_day_later_the_key_is_free(acme: Account, clock: TurnedClock) -> None:
-    ask(acme, "regenerate_api_keys")
+def test_a_key_can_be_reused_after_a_day(acme: Account, clock: TurnedClock) -> None:
+    call(acme, "regenerate_api_keys")
     clock.now += KEPT - MOMENT
     acme = Account(acme.client, log_in(acme.client, acme.email).json())
-    assert is_replayed(ask(acme, "regenerate_api_keys"))
+    assert is_replayed(call(acme, "regenerate_api_keys"))
     clock.now += MOMENT
-    assert not is_replayed(ask(acme, "regenerate_api_keys"))
-    assert is_replayed(ask(acme, "regenerate_api_keys"))
+    assert not is_replayed(call(acme, "regenerate_api_keys"))
+    assert is_replayed(call(acme, "regenerate_api_keys"))
 
 
 # At rest -----------------------------------------------------------------------------------------
 
 
-def test_neither_what_was_asked_nor_what_was_answered_can_be_read(
-    client: TestClient, superuser: Engine
-) -> None:
-    secret = ask(Account(client, {}), "register_tenant").json()["tenant"]["api_key_secret"]
-    [row] = everything(superuser)["idempotency_keys"]
+def test_stored_requests_and_answers_are_not_readable(client: TestClient, superuser: Engine) -> None:
+    secret = call(Account(client, {}), "register_tenant").json()["tenant"]["api_key_secret"]
+    [row] = all_rows(superuser)["idempotency_keys"]
     assert secret not in row
     assert PASSWORD not in row
     assert "initech" not in row.lower()
 
 
-def test_an_answer_is_read_with_the_key_that_sealed_it(
+def test_an_answer_sealed_with_an_older_encryption_key_is_replayed(
     acme: Account, settings: Settings, clock: TurnedClock
 ) -> None:
-    first = ask(acme, "regenerate_api_keys")
+    first = call(acme, "regenerate_api_keys")
     renewed = Keyring({**Keyring.parse(new_keyring("new")).keys, **settings.encryption_keys.keys})
     with CheckedClient(create_app(replace(settings, encryption_keys=renewed), clock=clock)) as after:
-        again = ask(Account(after, acme.registered), "regenerate_api_keys")
+        again = call(Account(after, acme.registered), "regenerate_api_keys")
     assert (is_replayed(again), again.content) == (True, first.content)

@@ -1,4 +1,4 @@
-"""What was let in and has to wait is done only if it may still be done."""
+"""An authorised request that has to wait is executed only if it is still authorised afterwards."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ CHANGES: dict[str, dict[str, Any] | None] = {
     "remove_webhook": None,
     "disconnect_stripe": None,
 }
-# These wait for no tenant: the user's own row decides, a receiver is asked first, and Stripe's tests have the last.
-APART = {"change_password", "send_test_webhook", "start_stripe_connect"}
+# Not tried here, in this order: the user's own row decides; a receiver is called first; it is in Stripe's tests.
+ELSEWHERE = {"change_password", "send_test_webhook", "start_stripe_connect"}
 
 
-def test_every_operation_that_changes_something_is_tried_here() -> None:
+def test_every_changing_operation_is_covered() -> None:
     changing = {name for name, (method, _, roles) in OPERATIONS.items() if method != "GET" and roles}
-    assert changing == CHANGES.keys() | APART
+    assert changing == CHANGES.keys() | ELSEWHERE
 
 
 def request(account: Account, name: str) -> httpx.Response:
@@ -42,7 +42,7 @@ def request(account: Account, name: str) -> httpx.Response:
 
 @contextmanager
 def waiting(account: Account, superuser: Engine, name: str) -> Iterator[Future[httpx.Response]]:
-    """The operation, let in and waiting for its tenant's lock for as long as the block."""
+    """The operation, authenticated and waiting for its tenant's lock until the block ends."""
     with ThreadPoolExecutor(1) as pool, superuser.begin() as connection:
         connection.execute(select(tenants.c.id).with_for_update(key_share=True))
         future = pool.submit(request, account, name)
@@ -50,25 +50,25 @@ def waiting(account: Account, superuser: Engine, name: str) -> Iterator[Future[h
         yield future
 
 
-def log_length(superuser: Engine) -> int:
+def audit_log_length(superuser: Engine) -> int:
     with superuser.connect() as connection:
         return connection.scalar(select(func.count()).select_from(audit_log)) or 0
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_change_that_waited_while_its_session_ended_is_not_made(
+def test_a_waiting_change_is_refused_if_its_session_ends_meanwhile(
     acme: Account, superuser: Engine, name: str
 ) -> None:
     with waiting(acme, superuser, name) as late:
         body = {"old_password": PASSWORD, "new_password": NEW_PASSWORD}
         assert acme.post("/change-password/", body).status_code == 200
-        logged = log_length(superuser)
+        logged = audit_log_length(superuser)
     assert (late.result().status_code, late.result().json()["code"]) == (401, "session-ended")
-    assert log_length(superuser) == logged
+    assert audit_log_length(superuser) == logged
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_change_that_waited_for_nothing_that_matters_is_made(
+def test_a_waiting_change_is_made_if_nothing_else_changes(
     acme: Account, superuser: Engine, name: str
 ) -> None:
     with waiting(acme, superuser, name) as late:
@@ -76,8 +76,10 @@ def test_a_change_that_waited_for_nothing_that_matters_is_made(
     assert late.result().status_code == 200
 
 
-def test_a_change_waits_for_what_ends_its_session_and_is_not_made(acme: Account, superuser: Engine) -> None:
-    """Whichever locks the user's row first: a change of password that was answered is never followed by one."""
+def test_a_change_waits_for_a_session_end_in_progress_and_is_refused(
+    acme: Account, superuser: Engine
+) -> None:
+    """Whichever locks the user's row first: once a password change is answered, its old session changes nothing."""
     with ThreadPoolExecutor(1) as pool:
         with superuser.begin() as connection:
             connection.exec_driver_sql("UPDATE users SET token_version = token_version + 1")
@@ -95,7 +97,7 @@ def test_a_change_waits_for_what_ends_its_session_and_is_not_made(acme: Account,
         ("UPDATE tenants SET is_active = false", (403, "tenant-disabled")),
     ],
 )
-def test_what_else_is_taken_away_while_a_change_waits(
+def test_a_waiting_change_is_refused_if_its_right_is_lost_meanwhile(
     acme: Account, superuser: Engine, statement: str, refusal: tuple[int, str]
 ) -> None:
     with ThreadPoolExecutor(1) as pool:
