@@ -24,7 +24,7 @@ CHANGES: dict[str, dict[str, Any] | None] = {
     "remove_webhook": None,
     "disconnect_stripe": None,
 }
-# Not tried here, in this order: the user's own row decides; a receiver is called first; it is in Stripe's tests.
+# Not tried here: the user's own row decides, a receiver is called first, and Stripe's tests have the last.
 ELSEWHERE = {"change_password", "send_test_webhook", "start_stripe_connect"}
 
 
@@ -79,7 +79,7 @@ def test_a_waiting_change_is_made_if_nothing_else_changes(
 def test_a_change_waits_for_a_session_end_in_progress_and_is_refused(
     acme: Account, superuser: Engine
 ) -> None:
-    """Whichever locks the user's row first: once a password change is answered, its old session changes nothing."""
+    """Whichever locks the user's row first: once a password change is answered, the old session is dead."""
     with ThreadPoolExecutor(1) as pool:
         with superuser.begin() as connection:
             connection.exec_driver_sql("UPDATE users SET token_version = token_version + 1")

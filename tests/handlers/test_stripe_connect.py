@@ -1,4 +1,4 @@
-"""Operations 8–11, by status, and what the worker does after them."""
+"""Operations 8–11 (Stripe Connect), by status, and what the worker does after them."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ STATUS, DISCONNECT = f"{API}/stripe/status/", f"{API}/stripe/disconnect/"
 CHROME = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,image/apng,*/*;q=0.8"
 RETURN_URL = "https://app.acme.example/settings?tab=payments#stripe"
 FORM = "application/x-www-form-urlencoded"
-WORDS = ("active", "incomplete", "restricted", "pending", "under_review", "rejected")
+STATUSES = ("active", "incomplete", "restricted", "pending", "under_review", "rejected")
 
-# How long our Stripe may take in these tests, and how much later a busy machine may be.
+# The timeout of calls to Stripe in these tests, and how much longer a busy machine may take.
 PATIENCE_SECONDS = 1.0
 LATE_SECONDS = 2.0
 
@@ -75,7 +75,7 @@ def stripe_app(
 ) -> Iterator[TestClient]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gateway, "TOTAL_SECONDS", PATIENCE_SECONDS)
-        # It would stay open for the next test.
+        # Otherwise it would still be open in the next test.
         patch.setattr(gateway.CircuitBreaker, "OPEN_SECONDS", 0)
         app = create_app(stripe_settings, clock=shared_clock, counters=shared_counters)
         with CheckedClient(app, raise_server_exceptions=False) as client:
@@ -86,14 +86,14 @@ def stripe_app(
 def client(
     stripe_app: TestClient, stripe: Sandbox, clock: TurnedClock, uncounted: None, clean: None
 ) -> TestClient:
-    """In the place of everybody's: a client of a server with a Stripe."""
+    """Overrides the shared `client`: its server is configured with Stripe."""
     stripe_app.cookies.clear()
     return stripe_app
 
 
 @pytest.fixture
 def connections(stripe_settings: Settings, store: Store, clock: TurnedClock) -> StripeConnections:
-    """Those of the worker."""
+    """The `StripeConnections` of the worker."""
     return stripe_connections_for(stripe_settings, store, clock)
 
 
@@ -103,21 +103,21 @@ def worker(store: Store, connections: StripeConnections, clock: TurnedClock) -> 
     return Worker(store, jobs, clock, threads=1)
 
 
-def take(worker: Worker) -> list[Task]:
-    """What is due about Stripe."""
+def take_due(worker: Worker) -> list[Task]:
+    """Take the due tasks about Stripe."""
     due = [worker._store.take_due(queue, worker._clock(), most=100) for queue in ("general", "checks")]
     return [task for taken in due for task in taken if task.kind in (CHECK, DEAUTHORIZE)]
 
 
-def work(worker: Worker) -> list[str]:
-    """Do what is due about Stripe; the kinds of what was done."""
-    taken = take(worker)
+def run_due(worker: Worker) -> list[str]:
+    """Execute the due tasks about Stripe; returns their kinds."""
+    taken = take_due(worker)
     for task in taken:
         worker.do(task)
     return [task.kind for task in taken]
 
 
-# What an owner does ------------------------------------------------------------------------------
+# An owner's actions ------------------------------------------------------------------------------
 
 
 def start(account: Account, headers: dict[str, str] | None = None, **asked: str) -> httpx.Response:
@@ -126,7 +126,7 @@ def start(account: Account, headers: dict[str, str] | None = None, **asked: str)
 
 
 def agree(account: Account, stripe: Sandbox, status: str = "active", **asked: str) -> str:
-    """The callback's address, as Stripe sends the owner's browser there."""
+    """Approve at Stripe; returns the callback URL that Stripe sends the owner's browser to."""
     return stripe.approve(start(account, **asked).json()["url"], status)
 
 
@@ -136,7 +136,7 @@ def call_back(client: TestClient, url: str, **headers: str) -> httpx.Response:
 
 
 def connect(account: Account, stripe: Sandbox, status: str = "active") -> str:
-    """The account at Stripe that is connected now."""
+    """Connect an account; returns its id at Stripe."""
     answer = call_back(account.client, agree(account, stripe, status))
     assert answer.status_code == 200
     return answer.json()["account_id"]
@@ -157,14 +157,14 @@ def disconnect(account: Account) -> httpx.Response:
     return account.client.delete(DISCONNECT, headers=bearer(account.tokens["access"]))
 
 
-def come_back(account: Account, clock: TurnedClock, **later: float) -> None:
+def log_in_later(account: Account, clock: TurnedClock, **later: float) -> None:
     """The owner logs in again, later."""
     clock.turn(**later)
     account.registered["tokens"] = log_in(account.client, account.email).json()["tokens"]
 
 
 def shown(account: Account) -> tuple[str | None, str]:
-    """The account and the status that the tenant's details have."""
+    """The account and the status in the tenant's details."""
     tenant = account.get("/details/").json()["tenant"]
     return tenant["stripe_connect_account_id"], tenant["stripe_connect_status"]
 
@@ -177,35 +177,35 @@ def state_of(url: str) -> str:
     return query_of(url)["state"]
 
 
-# What is kept ------------------------------------------------------------------------------------
+# What is stored ----------------------------------------------------------------------------------
 
 
 def audited(superuser: Engine, account: Account) -> list[tuple[str, str | None, str | None]]:
-    """What was done about Stripe, with its subject and reason, oldest first."""
+    """The audited actions about Stripe, with subject and reason, oldest first."""
     rows = "SELECT action, subject, reason FROM audit_log WHERE tenant_id = :id AND action LIKE 'stripe.%' "
     return [tuple(row) for row in rows_of(superuser, rows + "ORDER BY sequence", id=account.tenant["id"])]
 
 
-def told(superuser: Engine, account: Account) -> list[tuple[str, str]]:
-    """The types and statuses of the tenant's events about Stripe, each held against the document."""
+def stripe_events(superuser: Engine, account: Account) -> list[tuple[str, str]]:
+    """The types and statuses of the tenant's events about Stripe, each validated by the OpenAPI document."""
     wanted = "SELECT sequence, type, body FROM events WHERE tenant_id = :id ORDER BY sequence"
     rows = rows_of(superuser, wanted, id=account.tenant["id"])
     assert [row.sequence for row in rows] == list(range(1, len(rows) + 1))
     bodies = [orjson.loads(bytes(row.body)) for row in rows if row.type.startswith("stripe.")]
     for body in bodies:
         last = body["type"].rpartition(".")[2]
-        event_of(f"StripeAccount{last.capitalize()}Event").validate(body)
+        event_validator(f"StripeAccount{last.capitalize()}Event").validate(body)
         assert body["tenant_id"] == account.tenant["id"]
     return [(body["type"], body["data"]["status"]) for body in bodies]
 
 
-def event_of(name: str) -> Any:
+def event_validator(name: str) -> Any:
     schema = {"$ref": f"#/components/schemas/{name}", "components": COMPONENTS}
     return Draft202012Validator(schema, validate_formats=True)
 
 
 def tasks(superuser: Engine) -> list[tuple[str, str]]:
-    """What is to be done about Stripe, by kind and account."""
+    """The waiting tasks about Stripe, by kind and account."""
     wanted = "SELECT kind, subject FROM tasks WHERE kind LIKE 'stripe.%' ORDER BY kind"
     return [tuple(row) for row in rows_of(superuser, wanted)]
 
@@ -223,7 +223,9 @@ def change(superuser: Engine, statement: str, **values: Any) -> None:
 # connect -----------------------------------------------------------------------------------------
 
 
-def test_connect_says_where_to_send_the_browser(acme: Account, stripe: Sandbox, clock: TurnedClock) -> None:
+def test_connect_returns_the_url_to_send_the_browser_to(
+    acme: Account, stripe: Sandbox, clock: TurnedClock
+) -> None:
     answer = start(acme)
     assert answer.status_code == 200
     body = answer.json()
@@ -238,7 +240,7 @@ def test_connect_says_where_to_send_the_browser(acme: Account, stripe: Sandbox, 
     assert "set-cookie" not in answer.headers
 
 
-def test_connect_keeps_no_state_that_would_open_anything(acme: Account, superuser: Engine) -> None:
+def test_only_a_digest_of_the_state_is_stored(acme: Account, superuser: Engine) -> None:
     state = start(acme).json()["state"]
     rows = rows_of(superuser, "SELECT s::text AS whole, s.digest FROM connect_states s")
     assert [row.digest for row in rows] == [hashed(state).hex()]
@@ -248,7 +250,7 @@ def test_connect_keeps_no_state_that_would_open_anything(acme: Account, superuse
 @pytest.mark.parametrize(
     "content_type", [None, FORM, "application/json", "text/plain", "multipart/form-data"]
 )
-def test_connect_with_an_empty_body_of_any_type(acme: Account, content_type: str | None) -> None:
+def test_connect_accepts_an_empty_body_of_any_content_type(acme: Account, content_type: str | None) -> None:
     headers = {"content-length": "0"} | ({"content-type": content_type} if content_type else {})
     given = bearer(acme.tokens["access"]) | headers
     assert acme.client.post(CONNECT, headers=given, content=b"").status_code == 200
@@ -290,7 +292,7 @@ def test_401_without_a_session(acme: Account) -> None:
     ("role", "allowed"),
     [("owner", {"connect", "status", "disconnect"}), ("admin", {"status"}), ("developer", set())],
 )
-def test_roles(acme: Account, superuser: Engine, role: str, allowed: set[str]) -> None:
+def test_allowed_operations_by_role(acme: Account, superuser: Engine, role: str, allowed: set[str]) -> None:
     change(superuser, "UPDATE users SET role = :role", role=role)
     statuses = {
         "connect": start(acme).status_code,
@@ -321,7 +323,7 @@ def test_connect_409_when_connected(acme: Account, stripe: Sandbox, flow: str) -
         "https://APP.acme.example/",
     ],
 )
-def test_connect_422_for_a_page_of_somebody_else(acme: Account, superuser: Engine, url: str) -> None:
+def test_connect_422_for_a_return_url_of_another_origin(acme: Account, superuser: Engine, url: str) -> None:
     answer = start(acme, return_url=url)
     assert (answer.status_code, answer.json()["code"]) == (422, "return-url-refused")
     assert "evil" not in answer.text
@@ -338,21 +340,21 @@ def unconfigured(running_app: TestClient, clock: TurnedClock, clean: None) -> Ac
 @pytest.mark.parametrize(
     ("flow", "named"), [("oauth", "STRIPE_CONNECT_CLIENT_ID"), ("account_link", "STRIPE_SECRET_KEY")]
 )
-def test_connect_503_names_what_is_not_configured(unconfigured: Account, flow: str, named: str) -> None:
+def test_connect_503_names_the_missing_setting(unconfigured: Account, flow: str, named: str) -> None:
     answer = start(unconfigured, flow=flow)
     assert (answer.status_code, answer.json()["code"]) == (503, "stripe-not-configured")
     assert named in answer.json()["detail"]
     assert "retry-after" not in answer.headers
 
 
-def test_without_stripe_the_rest_answers(unconfigured: Account) -> None:
+def test_other_operations_work_without_stripe_configured(unconfigured: Account) -> None:
     assert status(unconfigured)["status"] == "not_connected"
     assert disconnect(unconfigured).status_code == 200
     answer = call_back(unconfigured.client, f"{CALLBACK}?code=ac_1&state=unknown")
     assert (answer.status_code, answer.json()["code"]) == (400, "state-unknown")
 
 
-def test_without_stripe_a_connection_is_what_was_last_known(
+def test_status_comes_from_the_cache_without_stripe_configured(
     unconfigured: Account, store: Store, clock: TurnedClock
 ) -> None:
     with store.tenant(UUID(unconfigured.tenant["id"]), exclusive=True) as tx:
@@ -362,10 +364,10 @@ def test_without_stripe_a_connection_is_what_was_last_known(
     assert (body["account_id"], body["status"], body["source"]) == ("acct_1AcmeExample", "pending", "cache")
 
 
-# callback: it ends well --------------------------------------------------------------------------
+# callback: success -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize("word", STATUSES)
 def test_callback_connects_the_account(acme: Account, stripe: Sandbox, word: str) -> None:
     answer = call_back(acme.client, agree(acme, stripe, word))
     assert answer.status_code == 200
@@ -377,21 +379,19 @@ def test_callback_connects_the_account(acme: Account, stripe: Sandbox, word: str
     assert status(acme)["status"] == word
 
 
-def test_callback_needs_no_credentials_and_heeds_none(
-    acme: Account, globex: Account, stripe: Sandbox
-) -> None:
+def test_callback_ignores_credentials(acme: Account, globex: Account, stripe: Sandbox) -> None:
     answer = call_back(acme.client, agree(globex, stripe), **bearer(acme.tokens["access"]))
     assert answer.json()["tenant"]["id"] == globex.tenant["id"]
     assert shown(acme) == (None, "not_connected")
     assert call_back(acme.client, agree(acme, stripe), Authorization="Bearer nonsense").status_code == 200
 
 
-def test_callback_passes_over_what_stripe_adds(acme: Account, stripe: Sandbox) -> None:
+def test_callback_ignores_unknown_parameters(acme: Account, stripe: Sandbox) -> None:
     answer = call_back(acme.client, agree(acme, stripe) + "&added=next%20year&added=twice")
     assert answer.status_code == 200
 
 
-def test_callback_asks_again_later_for_what_stripe_did_not_say(
+def test_an_account_not_retrieved_in_the_callback_is_checked_later(
     acme: Account, stripe: Sandbox, worker: Worker, superuser: Engine, clock: TurnedClock
 ) -> None:
     stripe.faults.always("retrieve_account", Fault.SERVER_ERROR)
@@ -400,9 +400,9 @@ def test_callback_asks_again_later_for_what_stripe_did_not_say(
     assert status(acme)["checked_at"] is None
     stripe.faults.clear()
     clock.turn(seconds=1)
-    assert work(worker) == [CHECK]
+    assert run_due(worker) == [CHECK]
     assert shown(acme) == (answer.json()["account_id"], "active")
-    assert told(superuser, acme) == [
+    assert stripe_events(superuser, acme) == [
         ("stripe.account.connected", "pending"),
         ("stripe.account.updated", "active"),
     ]
@@ -416,19 +416,19 @@ def test_a_browser_gets_a_page(acme: Account, stripe: Sandbox) -> None:
     assert answer.headers["cache-control"] == "no-store"
     assert "default-src 'none'" in answer.headers["content-security-policy"]
     assert "The Stripe account is connected." in answer.text
-    # The person may have been sent to Stripe by somebody else than they think.
+    # The person may have been sent to Stripe by someone other than they think.
     assert "It belongs to Acme Inc." in answer.text
 
 
 @pytest.mark.parametrize(
     "accept", ["*/*", "application/json", "application/json, text/html;q=0.9", "", "nonsense"]
 )
-def test_everybody_else_gets_json(acme: Account, stripe: Sandbox, accept: str) -> None:
+def test_other_clients_get_json(acme: Account, stripe: Sandbox, accept: str) -> None:
     answer = call_back(acme.client, agree(acme, stripe), Accept=accept)
     assert answer.json()["status"] == "active"
 
 
-def test_a_browser_gets_errors_as_pages_too(client: TestClient) -> None:
+def test_a_browser_gets_errors_as_pages(client: TestClient) -> None:
     for query, expected in (("", 400), ("?state=unknown&code=ac_1", 400), ("?error=access_denied", 403)):
         answer = call_back(client, CALLBACK + query, Accept=CHROME)
         assert answer.status_code == expected
@@ -436,14 +436,14 @@ def test_a_browser_gets_errors_as_pages_too(client: TestClient) -> None:
         assert answer.headers["referrer-policy"] == "no-referrer"
 
 
-def test_a_refusal_that_a_browser_is_told_is_one_for_the_log_too(acme: Account, stripe: Sandbox) -> None:
+def test_a_refusal_shown_to_a_browser_is_logged(acme: Account, stripe: Sandbox) -> None:
     asked = stripe.approve(start(acme, return_url=RETURN_URL).json()["url"])
     with structlog.testing.capture_logs() as events:
         assert call_back(acme.client, f"{CALLBACK}?error=access_denied", Accept=CHROME).status_code == 403
         statuses = [call_back(acme.client, asked).status_code for _ in range(2)]
     assert statuses == [303, 303]
-    said = [event.get("problem") for event in events if event["event"] == "request"]
-    assert said == ["access-denied", None, "state-used"]
+    logged = [event.get("problem") for event in events if event["event"] == "request"]
+    assert logged == ["access-denied", None, "state-used"]
 
 
 def test_303_to_the_return_url(acme: Account, stripe: Sandbox) -> None:
@@ -466,7 +466,7 @@ def test_303_to_a_page_of_the_api_itself(acme: Account, stripe: Sandbox) -> None
     assert answer.headers["location"] == "http://testserver/ui/?stripe=connected"
 
 
-def test_303_tells_what_went_wrong(acme: Account, stripe: Sandbox) -> None:
+def test_303_reports_the_error_to_the_return_url(acme: Account, stripe: Sandbox) -> None:
     url = stripe.decline(start(acme, return_url=RETURN_URL).json()["url"])
     answer = call_back(acme.client, url, Accept=CHROME)
     assert answer.status_code == 303
@@ -477,7 +477,7 @@ def test_303_tells_what_went_wrong(acme: Account, stripe: Sandbox) -> None:
     }
 
 
-# callback: it does not ---------------------------------------------------------------------------
+# callback: refusals and failures -----------------------------------------------------------------
 
 
 def refusal(answer: httpx.Response) -> tuple[int, str]:
@@ -503,7 +503,7 @@ def refusal(answer: httpx.Response) -> tuple[int, str]:
         (f"?state=unknown&code={'a' * 257}", 400, "invalid-request"),
     ],
 )
-def test_callback_without_a_state_of_ours_changes_nothing(
+def test_callback_without_a_valid_state_changes_nothing(
     acme: Account, stripe: Sandbox, superuser: Engine, query: str, expected: int, code: str
 ) -> None:
     assert refusal(call_back(acme.client, CALLBACK + query)) == (expected, code)
@@ -518,17 +518,19 @@ def test_400_state_expired_after_ten_minutes(
     clock.turn(minutes=10)
     assert refusal(call_back(acme.client, url)) == (400, "state-expired")
     assert stripe.called("token") == []
-    # Whoever has it may try again and again: that must not fill the log.
+    # Anyone who has the URL may repeat it: that must not fill the log.
     assert audited(superuser, acme)[-1][0] == "stripe.connect_started"
 
 
-def test_a_state_is_good_until_then(acme: Account, stripe: Sandbox, clock: TurnedClock) -> None:
+def test_a_state_is_accepted_for_almost_ten_minutes(
+    acme: Account, stripe: Sandbox, clock: TurnedClock
+) -> None:
     url = agree(acme, stripe)
     clock.turn(minutes=9, seconds=59)
     assert call_back(acme.client, url).status_code == 200
 
 
-def test_400_state_used(acme: Account, stripe: Sandbox) -> None:
+def test_400_for_a_used_state(acme: Account, stripe: Sandbox) -> None:
     url = agree(acme, stripe)
     assert call_back(acme.client, url).status_code == 200
     assert refusal(call_back(acme.client, url)) == (400, "state-used")
@@ -536,9 +538,7 @@ def test_400_state_used(acme: Account, stripe: Sandbox) -> None:
     assert shown(acme)[1] == "active"
 
 
-def test_a_page_loaded_again_leaves_nothing_in_the_log(
-    acme: Account, stripe: Sandbox, superuser: Engine
-) -> None:
+def test_a_reloaded_callback_page_is_not_audited(acme: Account, stripe: Sandbox, superuser: Engine) -> None:
     url = agree(acme, stripe)
     call_back(acme.client, url)
     before = audited(superuser, acme)
@@ -546,7 +546,7 @@ def test_a_page_loaded_again_leaves_nothing_in_the_log(
     assert audited(superuser, acme) == before
 
 
-def test_starting_anew_ends_the_old(acme: Account, globex: Account, stripe: Sandbox) -> None:
+def test_a_new_start_ends_the_tenants_earlier_state(acme: Account, globex: Account, stripe: Sandbox) -> None:
     old, theirs = agree(acme, stripe), agree(globex, stripe)
     new = agree(acme, stripe)
     assert refusal(call_back(acme.client, old)) == (400, "state-expired")
@@ -554,7 +554,7 @@ def test_starting_anew_ends_the_old(acme: Account, globex: Account, stripe: Sand
     assert call_back(acme.client, theirs).status_code == 200
 
 
-def test_a_state_is_forgotten_after_a_day(
+def test_a_state_is_deleted_after_a_day(
     acme: Account, stripe: Sandbox, store: Store, clock: TurnedClock
 ) -> None:
     old = agree(acme, stripe)
@@ -564,7 +564,7 @@ def test_a_state_is_forgotten_after_a_day(
     assert refusal(call_back(acme.client, old)) == (400, "state-unknown")
 
 
-def test_403_access_denied_uses_the_state_up(acme: Account, stripe: Sandbox, superuser: Engine) -> None:
+def test_403_access_denied_consumes_the_state(acme: Account, stripe: Sandbox, superuser: Engine) -> None:
     url = stripe.decline(start(acme).json()["url"])
     assert refusal(call_back(acme.client, url)) == (403, "access-denied")
     assert "denied your" not in call_back(acme.client, url).text
@@ -573,7 +573,7 @@ def test_403_access_denied_uses_the_state_up(acme: Account, stripe: Sandbox, sup
     assert audited(superuser, acme)[1] == ("stripe.connect_refused", None, "access-denied")
 
 
-def test_403_access_denied_if_stripe_left_the_state_out(acme: Account, stripe: Sandbox) -> None:
+def test_403_access_denied_if_stripe_omits_the_state(acme: Account, stripe: Sandbox) -> None:
     stripe.faults.once("decide", Fault.NO_STATE)
     started = start(acme).json()["url"]
     assert refusal(call_back(acme.client, stripe.decline(started))) == (403, "access-denied")
@@ -581,7 +581,7 @@ def test_403_access_denied_if_stripe_left_the_state_out(acme: Account, stripe: S
 
 
 @pytest.mark.parametrize("was", ["unknown", "used", "missing", "empty"])
-def test_422_code_rejected(
+def test_422_for_a_rejected_code(
     acme: Account, globex: Account, stripe: Sandbox, superuser: Engine, was: str
 ) -> None:
     other = agree(globex, stripe)
@@ -598,18 +598,20 @@ def test_422_code_rejected(
     assert shown(acme) == (None, "not_connected")
 
 
-def test_409_stripe_account_taken(acme: Account, globex: Account, stripe: Sandbox, superuser: Engine) -> None:
+def test_409_for_an_account_of_another_tenant(
+    acme: Account, globex: Account, stripe: Sandbox, superuser: Engine
+) -> None:
     account_id = connect(globex, stripe)
     assert refusal(reconnect(acme, stripe, account_id)) == (409, "stripe-account-taken")
     assert audited(superuser, acme)[-1] == ("stripe.connect_refused", None, "stripe-account-taken")
     assert shown(acme) == (None, "not_connected")
-    # It is theirs, and is not given back in their name.
+    # It is the other tenant's, and is not deauthorized on this refusal.
     assert (DEAUTHORIZE, account_id) not in tasks(superuser)
     assert status(globex)["status"] == "active"
 
 
 @pytest.mark.parametrize("fault", [Fault.SERVER_ERROR, Fault.HANG, Fault.UNKNOWN_OAUTH_ERROR, Fault.EMPTY])
-def test_502_before_the_code_was_used(
+def test_502_if_the_code_cannot_be_exchanged(
     acme: Account, stripe: Sandbox, superuser: Engine, fault: Fault
 ) -> None:
     stripe.faults.once("token", fault)
@@ -621,7 +623,7 @@ def test_502_before_the_code_was_used(
     connect(acme, stripe)
 
 
-def test_502_after_the_code_was_used_and_starting_again_heals_it(acme: Account, stripe: Sandbox) -> None:
+def test_502_after_the_code_was_used_is_repaired_by_starting_again(acme: Account, stripe: Sandbox) -> None:
     stripe.faults.once("token", Fault.HANG_AFTER)
     url = agree(acme, stripe)
     assert refusal(call_back(acme.client, url)) == (502, "stripe-unavailable")
@@ -638,7 +640,7 @@ def test_502_after_the_code_was_used_and_starting_again_heals_it(acme: Account, 
         (Fault.READ_ONLY, 403, "access-denied"),
     ],
 )
-def test_a_grant_that_does_not_serve_is_given_back(
+def test_an_unsuitable_grant_is_revoked_at_stripe(
     acme: Account,
     stripe: Sandbox,
     superuser: Engine,
@@ -652,26 +654,26 @@ def test_a_grant_that_does_not_serve_is_given_back(
     (account_id,) = stripe.accounts
     assert audited(superuser, acme)[-1] == ("stripe.connect_refused", None, code)
     assert shown(acme) == (None, "not_connected")
-    assert work(worker) == [DEAUTHORIZE]
+    assert run_due(worker) == [DEAUTHORIZE]
     assert not stripe.accounts[account_id].is_connected
     assert reconnect(acme, stripe, account_id).status_code == 200
 
 
-def test_an_account_given_back_twice_is_one_thing_to_tell(
+def test_an_account_revoked_twice_has_one_deauthorize_task(
     acme: Account, stripe: Sandbox, superuser: Engine, worker: Worker
 ) -> None:
-    # With two, the first to be told would free the account, and the second cut whoever had taken it.
+    # With two tasks, the first would free the account, and the second disconnect its next tenant.
     account_id = connect(acme, stripe)
     disconnect(acme)
     stripe.faults.once("token", Fault.READ_ONLY)
     url = stripe.approve(start(acme).json()["url"], account_id=account_id)
     assert refusal(call_back(acme.client, url)) == (403, "access-denied")
     assert tasks(superuser) == [(DEAUTHORIZE, account_id)]
-    assert work(worker) == [DEAUTHORIZE]
+    assert run_due(worker) == [DEAUTHORIZE]
     assert tasks(superuser) == []
 
 
-def test_502_for_an_account_that_is_none(acme: Account, stripe: Sandbox, superuser: Engine) -> None:
+def test_502_for_a_malformed_account_id(acme: Account, stripe: Sandbox, superuser: Engine) -> None:
     stripe.faults.once("token", Fault.MALFORMED_ACCOUNT)
     assert refusal(call_back(acme.client, agree(acme, stripe))) == (502, "stripe-unavailable")
     assert tasks(superuser) == []
@@ -686,7 +688,7 @@ def test_502_for_an_account_that_is_none(acme: Account, stripe: Sandbox, superus
         ("UPDATE tenants SET is_active = false", 403, "tenant-disabled"),
     ],
 )
-def test_a_state_does_not_outlive_its_owner(
+def test_a_state_is_refused_once_its_owner_or_tenant_loses_the_right(
     acme: Account, stripe: Sandbox, superuser: Engine, since: str, expected: int, code: str
 ) -> None:
     url = agree(acme, stripe)
@@ -697,7 +699,7 @@ def test_a_state_does_not_outlive_its_owner(
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_of_two_grants_the_later_is_given_back_unless_it_is_of_the_account_that_is_connected(
+def test_a_second_grant_is_revoked_unless_for_the_connected_account(
     acme: Account, stripe: Sandbox, store: Store, superuser: Engine, clock: TurnedClock, same: bool
 ) -> None:
     account_id = connect(acme, stripe)
@@ -707,11 +709,11 @@ def test_of_two_grants_the_later_is_given_back_unless_it_is_of_the_account_that_
         refused = connect_account(tx, grant, None, livemode=False, now=clock())
     assert isinstance(refused, StripeAlreadyConnected)
     assert shown(acme) == (account_id, "active")
-    given_back = [] if same else [(DEAUTHORIZE, granted)]
-    assert tasks(superuser) == [(CHECK, account_id), *given_back]
+    revoked = [] if same else [(DEAUTHORIZE, granted)]
+    assert tasks(superuser) == [(CHECK, account_id), *revoked]
 
 
-# callback: in which browser ----------------------------------------------------------------------
+# callback: bound to a browser --------------------------------------------------------------------
 
 OUR_PAGE = {"Sec-Fetch-Site": "same-origin", "Origin": "http://testserver"}
 
@@ -725,7 +727,7 @@ def binding_of(answer: httpx.Response) -> str:
     return given[1]
 
 
-def test_a_page_of_our_own_binds_the_state_to_its_browser(acme: Account, stripe: Sandbox) -> None:
+def test_a_start_from_our_own_page_binds_the_state_to_the_browser(acme: Account, stripe: Sandbox) -> None:
     answer = start(acme, OUR_PAGE)
     binding = binding_of(answer)
     url = stripe.approve(answer.json()["url"])
@@ -737,11 +739,11 @@ def test_a_page_of_our_own_binds_the_state_to_its_browser(acme: Account, stripe:
     ):
         assert refusal(call_back(acme.client, url, Cookie=cookie)) == (400, "state-unknown")
     assert stripe.called("token") == []
-    # Whoever else had the address did not use it up.
+    # The other browsers did not use the state up.
     assert call_back(acme.client, url, Cookie=f"a=b; __Host-connect={binding}").status_code == 200
 
 
-def test_another_browser_is_not_told_where_this_one_returns_to(acme: Account, stripe: Sandbox) -> None:
+def test_another_browser_does_not_learn_the_return_url(acme: Account, stripe: Sandbox) -> None:
     answer = start(acme, OUR_PAGE, return_url=RETURN_URL)
     url = stripe.approve(answer.json()["url"])
     assert refusal(call_back(acme.client, url)) == (400, "state-unknown")
@@ -749,7 +751,7 @@ def test_another_browser_is_not_told_where_this_one_returns_to(acme: Account, st
     assert call_back(acme.client, url, Cookie=bound).status_code == 303
 
 
-def test_the_log_says_from_where_another_browser_brought_a_state(
+def test_a_state_brought_by_another_browser_is_audited_with_its_address(
     acme: Account, stripe: Sandbox, superuser: Engine
 ) -> None:
     answer = call_back(acme.client, stripe.approve(start(acme, OUR_PAGE).json()["url"]))
@@ -776,14 +778,14 @@ def test_a_browser_keeps_its_binding(acme: Account, globex: Account, stripe: San
         {"Sec-Fetch-Site": "same-site", "Origin": "http://testserver"},
         {"Sec-Fetch-Site": "cross-site", "Origin": "https://app.acme.example"},
         {"Sec-Fetch-Site": "none"},
-        # Reached by another name, the cookie would not come along to ours.
+        # Set under another host name, the cookie would not be sent to ours.
         {"Sec-Fetch-Site": "same-origin", "Origin": "http://127.0.0.1:8000"},
         {"Sec-Fetch-Site": "same-origin", "Host": "other.example"},
         {"Sec-Fetch-Site": "same-origin", "Origin": "null"},
         {"Sec-Fetch-Site": "same-origin", "Origin": "http://["},
     ],
 )
-def test_what_could_not_bring_the_cookie_back_gets_none(
+def test_no_cookie_for_a_request_not_from_our_own_page(
     acme: Account, stripe: Sandbox, headers: dict[str, str]
 ) -> None:
     answer = start(acme, headers)
@@ -792,13 +794,15 @@ def test_what_could_not_bring_the_cookie_back_gets_none(
     assert call_back(acme.client, url, Cookie="__Host-connect=anything").status_code == 200
 
 
-# callback: what nobody is told -------------------------------------------------------------------
+# callback: secrets -------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def said(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[[], str]]:
-    """All that was logged, as it was before anything was redacted, and all that was printed."""
-    # The client of these tests, which is none of ours, logs what it asks for.
+def output(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Callable[[], str]]:
+    """All that was logged, before redaction, and all that was printed."""
+    # The tests' own HTTP client logs the URLs that it requests.
     caplog.set_level("WARNING", logger="httpx")
     merge = structlog.contextvars.merge_contextvars
     with structlog.testing.capture_logs(processors=[merge]) as events:
@@ -812,7 +816,7 @@ def said(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize("accept", ["application/json", CHROME], ids=["json", "page"])
 @pytest.mark.parametrize("fault", [None, Fault.SERVER_ERROR, Fault.READ_ONLY, Fault.UNKNOWN_OAUTH_ERROR])
 def test_code_and_state_are_neither_logged_nor_echoed(
-    acme: Account, stripe: Sandbox, said: Callable[[], str], accept: str, fault: Fault | None
+    acme: Account, stripe: Sandbox, output: Callable[[], str], accept: str, fault: Fault | None
 ) -> None:
     if fault is not None:
         stripe.faults.once("token", fault)
@@ -820,18 +824,16 @@ def test_code_and_state_are_neither_logged_nor_echoed(
     state, code = state_of(url), query_of(url)["code"]
     answers = [call_back(acme.client, url, Accept=accept) for _ in range(2)]
     another = start(acme)
-    # Stripe's refusal has the code in it; where we are connected already, ours comes first.
+    # Stripe's refusal contains the code; if the tenant is connected, the second start is refused.
     unused = another.json()["state"] if another.status_code == 200 else f"{state}x"
     answers.append(call_back(acme.client, f"{CALLBACK}?state={unused}&code={code}", Accept=accept))
-    everything = said() + "".join(answer.text + repr(answer.headers) for answer in answers)
+    everything = output() + "".join(answer.text + repr(answer.headers) for answer in answers)
     assert "complete_stripe_connect" in everything
     for secret in (state, unused, code, stripe.secret_key):
         assert secret not in everything
 
 
-def test_nothing_that_is_kept_has_the_code_or_a_token(
-    acme: Account, stripe: Sandbox, superuser: Engine
-) -> None:
+def test_no_table_contains_the_code_or_a_token(acme: Account, stripe: Sandbox, superuser: Engine) -> None:
     url = agree(acme, stripe)
     call_back(acme.client, url)
     for table in (
@@ -851,7 +853,7 @@ def test_nothing_that_is_kept_has_the_code_or_a_token(
 # status ------------------------------------------------------------------------------------------
 
 
-def test_status_of_a_tenant_that_never_connected(acme: Account, stripe: Sandbox) -> None:
+def test_status_of_a_never_connected_tenant(acme: Account, stripe: Sandbox) -> None:
     body = status(acme)
     assert (body["connected"], body["status"], body["source"]) == (False, "not_connected", "cache")
     assert {body[name] for name in ("account_id", "livemode", "charges_enabled", "checked_at")} == {None}
@@ -872,26 +874,26 @@ def test_status_asks_stripe(acme: Account, stripe: Sandbox, clock: TurnedClock) 
     assert body["checked_at"][:19] == clock.now.isoformat()[:19]
 
 
-def test_status_follows_what_changes_at_stripe(
+def test_status_follows_changes_at_stripe(
     acme: Account, stripe: Sandbox, superuser: Engine, clock: TurnedClock
 ) -> None:
     account_id = connect(acme, stripe)
-    for word in WORDS[1:]:
+    for word in STATUSES[1:]:
         stripe.become(account_id, word)
         clock.turn(seconds=1)
         for _ in range(2):
             assert status(acme)["status"] == word
         assert shown(acme) == (account_id, word)
-    assert told(superuser, acme) == [
+    assert stripe_events(superuser, acme) == [
         ("stripe.account.connected", "active"),
-        *(("stripe.account.updated", word) for word in WORDS[1:]),
+        *(("stripe.account.updated", word) for word in STATUSES[1:]),
     ]
 
 
 @pytest.mark.parametrize(
     "fault", [Fault.HANG, Fault.DRIP, Fault.SERVER_ERROR, Fault.BAD_GATEWAY, Fault.EMPTY, Fault.RATE_LIMIT]
 )
-def test_status_is_what_was_last_known_if_stripe_does_not_say(
+def test_status_comes_from_the_cache_if_stripe_fails(
     acme: Account, stripe: Sandbox, clock: TurnedClock, fault: Fault
 ) -> None:
     account_id = connect(acme, stripe, "restricted")
@@ -905,7 +907,7 @@ def test_status_is_what_was_last_known_if_stripe_does_not_say(
     assert body == known | {"source": "cache"}
 
 
-def test_status_notices_that_the_owner_left_at_stripe(
+def test_status_detects_a_disconnection_at_stripe(
     acme: Account, globex: Account, stripe: Sandbox, superuser: Engine, clock: TurnedClock
 ) -> None:
     account_id = connect(acme, stripe)
@@ -915,9 +917,9 @@ def test_status_notices_that_the_owner_left_at_stripe(
     assert (body["connected"], body["status"], body["account_id"]) == (False, "disconnected", None)
     assert shown(acme) == (None, "disconnected")
     assert audited(superuser, acme)[-1] == ("stripe.disconnected", account_id, "disconnected at Stripe")
-    assert told(superuser, acme)[-1] == ("stripe.account.disconnected", "disconnected")
+    assert stripe_events(superuser, acme)[-1] == ("stripe.account.disconnected", "disconnected")
     assert status(acme)["source"] == "cache"
-    # Nobody holds it any more.
+    # The account belongs to no tenant any more.
     assert tasks(superuser) == []
     assert reconnect(globex, stripe, account_id).status_code == 200
 
@@ -925,7 +927,7 @@ def test_status_notices_that_the_owner_left_at_stripe(
 # disconnect --------------------------------------------------------------------------------------
 
 
-def test_disconnect_waits_for_nobody_and_may_be_repeated(
+def test_disconnect_does_not_call_stripe_and_can_be_repeated(
     acme: Account, stripe: Sandbox, superuser: Engine
 ) -> None:
     account_id = connect(acme, stripe)
@@ -940,7 +942,7 @@ def test_disconnect_waits_for_nobody_and_may_be_repeated(
     assert [row for row in audited(superuser, acme) if row[0] == "stripe.disconnected"] == [
         ("stripe.disconnected", account_id, None)
     ]
-    assert [kind for kind, _ in told(superuser, acme)] == [
+    assert [kind for kind, _ in stripe_events(superuser, acme)] == [
         "stripe.account.connected",
         "stripe.account.disconnected",
     ]
@@ -948,64 +950,66 @@ def test_disconnect_waits_for_nobody_and_may_be_repeated(
     assert (body["connected"], body["status"], body["account_id"]) == (False, "disconnected", None)
 
 
-def test_disconnect_of_a_tenant_that_never_connected(acme: Account, superuser: Engine) -> None:
+def test_disconnect_of_a_never_connected_tenant_changes_nothing(acme: Account, superuser: Engine) -> None:
     assert disconnect(acme).json()["tenant"]["stripe_connect_status"] == "not_connected"
     assert audited(superuser, acme) == []
     assert tasks(superuser) == []
 
 
-def test_disconnect_ends_ones_own_connection_alone(acme: Account, globex: Account, stripe: Sandbox) -> None:
+def test_disconnect_ends_only_the_tenants_own_connection(
+    acme: Account, globex: Account, stripe: Sandbox
+) -> None:
     connect(acme, stripe)
     connect(globex, stripe)
     disconnect(acme)
     assert status(globex)["status"] == "active"
 
 
-# what the worker does ----------------------------------------------------------------------------
+# worker ------------------------------------------------------------------------------------------
 
 
-def test_the_worker_tells_stripe_of_a_disconnection(
+def test_the_worker_deauthorizes_a_disconnected_account(
     acme: Account, stripe: Sandbox, worker: Worker, superuser: Engine
 ) -> None:
     account_id = connect(acme, stripe)
     disconnect(acme)
-    assert work(worker) == [DEAUTHORIZE]
+    assert run_due(worker) == [DEAUTHORIZE]
     assert not stripe.accounts[account_id].is_connected
-    assert (work(worker), tasks(superuser)) == ([], [])
+    assert (run_due(worker), tasks(superuser)) == ([], [])
 
 
 @pytest.mark.parametrize("fault", [Fault.SERVER_ERROR, Fault.BAD_GATEWAY, Fault.UNKNOWN_OAUTH_ERROR])
-def test_the_worker_tells_it_later_if_stripe_is_down(
+def test_the_worker_retries_a_deauthorization_with_growing_delays(
     acme: Account, stripe: Sandbox, worker: Worker, superuser: Engine, clock: TurnedClock, fault: Fault
 ) -> None:
     account_id = connect(acme, stripe)
     disconnect(acme)
     stripe.faults.always("deauthorize", fault)
-    assert work(worker) == [DEAUTHORIZE]
+    assert run_due(worker) == [DEAUTHORIZE]
     assert tasks(superuser) == [(DEAUTHORIZE, account_id)]
     for minutes in (1, 2, 4):
         clock.turn(minutes=minutes, seconds=-1)
-        assert work(worker) == []
+        assert run_due(worker) == []
         clock.turn(seconds=1)
-        assert work(worker) == [DEAUTHORIZE]
+        assert run_due(worker) == [DEAUTHORIZE]
     stripe.faults.clear()
     clock.turn(minutes=8)
-    assert work(worker) == [DEAUTHORIZE]
+    assert run_due(worker) == [DEAUTHORIZE]
     assert not stripe.accounts[account_id].is_connected
     assert tasks(superuser) == []
 
 
-def test_the_worker_is_done_if_stripe_knows_already(
+def test_a_deauthorization_is_done_if_stripe_revoked_it_already(
     acme: Account, stripe: Sandbox, worker: Worker, superuser: Engine
 ) -> None:
     account_id = connect(acme, stripe)
     disconnect(acme)
     stripe.revoke(account_id)
-    assert work(worker) == [DEAUTHORIZE]
+    assert run_due(worker) == [DEAUTHORIZE]
     assert tasks(superuser) == []
 
 
-def test_the_worker_is_not_done_because_our_own_client_id_is_wrong(
+def test_a_deauthorization_stays_due_while_our_client_id_is_wrong(
     acme: Account,
     stripe: Sandbox,
     stripe_settings: Settings,
@@ -1018,105 +1022,105 @@ def test_the_worker_is_not_done_because_our_own_client_id_is_wrong(
     for client_id in ("ca_another", None):
         wrong = replace(stripe_settings, stripe_connect_client_id=client_id)
         lost = stripe_connections_for(wrong, store, clock)
-        assert work(Worker(store, {DEAUTHORIZE: lost.deauthorize}, clock, threads=1)) == [DEAUTHORIZE]
+        assert run_due(Worker(store, {DEAUTHORIZE: lost.deauthorize}, clock, threads=1)) == [DEAUTHORIZE]
         assert tasks(superuser) == [(DEAUTHORIZE, account_id)]
         clock.turn(hours=1)
     assert stripe.accounts[account_id].is_connected
 
 
-def test_an_account_that_was_connected_again_meanwhile_is_not_cut(
+def test_an_account_reconnected_meanwhile_is_not_deauthorized(
     acme: Account, stripe: Sandbox, worker: Worker, superuser: Engine
 ) -> None:
     account_id = connect(acme, stripe)
     disconnect(acme)
     assert reconnect(acme, stripe, account_id).status_code == 200
-    assert work(worker) == []
+    assert run_due(worker) == []
     assert stripe.called("deauthorize") == []
     assert status(acme)["status"] == "active"
     assert tasks(superuser) == [(CHECK, account_id)]
 
 
-def test_if_it_was_connected_again_while_stripe_was_told_stripe_is_asked_what_holds(
+def test_a_reconnection_during_a_deauthorization_is_checked_at_stripe(
     acme: Account, stripe: Sandbox, worker: Worker, clock: TurnedClock
 ) -> None:
     account_id = connect(acme, stripe)
     disconnect(acme)
-    (taken,) = take(worker)
-    assert take(worker) == []  # It is somebody's already.
+    (taken,) = take_due(worker)
+    assert take_due(worker) == []  # Taken already.
     assert reconnect(acme, stripe, account_id).status_code == 200
     worker.do(taken)
     clock.turn(seconds=1)
-    assert work(worker) == [CHECK]
+    assert run_due(worker) == [CHECK]
     assert shown(acme) == (None, "disconnected")
 
 
-def test_nobody_else_gets_the_account_until_stripe_was_told(
+def test_an_account_is_taken_until_it_is_deauthorized(
     acme: Account, globex: Account, stripe: Sandbox, worker: Worker
 ) -> None:
     account_id = connect(acme, stripe)
     disconnect(acme)
     assert refusal(reconnect(globex, stripe, account_id)) == (409, "stripe-account-taken")
-    assert work(worker) == [DEAUTHORIZE]
+    assert run_due(worker) == [DEAUTHORIZE]
     assert reconnect(globex, stripe, account_id).status_code == 200
-    assert work(worker) == []
+    assert run_due(worker) == []
     assert status(globex)["status"] == "active"
     assert shown(acme) == (None, "disconnected")
 
 
-def test_an_account_is_free_once_stripe_was_told_though_its_tenant_has_another_by_then(
+def test_a_deauthorized_account_is_free_even_if_its_tenant_has_another(
     acme: Account, globex: Account, stripe: Sandbox, worker: Worker
 ) -> None:
     account_id = connect(acme, stripe)
     disconnect(acme)
     other = connect(acme, stripe)
-    assert work(worker) == [DEAUTHORIZE]
+    assert run_due(worker) == [DEAUTHORIZE]
     assert reconnect(globex, stripe, account_id).status_code == 200
     assert shown(acme) == (other, "active")
 
 
-def test_an_account_of_old_that_does_not_serve_is_given_back_too(
+def test_an_unsuitable_grant_of_a_former_account_is_revoked(
     acme: Account, stripe: Sandbox, superuser: Engine, worker: Worker
 ) -> None:
     account_id = connect(acme, stripe)
     disconnect(acme)
-    assert (work(worker), tasks(superuser)) == ([DEAUTHORIZE], [])
+    assert (run_due(worker), tasks(superuser)) == ([DEAUTHORIZE], [])
     stripe.faults.once("token", Fault.READ_ONLY)
     assert refusal(reconnect(acme, stripe, account_id)) == (403, "access-denied")
     assert tasks(superuser) == [(DEAUTHORIZE, account_id)]
 
 
-def test_the_worker_looks_after_accounts(
+def test_the_worker_checks_accounts_regularly(
     acme: Account, stripe: Sandbox, worker: Worker, superuser: Engine, clock: TurnedClock
 ) -> None:
     account_id = connect(acme, stripe)
     clock.turn(minutes=59)
-    assert work(worker) == []
+    assert run_due(worker) == []
     stripe.become(account_id, "restricted")
     clock.turn(minutes=17)
-    assert work(worker) == [CHECK]
-    assert told(superuser, acme)[-1] == ("stripe.account.updated", "restricted")
-    # As long as Stripe says nothing, what was known holds.
+    assert run_due(worker) == [CHECK]
+    assert stripe_events(superuser, acme)[-1] == ("stripe.account.updated", "restricted")
+    # While Stripe does not answer, the last known status holds.
     stripe.faults.always("retrieve_account", Fault.SERVER_ERROR)
     clock.turn(minutes=76)
-    assert work(worker) == [CHECK]
+    assert run_due(worker) == [CHECK]
     stripe.faults.clear()
     stripe.revoke(account_id)
     clock.turn(minutes=76)
-    assert work(worker) == [CHECK]
-    come_back(acme, clock)
+    assert run_due(worker) == [CHECK]
+    log_in_later(acme, clock)
     assert shown(acme) == (None, "disconnected")
     assert tasks(superuser) == []
     assert audited(superuser, acme)[-1][:2] == ("stripe.disconnected", account_id)
 
 
-def test_a_look_that_comes_too_late_changes_nothing(
+def test_a_check_after_the_disconnection_does_nothing(
     acme: Account, stripe: Sandbox, worker: Worker, superuser: Engine, clock: TurnedClock
 ) -> None:
     connect(acme, stripe)
     clock.turn(hours=2)
-    (taken,) = take(worker)
+    (taken,) = take_due(worker)
     assert taken.kind == CHECK
-    come_back(acme, clock)
+    log_in_later(acme, clock)
     disconnect(acme)
     asked = len(stripe.calls)
     worker.do(taken)
@@ -1124,19 +1128,17 @@ def test_a_look_that_comes_too_late_changes_nothing(
     assert [kind for kind, _ in tasks(superuser)] == [DEAUTHORIZE]
 
 
-def test_looks_at_accounts_have_a_queue_of_their_own(
-    acme: Account, stripe: Sandbox, superuser: Engine
-) -> None:
+def test_account_checks_have_their_own_queue(acme: Account, stripe: Sandbox, superuser: Engine) -> None:
     connect(acme, stripe)
     assert rows_of(superuser, "SELECT queue FROM tasks WHERE kind = 'stripe.check'") == [("checks",)]
 
 
-def test_what_counts_is_when_stripe_was_asked_not_when_it_answered(
+def test_answers_are_ordered_by_when_stripe_was_asked(
     acme: Account, stripe: Sandbox, stripe_settings: Settings, store: Store, clock: TurnedClock
 ) -> None:
     connect(acme, stripe)
     before = len(stripe.calls)
-    # A clock that goes on while Stripe is asked, and at no other time.
+    # A clock that advances with each call to Stripe, and at no other time.
     ticking = stripe_connections_for(
         stripe_settings, store, lambda: clock.now + timedelta(minutes=len(stripe.calls) - before + 1)
     )
@@ -1152,22 +1154,22 @@ def test_what_counts_is_when_stripe_was_asked_not_when_it_answered(
     assert seen.status == "restricted"
 
 
-def test_what_stripe_says_of_a_connection_that_has_ended_meanwhile_changes_nothing(
+def test_an_answer_about_an_ended_connection_changes_nothing(
     acme: Account, stripe: Sandbox, store: Store, superuser: Engine, clock: TurnedClock
 ) -> None:
     connect(acme, stripe)
     with store.tenant(UUID(acme.tenant["id"])) as tx:
         known = tx.stripe.find()
     disconnect(acme)
-    before = audited(superuser, acme), told(superuser, acme), tasks(superuser)
+    before = audited(superuser, acme), stripe_events(superuser, acme), tasks(superuser)
     clock.turn(seconds=1)
     with store.tenant(UUID(acme.tenant["id"]), exclusive=True) as tx:
         assert known is not None
         note(tx, known, None, asked_at=clock(), now=clock())
-    assert (audited(superuser, acme), told(superuser, acme), tasks(superuser)) == before
+    assert (audited(superuser, acme), stripe_events(superuser, acme), tasks(superuser)) == before
 
 
-def test_what_stripe_said_before_the_last_answer_changes_nothing(
+def test_an_answer_older_than_the_stored_one_changes_nothing(
     acme: Account, stripe: Sandbox, connections: StripeConnections, store: Store, clock: TurnedClock
 ) -> None:
     account_id = connect(acme, stripe)
@@ -1180,10 +1182,10 @@ def test_what_stripe_said_before_the_last_answer_changes_nothing(
     assert status(acme)["status"] == "rejected"
 
 
-# what is kept of it all --------------------------------------------------------------------------
+# events and audit --------------------------------------------------------------------------------
 
 
-def test_events_and_audit_tell_the_whole_story(
+def test_events_and_audit_rows_cover_the_whole_lifecycle(
     acme: Account, stripe: Sandbox, superuser: Engine, clock: TurnedClock
 ) -> None:
     call_back(acme.client, stripe.decline(start(acme).json()["url"]))
@@ -1202,7 +1204,7 @@ def test_events_and_audit_tell_the_whole_story(
         ("stripe.connect_started", "oauth", None),
         ("stripe.connected", account_id, None),
     ]
-    assert told(superuser, acme) == [
+    assert stripe_events(superuser, acme) == [
         ("stripe.account.connected", "pending"),
         ("stripe.account.updated", "active"),
         ("stripe.account.disconnected", "disconnected"),
@@ -1215,20 +1217,20 @@ def test_events_and_audit_tell_the_whole_story(
     ]
 
 
-def test_each_tenant_counts_its_own_events(
+def test_each_tenant_numbers_its_own_events(
     acme: Account, globex: Account, stripe: Sandbox, superuser: Engine
 ) -> None:
     connect(acme, stripe)
     connect(globex, stripe)
     disconnect(acme)
-    assert len(told(superuser, acme)) == 2
-    assert told(superuser, globex) == [("stripe.account.connected", "active")]
+    assert len(stripe_events(superuser, acme)) == 2
+    assert stripe_events(superuser, globex) == [("stripe.account.connected", "active")]
 
 
 # account_link ------------------------------------------------------------------------------------
 
 
-def test_a_link_begins_with_an_account_of_the_tenants_own(
+def test_an_account_link_creates_an_account_for_the_tenant(
     acme: Account, stripe: Sandbox, superuser: Engine
 ) -> None:
     answer = start(acme, flow="account_link")
@@ -1241,10 +1243,10 @@ def test_a_link_begins_with_an_account_of_the_tenants_own(
     assert made.form["email"] == acme.tenant["email"]
     assert made.form["metadata[tenant_id]"] == acme.tenant["id"]
     assert shown(acme) == (account_id, "pending")
-    assert told(superuser, acme) == [("stripe.account.connected", "pending")]
+    assert stripe_events(superuser, acme) == [("stripe.account.connected", "pending")]
 
 
-def test_a_link_comes_back_with_its_state_alone(
+def test_an_account_link_returns_with_only_its_state(
     acme: Account, stripe: Sandbox, superuser: Engine, clock: TurnedClock
 ) -> None:
     url = stripe.finish(start(acme, flow="account_link").json()["url"])
@@ -1254,16 +1256,16 @@ def test_a_link_comes_back_with_its_state_alone(
     assert (answer.status_code, answer.json()["status"]) == (200, "active")
     assert refusal(call_back(acme.client, url)) == (400, "state-used")
     assert stripe.called("token") == []
-    assert told(superuser, acme)[-1] == ("stripe.account.updated", "active")
+    assert stripe_events(superuser, acme)[-1] == ("stripe.account.updated", "active")
     answer = start(acme, flow="account_link")
     assert refusal(answer) == (409, "stripe-already-connected")
 
 
-def test_a_link_is_renewed_while_the_form_is_not_finished(acme: Account, stripe: Sandbox) -> None:
+def test_an_account_link_is_renewed_while_the_form_is_unfinished(acme: Account, stripe: Sandbox) -> None:
     first = start(acme, flow="account_link").json()["url"]
     answer = call_back(acme.client, stripe.leave(first))
     assert (answer.status_code, answer.json()["status"]) == (200, "pending")
-    # The used link leads back as well; its state is used too.
+    # The old link also leads back; its state is used as well.
     assert refusal(call_back(acme.client, stripe.finish(first))) == (400, "state-used")
     second = start(acme, flow="account_link").json()["url"]
     assert second != first
@@ -1272,21 +1274,21 @@ def test_a_link_is_renewed_while_the_form_is_not_finished(acme: Account, stripe:
     assert refusal(start(acme, flow="oauth")) == (409, "stripe-already-connected")
 
 
-def test_of_starts_at_once_one_makes_the_account(
+def test_simultaneous_starts_create_one_account(
     acme: Account, stripe: Sandbox, superuser: Engine, clock: TurnedClock
 ) -> None:
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda _: start(acme, flow="account_link"), range(4)))
     assert {answer.status_code for answer in answers} == {200}
     assert len(stripe.accounts) == 1
-    assert len(told(superuser, acme)) == 1
+    assert len(stripe_events(superuser, acme)) == 1
     clock.turn(seconds=1)
     endings = [call_back(acme.client, stripe.leave(answer.json()["url"])).status_code for answer in answers]
     assert sorted(endings) == [200, 400, 400, 400]
 
 
 @pytest.mark.parametrize("fault", [Fault.SERVER_ERROR, Fault.HANG_AFTER])
-def test_502_if_the_account_cannot_be_made_and_a_repeat_makes_no_second(
+def test_502_if_the_account_cannot_be_created_and_a_repeat_creates_only_one(
     acme: Account, stripe: Sandbox, superuser: Engine, fault: Fault
 ) -> None:
     stripe.faults.once("create_account", fault)
@@ -1296,19 +1298,19 @@ def test_502_if_the_account_cannot_be_made_and_a_repeat_makes_no_second(
     assert len(stripe.accounts) == 1
 
 
-def test_an_account_that_could_not_be_made_is_asked_for_anew_an_hour_later(
+def test_account_creation_uses_a_new_idempotency_key_after_an_hour(
     acme: Account, stripe: Sandbox, clock: TurnedClock
 ) -> None:
-    # Stripe keeps its failure under the key as long as a success.
+    # Under an idempotency key Stripe keeps a failure as long as a success.
     stripe.faults.always("create_account", Fault.SERVER_ERROR)
     for hours in (0, 0, 1):
-        come_back(acme, clock, hours=hours)
+        log_in_later(acme, clock, hours=hours)
         assert refusal(start(acme, flow="account_link")) == (502, "stripe-unavailable")
     first, repeat, later = (call.headers["idempotency-key"] for call in stripe.called("create_account"))
     assert first == repeat != later
 
 
-def test_502_if_the_link_cannot_be_made_and_a_repeat_renews_it(acme: Account, stripe: Sandbox) -> None:
+def test_502_if_the_link_cannot_be_created_and_a_repeat_succeeds(acme: Account, stripe: Sandbox) -> None:
     stripe.faults.once("create_account_link", Fault.SERVER_ERROR)
     assert refusal(start(acme, flow="account_link")) == (502, "stripe-unavailable")
     assert shown(acme)[1] == "pending"
@@ -1316,7 +1318,7 @@ def test_502_if_the_link_cannot_be_made_and_a_repeat_renews_it(acme: Account, st
     assert len(stripe.accounts) == 1
 
 
-def test_unlinking_is_nothing_to_tell_stripe(
+def test_disconnecting_an_account_link_does_not_deauthorize_at_stripe(
     acme: Account, stripe: Sandbox, superuser: Engine, worker: Worker
 ) -> None:
     url = stripe.finish(start(acme, flow="account_link").json()["url"])
@@ -1331,7 +1333,7 @@ def test_unlinking_is_nothing_to_tell_stripe(
     assert len(stripe.accounts) == 2
 
 
-def test_after_unlinking_a_new_link_connects_the_new_account(
+def test_a_new_link_after_a_disconnection_connects_the_new_account(
     acme: Account, stripe: Sandbox, clock: TurnedClock
 ) -> None:
     start(acme, flow="account_link")
@@ -1344,7 +1346,7 @@ def test_after_unlinking_a_new_link_connects_the_new_account(
     assert shown(acme) == (second, "active")
 
 
-def test_nobody_else_may_bring_an_account_that_was_made_for_a_tenant(
+def test_409_for_an_account_created_for_another_tenant(
     acme: Account, globex: Account, stripe: Sandbox
 ) -> None:
     start(acme, flow="account_link")
@@ -1352,16 +1354,16 @@ def test_nobody_else_may_bring_an_account_that_was_made_for_a_tenant(
     assert refusal(reconnect(globex, stripe, account_id)) == (409, "stripe-account-taken")
 
 
-def test_a_link_may_return_to_a_page_of_the_platform(acme: Account, stripe: Sandbox) -> None:
+def test_an_account_link_returns_to_the_return_url(acme: Account, stripe: Sandbox) -> None:
     link = start(acme, flow="account_link", return_url=RETURN_URL).json()["url"]
     answer = call_back(acme.client, stripe.finish(link))
     assert query_of(answer.headers["location"])["stripe"] == "connected"
 
 
-# many at once ------------------------------------------------------------------------------------
+# concurrency -------------------------------------------------------------------------------------
 
 
-def test_of_fifty_callbacks_with_one_code_one_connects(
+def test_of_fifty_simultaneous_callbacks_with_one_code_one_connects(
     acme: Account, stripe: Sandbox, superuser: Engine
 ) -> None:
     url = agree(acme, stripe)
@@ -1369,13 +1371,13 @@ def test_of_fifty_callbacks_with_one_code_one_connects(
         answers = list(pool.map(lambda _: call_back(acme.client, url), range(50)))
     endings = [200 if answer.status_code == 200 else answer.json()["code"] for answer in answers]
     assert endings.count(200) == 1
-    # A busy machine may have had no thread for some.
+    # A busy machine may have had no free thread for some.
     assert set(endings) <= {200, "state-used", "overloaded"}
     assert len(stripe.called("token")) == 1
-    assert told(superuser, acme) == [("stripe.account.connected", "active")]
+    assert stripe_events(superuser, acme) == [("stripe.account.connected", "active")]
 
 
-def test_of_two_tenants_that_bring_one_account_at_once_one_gets_it(
+def test_an_account_not_yet_deauthorized_goes_to_its_last_tenant(
     acme: Account, globex: Account, stripe: Sandbox
 ) -> None:
     account_id = connect(acme, stripe)
@@ -1385,11 +1387,11 @@ def test_of_two_tenants_that_bring_one_account_at_once_one_gets_it(
     acme_url = stripe.approve(start(acme).json()["url"], account_id=account_id)
     with ThreadPoolExecutor(2) as pool:
         answers = list(pool.map(lambda url: call_back(acme.client, url), [globex_url, acme_url]))
-    # It is still Acme's, until Stripe was told.
+    # It is still Acme's until it is deauthorized at Stripe.
     assert [answer.status_code for answer in answers] == [409, 200]
 
 
-def test_of_two_tenants_that_bring_a_free_account_at_once_one_gets_it(
+def test_one_of_two_simultaneous_tenants_gets_a_free_account(
     acme: Account, globex: Account, stripe: Sandbox, clock: TurnedClock
 ) -> None:
     account_id = connect(acme, stripe)
@@ -1403,13 +1405,13 @@ def test_of_two_tenants_that_bring_a_free_account_at_once_one_gets_it(
     assert sorted([shown(acme)[0] is None, shown(globex)[0] is None]) == [False, True]
 
 
-def await_waiter(superuser: Engine, other: Future[Any]) -> None:
-    """Until the other waits for a lock, or need not."""
+def await_lock_wait(superuser: Engine, other: Future[Any]) -> None:
+    """Wait until the other waits for a lock, or is done."""
     while not other.done() and not waits_for_a_lock(superuser):
         time.sleep(0.01)
 
 
-def test_a_callback_beside_another_finds_what_that_connected(
+def test_a_callback_that_waited_for_another_sees_its_connection(
     acme: Account, stripe: Sandbox, store: Store, superuser: Engine, clock: TurnedClock
 ) -> None:
     url = agree(acme, stripe)
@@ -1418,12 +1420,12 @@ def test_a_callback_beside_another_finds_what_that_connected(
             grant = Grant("acct_1Another", "read_write", livemode=False)
             connect_account(tx, grant, None, livemode=False, now=clock())
             answer = pool.submit(call_back, acme.client, url)
-            await_waiter(superuser, answer)
+            await_lock_wait(superuser, answer)
         assert refusal(answer.result()) == (409, "stripe-already-connected")
     assert shown(acme)[0] == "acct_1Another"
 
 
-def test_a_look_beside_a_disconnection_brings_nothing_back(
+def test_a_status_call_during_a_disconnection_does_not_reconnect(
     acme: Account,
     stripe: Sandbox,
     store: Store,
@@ -1438,39 +1440,43 @@ def test_a_look_beside_a_disconnection_brings_nothing_back(
         with store.tenant(tenant_id, exclusive=True) as tx:
             end_connection(tx, now=clock())
             seen = pool.submit(connections.status, tenant_id)
-            await_waiter(superuser, seen)
+            await_lock_wait(superuser, seen)
         seen.result()
     assert status(acme)["status"] == "disconnected"
 
 
-def test_of_an_account_connected_again_while_stripe_was_told_stripe_is_asked_at_once(
+def test_a_reconnection_while_a_deauthorization_waits_is_checked_at_once(
     acme: Account, stripe: Sandbox, store: Store, superuser: Engine, worker: Worker, clock: TurnedClock
 ) -> None:
     account_id = connect(acme, stripe)
     disconnect(acme)
-    (taken,) = take(worker)
+    (taken,) = take_due(worker)
     with ThreadPoolExecutor(1) as pool:
         with store.tenant(UUID(acme.tenant["id"]), exclusive=True) as tx:
             grant = Grant(account_id, "read_write", livemode=False)
             connect_account(tx, grant, StripeAccount(account_id), livemode=False, now=clock())
-            told = pool.submit(worker.do, taken)
-            await_waiter(superuser, told)
-        told.result()
+            deauthorized = pool.submit(worker.do, taken)
+            await_lock_wait(superuser, deauthorized)
+        deauthorized.result()
     clock.turn(seconds=1)
-    assert work(worker) == [CHECK]
+    assert run_due(worker) == [CHECK]
     assert shown(acme) == (None, "disconnected")
 
 
-def test_a_stripe_that_hangs_delays_nobody_else(acme: Account, globex: Account, stripe: Sandbox) -> None:
+def test_a_hanging_stripe_does_not_delay_other_requests(
+    acme: Account, globex: Account, stripe: Sandbox
+) -> None:
     connect(acme, stripe)
     stripe.faults.always("retrieve_account", Fault.HANG)
-    # A busy machine may be slow for another reason, but not each time.
-    assert any(seconds_beside_a_hanging_stripe(acme, globex, stripe) < PATIENCE_SECONDS / 2 for _ in range(3))
+    # A busy machine may be slow for another reason, but not three times in a row.
+    assert any(
+        verify_seconds_while_stripe_hangs(acme, globex, stripe) < PATIENCE_SECONDS / 2 for _ in range(3)
+    )
     assert disconnect(globex).status_code == 200
 
 
-def seconds_beside_a_hanging_stripe(acme: Account, globex: Account, stripe: Sandbox) -> float:
-    """How long Globex waits for `verify` while Acme waits for Stripe in every thread that may."""
+def verify_seconds_while_stripe_hangs(acme: Account, globex: Account, stripe: Sandbox) -> float:
+    """How long Globex waits for `verify` while Acme's requests occupy every thread for Stripe."""
     key = {"X-API-Key": globex.tenant["api_key_secret"]}
     hanging = len(stripe.calls) + STRIPE_THREADS
     callers = STRIPE_THREADS + 6
@@ -1488,18 +1494,18 @@ def seconds_beside_a_hanging_stripe(acme: Account, globex: Account, stripe: Sand
     return seconds
 
 
-def test_a_worker_without_stripe_keeps_what_is_to_be_done(
+def test_a_worker_without_stripe_keeps_its_tasks(
     acme: Account, stripe: Sandbox, settings: Settings, store: Store, superuser: Engine, clock: TurnedClock
 ) -> None:
     account_id = connect(acme, stripe)
     clock.turn(hours=2)
     idle = stripe_connections_for(settings, store, clock)
     jobs: dict[str, Callable[[Task], None]] = {CHECK: idle.check, DEAUTHORIZE: idle.deauthorize}
-    assert work(Worker(store, jobs, clock, threads=1)) == [CHECK]
+    assert run_due(Worker(store, jobs, clock, threads=1)) == [CHECK]
     assert tasks(superuser) == [(CHECK, account_id)]
 
 
-def test_what_a_clock_stored_that_was_ahead_keeps_no_answer_out(
+def test_a_time_stored_by_a_fast_clock_does_not_block_answers(
     acme: Account, stripe: Sandbox, clock: TurnedClock
 ) -> None:
     connect(acme, stripe)
@@ -1511,7 +1517,7 @@ def test_what_a_clock_stored_that_was_ahead_keeps_no_answer_out(
     assert status(acme)["status"] == "restricted"
 
 
-# Sessions that end ------------------------------------------------------------------------------
+# Ended sessions ----------------------------------------------------------------------------------
 
 
 def change_password(account: Account) -> None:
@@ -1532,10 +1538,10 @@ def reuse_a_refresh_token(account: Account, clock: TurnedClock) -> None:
 
 
 @pytest.mark.parametrize("ending", ["password changed", "token reused", "reset", "disabled and enabled"])
-def test_what_a_session_began_ends_with_it(
+def test_a_state_ends_with_the_session_that_started_it(
     acme: Account, stripe: Sandbox, store: Store, clock: TurnedClock, ending: str
 ) -> None:
-    """Or whoever stole it could have the tenant's payments go to an account of theirs."""
+    """Otherwise whoever stole the session could direct the tenant's payments to their own account."""
     url = agree(acme, stripe)
     with store.tenant(UUID(acme.tenant["id"])) as tx:
         owner = tx.users.all()[0]
@@ -1558,29 +1564,29 @@ def test_what_a_session_began_ends_with_it(
 
 
 @pytest.mark.parametrize("flow", ["oauth", "account_link"])
-def test_a_start_that_waited_while_its_session_ended_starts_nothing(
+def test_a_waiting_start_is_refused_if_its_session_ends_meanwhile(
     acme: Account, stripe: Sandbox, superuser: Engine, store: Store, flow: str
 ) -> None:
     with ThreadPoolExecutor(1) as pool:
         with store.tenant(UUID(acme.tenant["id"]), exclusive=True):
             late = pool.submit(start, acme, flow=flow)
-            await_waiter(superuser, late)
+            await_lock_wait(superuser, late)
             change_password(acme)
         assert refusal(late.result()) == (401, "session-ended")
     assert not is_connected(acme, store)
 
 
-def test_what_is_withdrawn_while_stripe_is_asked_is_not_finished(
+def test_a_callback_is_refused_if_its_session_ends_meanwhile(
     acme: Account, stripe: Sandbox, superuser: Engine, store: Store, clock: TurnedClock, worker: Worker
 ) -> None:
     url = agree(acme, stripe)
     with ThreadPoolExecutor(1) as pool:
         with store.tenant(UUID(acme.tenant["id"]), exclusive=True):
             late = pool.submit(call_back, acme.client, url)
-            await_waiter(superuser, late)
+            await_lock_wait(superuser, late)
             change_password(acme)
         assert refusal(late.result()) == (400, "state-expired")
     assert not is_connected(acme, store)
-    # What was granted is given back.
-    assert work(worker) == [DEAUTHORIZE]
+    # The grant is revoked at Stripe.
+    assert run_due(worker) == [DEAUTHORIZE]
     assert not any(account.is_connected for account in stripe.accounts.values())
