@@ -1,4 +1,4 @@
-"""Operations 15–18, by status."""
+"""Operations 15–18 (webhooks), by status."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CONFIG, TEST = f"{API}/webhooks/config/", f"{API}/webhooks/test/"
 URL = "https://hooks.acme.example/billing"
 FORM = "application/x-www-form-urlencoded"
 DAY = 86400
-# How long a receiver may take in these tests: ample for a good one on a busy machine.
+# The timeout of a delivery in these tests: ample for a responsive receiver on a busy machine.
 PATIENCE_SECONDS = 3.0
 
 
@@ -70,7 +70,7 @@ def url_of(receiver: Receiver) -> str:
     return f"http://localhost:{receiver.port}/in"
 
 
-# What an admin does ------------------------------------------------------------------------------
+# An admin's actions ------------------------------------------------------------------------------
 
 
 def configure(account: Account, url: str = URL, **more: Any) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def send_test(account: Account, **asked: Any) -> dict[str, Any]:
 
 
 def secret_of(account: Account) -> str:
-    """The one shown at registration."""
+    """The secret shown at registration."""
     return str(account.tenant["webhook_secret"])
 
 
@@ -105,7 +105,7 @@ def masked(secret: str) -> str:
     return f"whsec_****...{secret[-4:]}"
 
 
-# What is kept ------------------------------------------------------------------------------------
+# What is stored ----------------------------------------------------------------------------------
 
 
 def rows_of(superuser: Engine, query: str, **values: Any) -> list[Any]:
@@ -118,7 +118,7 @@ def audited(superuser: Engine) -> list[str]:
     return [row.action for row in rows_of(superuser, query)]
 
 
-def kept(superuser: Engine) -> list[list[Any]]:
+def stored_rows(superuser: Engine) -> list[list[Any]]:
     tables = ("tenants", "webhook_endpoints", "webhook_secrets", "deliveries", "tasks", "audit_log")
     return [rows_of(superuser, f"SELECT t::text FROM {table} t ORDER BY 1") for table in tables]
 
@@ -130,7 +130,7 @@ def at(moment: datetime) -> str:
 # configure ---------------------------------------------------------------------------------------
 
 
-def test_configure_sets_the_url_and_shows_no_secret_that_was_there(
+def test_configure_sets_the_url_without_showing_the_existing_secret(
     acme: Account, superuser: Engine, clock: TurnedClock
 ) -> None:
     clock.turn(minutes=1)
@@ -150,24 +150,26 @@ def test_configure_sets_the_url_and_shows_no_secret_that_was_there(
     assert str(row.actor_id) == acme.registered["user"]["id"]
 
 
-def test_the_same_body_again_changes_nothing(acme: Account, superuser: Engine, clock: TurnedClock) -> None:
+def test_configuring_the_same_again_changes_nothing(
+    acme: Account, superuser: Engine, clock: TurnedClock
+) -> None:
     body = {"event_types": ["api_key.revoked"], "regenerate_secret": False}
     first = configure(acme, **body)
-    before = kept(superuser)
+    before = stored_rows(superuser)
     clock.turn(minutes=1)
     assert configure(acme, **body) == first
     assert configure(acme) == first
-    assert kept(superuser) == before
+    assert stored_rows(superuser) == before
 
 
-def test_another_url_takes_the_place_of_the_first(acme: Account, superuser: Engine) -> None:
+def test_another_url_replaces_the_first(acme: Account, superuser: Engine) -> None:
     configure(acme)
     assert configure(acme, f"{URL}/2")["webhook_url"] == f"{URL}/2"
     assert config(acme)["webhook_url"] == f"{URL}/2"
     assert audited(superuser) == ["webhook.configured"] * 2
 
 
-def test_event_types_are_kept_when_left_out_and_empty_means_all(acme: Account) -> None:
+def test_omitted_event_types_are_kept_and_an_empty_list_means_all(acme: Account) -> None:
     some = ["api_key.regenerated", "api_key.revoked"]
     assert configure(acme)["event_types"] == []
     assert configure(acme, event_types=some)["event_types"] == some
@@ -179,7 +181,7 @@ def test_event_types_are_kept_when_left_out_and_empty_means_all(acme: Account) -
     assert config(acme)["event_types"] == []
 
 
-def test_a_new_secret_is_shown_once_and_the_old_one_counts_for_a_day(
+def test_a_new_secret_is_shown_once_and_the_old_one_stays_valid_a_day(
     acme: Account, clock: TurnedClock, superuser: Engine
 ) -> None:
     answer = configure(acme, regenerate_secret=True)
@@ -197,14 +199,16 @@ def test_a_new_secret_is_shown_once_and_the_old_one_counts_for_a_day(
 
 
 @pytest.mark.parametrize("seconds", [0, 1, 604800])
-def test_the_grace_is_as_long_as_asked_for(acme: Account, clock: TurnedClock, seconds: int) -> None:
+def test_the_grace_period_is_as_requested(acme: Account, clock: TurnedClock, seconds: int) -> None:
     answer = configure(acme, regenerate_secret=True, secret_grace_seconds=seconds)
     end = at(clock.now + timedelta(seconds=seconds)) if seconds else None
     assert answer["previous_secret_expires_at"] == end
     assert config(acme)["previous_secret_expires_at"] == end
 
 
-def test_at_most_two_secrets_count_at_a_time(acme: Account, clock: TurnedClock, superuser: Engine) -> None:
+def test_at_most_two_secrets_are_valid_at_a_time(
+    acme: Account, clock: TurnedClock, superuser: Engine
+) -> None:
     for _ in range(3):
         clock.turn(minutes=1)
         last = configure(acme, regenerate_secret=True)
@@ -214,7 +218,7 @@ def test_at_most_two_secrets_count_at_a_time(acme: Account, clock: TurnedClock, 
     assert config(acme)["webhook_secret"] == masked(last["webhook_secret"])
 
 
-def test_configuring_turns_a_disabled_one_on_and_keeps_what_was_pending(
+def test_configuring_enables_a_disabled_webhook_and_keeps_pending_deliveries(
     acme: Account, store: Store, clock: TurnedClock, superuser: Engine
 ) -> None:
     configure(acme)
@@ -252,17 +256,19 @@ def test_configuring_turns_a_disabled_one_on_and_keeps_what_was_pending(
         "https://hooks.acme.example\\@127.0.0.1/",
     ],
 )
-def test_422_for_a_url_that_we_do_not_call(acme: Account, superuser: Engine, url: str) -> None:
+def test_422_for_a_url_that_is_not_allowed(acme: Account, superuser: Engine, url: str) -> None:
     configure(acme)
-    before = kept(superuser)
+    before = stored_rows(superuser)
     answer = acme.post("/webhooks/config/", {"webhook_url": url, "regenerate_secret": True})
     assert (answer.status_code, answer.json()["code"]) == (422, "webhook-url-refused")
     assert url not in answer.text
     assert "hunter2" not in answer.text
-    assert kept(superuser) == before
+    assert stored_rows(superuser) == before
 
 
-def test_a_name_that_nobody_knows_is_accepted(acme: Account, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configure_accepts_an_unknown_host_without_resolving_it(
+    acme: Account, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = Names({})
     monkeypatch.setattr(socket, "getaddrinfo", names)
     assert configure(acme, "https://not-yet.acme.example/")["status"] == "active"
@@ -290,16 +296,16 @@ def test_a_name_that_nobody_knows_is_accepted(acme: Account, monkeypatch: pytest
         [],
     ],
 )
-def test_configure_400(acme: Account, superuser: Engine, body: Any) -> None:
-    before = kept(superuser)
+def test_configure_400_for_an_invalid_body(acme: Account, superuser: Engine, body: Any) -> None:
+    before = stored_rows(superuser)
     assert acme.post("/webhooks/config/", body).status_code == 400
-    assert kept(superuser) == before
+    assert stored_rows(superuser) == before
 
 
-# who may -----------------------------------------------------------------------------------------
+# roles and tenants -------------------------------------------------------------------------------
 
 
-def calls(account: Account, headers: dict[str, str]) -> list[int]:
+def statuses(account: Account, headers: dict[str, str]) -> list[int]:
     request = account.client.request
     return [
         request("GET", CONFIG, headers=headers).status_code,
@@ -310,24 +316,26 @@ def calls(account: Account, headers: dict[str, str]) -> list[int]:
 
 
 def test_401_without_a_session_and_403_for_keys(acme: Account) -> None:
-    assert calls(acme, {}) == [401] * 4
-    assert calls(acme, bearer("not.a.token")) == [401] * 4
+    assert statuses(acme, {}) == [401] * 4
+    assert statuses(acme, bearer("not.a.token")) == [401] * 4
     for name in ("api_key_secret", "api_key_test_secret", "api_key_public"):
-        assert calls(acme, {"X-API-Key": acme.tenant[name]}) == [401] * 4
-        assert calls(acme, bearer(acme.tenant[name])) == [403] * 4
+        assert statuses(acme, {"X-API-Key": acme.tenant[name]}) == [401] * 4
+        assert statuses(acme, bearer(acme.tenant[name])) == [403] * 4
 
 
 @pytest.mark.parametrize(
     ("role", "expected"),
     [("owner", [200, 200, 200, 409]), ("admin", [200, 200, 200, 409]), ("developer", [403] * 4)],
 )
-def test_roles(acme: Account, superuser: Engine, role: str, expected: Sequence[int]) -> None:
+def test_allowed_operations_by_role(
+    acme: Account, superuser: Engine, role: str, expected: Sequence[int]
+) -> None:
     with superuser.begin() as connection:
         connection.execute(text("UPDATE users SET role = :role"), {"role": role})
-    assert calls(acme, bearer(acme.tokens["access"])) == expected
+    assert statuses(acme, bearer(acme.tokens["access"])) == expected
 
 
-def test_each_tenant_has_its_own(acme: Account, globex: Account) -> None:
+def test_each_tenant_has_its_own_webhook(acme: Account, globex: Account) -> None:
     configure(acme, regenerate_secret=True, event_types=["api_key.revoked"])
     acme.revoke("test")
     shown = config(globex)
@@ -341,7 +349,7 @@ def test_each_tenant_has_its_own(acme: Account, globex: Account) -> None:
 # get ---------------------------------------------------------------------------------------------
 
 
-def test_get_without_a_url_is_the_same_object(acme: Account) -> None:
+def test_get_without_a_url_returns_every_member(acme: Account) -> None:
     shown = config(acme)
     assert shown == {
         "webhook_url": None,
@@ -368,8 +376,8 @@ def test_a_url_given_at_registration_is_configured(client: TestClient) -> None:
     assert (delivery["event_type"], delivery["status"]) == ("tenant.registered", "pending")
 
 
-def add(store: Store, account: Account, clock: TurnedClock, number: int = 1, **given: Any) -> None:
-    """Deliveries of an event each, which went as given."""
+def add_deliveries(store: Store, account: Account, clock: TurnedClock, number: int = 1, **given: Any) -> None:
+    """Store deliveries of one event each, with this outcome."""
     with store.tenant(account.tenant["id"]) as tx:
         for _ in range(number):
             event = tx.events.keep_test("webhook.test", {}, now=clock.now)
@@ -382,7 +390,7 @@ def test_get_shows_at_most_20_deliveries_newest_first(
     acme: Account, store: Store, superuser: Engine, clock: TurnedClock
 ) -> None:
     configure(acme)
-    add(store, acme, clock, 25)
+    add_deliveries(store, acme, clock, 25)
     ids = [str(row.id) for row in rows_of(superuser, "SELECT id FROM deliveries ORDER BY id DESC")]
     shown = config(acme)["recent_deliveries"]
     assert [one["id"] for one in shown] == ids[:20]
@@ -399,21 +407,21 @@ def test_get_shows_at_most_20_deliveries_newest_first(
     }
 
 
-def test_get_counts_what_ended_within_a_day_and_what_is_pending(
+def test_get_counts_deliveries_settled_within_a_day_and_pending_ones(
     acme: Account, store: Store, clock: TurnedClock
 ) -> None:
     configure(acme)
     waiting = {"status": "pending", "next_attempt_at": clock.now, "settled_at": None}
-    add(store, acme, clock, 3)
-    add(store, acme, clock, 2, status="failed", http_status=None, error="timeout")
-    add(store, acme, clock, 4, **waiting)
+    add_deliveries(store, acme, clock, 3)
+    add_deliveries(store, acme, clock, 2, status="failed", http_status=None, error="timeout")
+    add_deliveries(store, acme, clock, 4, **waiting)
     day = timedelta(days=1)
-    add(store, acme, clock, settled_at=clock.now - day)
-    add(store, acme, clock, settled_at=clock.now - day + timedelta(seconds=1))
+    add_deliveries(store, acme, clock, settled_at=clock.now - day)
+    add_deliveries(store, acme, clock, settled_at=clock.now - day + timedelta(seconds=1))
     assert config(acme)["stats"] == {"delivered_24h": 4, "failed_24h": 2, "pending": 4}
 
 
-def test_get_shows_since_when_it_fails(acme: Account, store: Store, clock: TurnedClock) -> None:
+def test_get_shows_failing_since(acme: Account, store: Store, clock: TurnedClock) -> None:
     configure(acme)
     since = clock.now - timedelta(hours=2)
     with store.tenant(acme.tenant["id"]) as tx:
@@ -425,7 +433,7 @@ def test_get_shows_since_when_it_fails(acme: Account, store: Store, clock: Turne
 # remove ------------------------------------------------------------------------------------------
 
 
-def test_remove_cancels_what_is_pending_and_keeps_the_secret(
+def test_remove_cancels_pending_deliveries_and_keeps_the_secret(
     acme: Account, superuser: Engine, clock: TurnedClock
 ) -> None:
     configure(acme)
@@ -451,19 +459,21 @@ def test_remove_cancels_what_is_pending_and_keeps_the_secret(
 
 
 def test_removing_again_changes_nothing(acme: Account, superuser: Engine, clock: TurnedClock) -> None:
-    before = kept(superuser)
+    before = stored_rows(superuser)
     clock.turn(minutes=1)
     assert remove(acme).status_code == 200
-    assert kept(superuser) == before
+    assert stored_rows(superuser) == before
     configure(acme)
     first = remove(acme).json()
-    before = kept(superuser)
+    before = stored_rows(superuser)
     clock.turn(minutes=1)
     assert remove(acme).json() == first
-    assert kept(superuser) == before
+    assert stored_rows(superuser) == before
 
 
-def test_removing_a_disabled_one_forgets_that_it_was(acme: Account, store: Store, clock: TurnedClock) -> None:
+def test_removing_a_disabled_webhook_clears_its_disabled_reason(
+    acme: Account, store: Store, clock: TurnedClock
+) -> None:
     configure(acme)
     with store.tenant(acme.tenant["id"]) as tx:
         disable(tx, tx.webhooks.find(lock=True), "gone", now=clock.now)
@@ -475,7 +485,7 @@ def test_removing_a_disabled_one_forgets_that_it_was(acme: Account, store: Store
 # test --------------------------------------------------------------------------------------------
 
 
-def test_test_409_without_a_url(acme: Account, superuser: Engine) -> None:
+def test_send_test_409_without_a_url(acme: Account, superuser: Engine) -> None:
     answer = acme.post("/webhooks/test/", {})
     assert (answer.status_code, answer.json()["code"]) == (409, "webhook-not-configured")
     assert rows_of(superuser, "SELECT 1 FROM events WHERE type = 'webhook.test'") == []
@@ -484,7 +494,7 @@ def test_test_409_without_a_url(acme: Account, superuser: Engine) -> None:
     assert acme.post("/webhooks/test/", {}).status_code == 409
 
 
-def test_a_test_that_arrives(local: Account, superuser: Engine, clock: TurnedClock) -> None:
+def test_a_test_is_delivered_and_reported(local: Account, superuser: Engine, clock: TurnedClock) -> None:
     with receiving(answers(200, b"thank you")) as receiver:
         configure(local, url_of(receiver))
         report = send_test(local)
@@ -522,7 +532,7 @@ def test_a_test_that_arrives(local: Account, superuser: Engine, clock: TurnedClo
     assert (str(row.id), bytes(row.body)) == (event["id"], b"")
 
 
-def test_a_test_is_signed_by_both_secrets_of_a_rotation(local: Account) -> None:
+def test_a_test_is_signed_with_both_secrets_during_a_rotation(local: Account) -> None:
     with receiving(answers()) as receiver:
         new = configure(local, url_of(receiver), regenerate_secret=True)["webhook_secret"]
         send_test(local)
@@ -533,7 +543,7 @@ def test_a_test_is_signed_by_both_secrets_of_a_rotation(local: Account) -> None:
 @pytest.mark.parametrize(
     ("status", "success"), [(200, True), (204, True), (299, True), (302, False), (404, False), (500, False)]
 )
-def test_2xx_alone_is_a_success(local: Account, status: int, success: bool) -> None:
+def test_only_a_2xx_status_is_a_success(local: Account, status: int, success: bool) -> None:
     with receiving(answers()) as elsewhere:
         behave = answers(status, b"", Location=url_of(elsewhere))
         with receiving(behave) as receiver:
@@ -546,7 +556,7 @@ def test_2xx_alone_is_a_success(local: Account, status: int, success: bool) -> N
     assert (delivery["status"], delivery["next_attempt_at"]) == ("delivered" if success else "failed", None)
 
 
-def test_a_test_that_fails_is_not_sent_again_and_is_held_against_nobody(
+def test_a_failed_test_is_not_retried_and_does_not_count_as_failing(
     local: Account, superuser: Engine
 ) -> None:
     with receiving(answers(410)) as receiver:
@@ -560,13 +570,13 @@ def test_a_test_that_fails_is_not_sent_again_and_is_held_against_nobody(
     assert len(receiver.received) == 1
 
 
-def says_after_the_request(visit: Visit) -> None:
+def reads_without_answering(visit: Visit) -> None:
     visit.receive()
     visit.receiver.stopped.wait()
 
 
-def test_a_receiver_that_hangs_is_a_timeout(local: Account) -> None:
-    with receiving(says_after_the_request) as receiver:
+def test_a_hanging_receiver_is_reported_as_a_timeout(local: Account) -> None:
+    with receiving(reads_without_answering) as receiver:
         configure(local, url_of(receiver))
         report = send_test(local)
     assert (report["success"], report["status_code"], report["error"]) == (False, None, "timeout")
@@ -574,14 +584,14 @@ def test_a_receiver_that_hangs_is_a_timeout(local: Account) -> None:
     assert report["response_time_ms"] >= PATIENCE_SECONDS * 1000 - 50
 
 
-def test_a_receiver_that_breaks_off_is_told(local: Account) -> None:
+def test_a_reset_connection_is_reported_as_broken(local: Account) -> None:
     with receiving(resets) as receiver:
         configure(local, url_of(receiver))
         report = send_test(local)
     assert (report["status_code"], report["error"]) == (None, "connection_broken")
 
 
-def test_a_status_that_http_does_not_have_is_no_answer(local: Account) -> None:
+def test_an_invalid_http_status_is_reported_as_a_broken_connection(local: Account) -> None:
     with receiving(answers(999)) as receiver:
         configure(local, url_of(receiver))
         report = send_test(local)
@@ -594,7 +604,7 @@ def test_a_status_that_http_does_not_have_is_no_answer(local: Account) -> None:
     [[], ["10.0.0.1"], ["169.254.169.254"], ["93.184.216.34", "10.0.0.1"], ["::ffff:127.0.0.1"]],
     ids=["unknown", "private", "metadata", "one of two", "mapped"],
 )
-def test_a_refused_address_is_told_like_a_connection_that_failed(
+def test_a_refused_address_is_reported_as_a_failed_connection(
     acme: Account, monkeypatch: pytest.MonkeyPatch, addresses: list[str]
 ) -> None:
     configure(acme)
@@ -604,7 +614,7 @@ def test_a_refused_address_is_told_like_a_connection_that_failed(
     assert (report["message"], report["response_body"]) == ("The receiver could not be reached.", "")
 
 
-def test_nobody_there_is_told_alike(local: Account) -> None:
+def test_a_closed_port_is_reported_as_a_failed_connection(local: Account) -> None:
     with receiving(answers()) as receiver:
         pass
     configure(local, url_of(receiver))
@@ -623,14 +633,18 @@ def test_nobody_there_is_told_alike(local: Account) -> None:
         (b"\xed\xa0\x80", "\N{REPLACEMENT CHARACTER}" * 3),
     ],
 )
-def test_what_the_receiver_said_is_shown_as_text_cut_at_500(local: Account, body: bytes, shown: str) -> None:
+def test_the_response_body_is_shown_as_text_cut_at_500_characters(
+    local: Account, body: bytes, shown: str
+) -> None:
     with receiving(answers(200, body)) as receiver:
         configure(local, url_of(receiver))
         assert send_test(local)["response_body"] == shown
 
 
 @pytest.mark.parametrize("content_type", [None, FORM, "application/json", "text/plain"])
-def test_an_empty_body_of_any_type_is_no_body(local: Account, content_type: str | None) -> None:
+def test_send_test_accepts_an_empty_body_of_any_content_type(
+    local: Account, content_type: str | None
+) -> None:
     headers = bearer(local.tokens["access"]) | {"content-length": "0"}
     headers |= {"content-type": content_type} if content_type else {}
     with receiving(answers()) as receiver:
@@ -639,7 +653,7 @@ def test_an_empty_body_of_any_type_is_no_body(local: Account, content_type: str 
     assert (answer.status_code, answer.json()["event_sent"]) == (200, "webhook.test")
 
 
-def test_any_dotted_name_and_any_data_can_be_sent(local: Account) -> None:
+def test_a_test_may_have_any_dotted_event_type_and_any_data(local: Account) -> None:
     data = {"invoice": {"lines": [1, 2.5, None, True]}, "name": "Zoë 🦉", "empty": {}}
     with receiving(answers()) as receiver:
         configure(local, url_of(receiver), event_types=["api_key.revoked"])
@@ -662,19 +676,19 @@ def test_any_dotted_name_and_any_data_can_be_sent(local: Account) -> None:
         {"webhook_url": URL},
     ],
 )
-def test_test_400(acme: Account, superuser: Engine, body: dict[str, Any]) -> None:
+def test_send_test_400_for_an_invalid_body(acme: Account, superuser: Engine, body: dict[str, Any]) -> None:
     configure(acme)
     assert acme.post("/webhooks/test/", body).status_code == 400
     assert rows_of(superuser, "SELECT 1 FROM deliveries") == []
 
 
-def test_test_415(acme: Account) -> None:
+def test_send_test_415_for_a_form(acme: Account) -> None:
     headers = bearer(acme.tokens["access"]) | {"content-type": FORM}
     answer = acme.client.post(TEST, headers=headers, content=b"event_type=webhook.test")
     assert answer.status_code == 415
 
 
-def test_tests_are_numbered_among_the_other_events(local: Account, superuser: Engine) -> None:
+def test_tests_share_the_sequence_of_other_events(local: Account, superuser: Engine) -> None:
     with receiving(answers()) as receiver:
         configure(local, url_of(receiver))
         send_test(local)
@@ -685,7 +699,7 @@ def test_tests_are_numbered_among_the_other_events(local: Account, superuser: En
     assert [row.sequence for row in rows] == [1, 2, 3, 4]
 
 
-def test_a_disabled_one_can_be_tested(local: Account, store: Store, clock: TurnedClock) -> None:
+def test_a_disabled_webhook_can_be_tested(local: Account, store: Store, clock: TurnedClock) -> None:
     with receiving(answers()) as receiver:
         configure(local, url_of(receiver))
         with store.tenant(local.tenant["id"]) as tx:
@@ -694,7 +708,7 @@ def test_a_disabled_one_can_be_tested(local: Account, store: Store, clock: Turne
     assert config(local)["status"] == "disabled"
 
 
-def test_a_url_that_is_no_longer_allowed_is_told(acme: Account, store: Store, clock: TurnedClock) -> None:
+def test_a_url_no_longer_allowed_is_reported(acme: Account, store: Store, clock: TurnedClock) -> None:
     with store.tenant(acme.tenant["id"]) as tx:
         tx.webhooks.keep(Endpoint("http://hooks.acme.example/"), clock.now)
     report = send_test(acme)
@@ -704,17 +718,17 @@ def test_a_url_that_is_no_longer_allowed_is_told(acme: Account, store: Store, cl
 # Secrets -----------------------------------------------------------------------------------------
 
 
-def test_the_secret_is_nowhere_but_where_it_was_just_made(
+def test_a_secret_appears_only_in_the_answer_that_created_it(
     local: Account, superuser: Engine, restored: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     logs.configure(tty=False, level="DEBUG")
 
     def echo(visit: Visit) -> None:
-        """What we send cannot give the secret away either."""
+        """Our request, sent back, must not reveal the secret either."""
         received = visit.receive()
         assert received is not None
-        said = json.dumps(dict(received.headers)).encode() + received.body
-        visit.send(head(200, {"Content-Length": str(len(said)), "Connection": "close"}) + said)
+        echoed = json.dumps(dict(received.headers)).encode() + received.body
+        visit.send(head(200, {"Content-Length": str(len(echoed)), "Connection": "close"}) + echoed)
 
     with receiving(echo) as receiver:
         new = configure(local, url_of(receiver), regenerate_secret=True)["webhook_secret"]
@@ -729,13 +743,13 @@ def test_the_secret_is_nowhere_but_where_it_was_just_made(
         ]
     everything = json.dumps(answers_since) + capsys.readouterr().err
     everything += str([bytes(row.body) for row in rows_of(superuser, "SELECT body FROM events")])
-    everything += str(kept(superuser))
+    everything += str(stored_rows(superuser))
     for secret in (new, secret_of(local)):
         assert secret not in everything
         assert secret.removeprefix("whsec_") not in everything
 
 
-# How many tests ----------------------------------------------------------------------------------
+# Rate limits -------------------------------------------------------------------------------------
 
 
 def test_429_after_ten_tests_within_a_minute(local: Account, clock: TurnedClock) -> None:
@@ -751,7 +765,7 @@ def test_429_after_ten_tests_within_a_minute(local: Account, clock: TurnedClock)
     assert len(receiver.received) == 11
 
 
-def test_429_while_another_test_is_on_its_way(local: Account) -> None:
+def test_429_while_another_test_is_in_progress(local: Account) -> None:
     with receiving(hangs) as receiver, ThreadPoolExecutor(1) as pool:
         configure(local, url_of(receiver))
         first = pool.submit(local.post, "/webhooks/test/", {})
