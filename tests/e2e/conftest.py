@@ -1,4 +1,4 @@
-"""A browser and what it complains of, and a server with all that surrounds it on this machine."""
+"""Fixtures: a browser and its console, and a server with a Stripe sandbox and a client's application."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests import live
 from tests.conftest import clone
 from tests.e2e.places import Place, opened_shop
 
-# No sandbox, because tests may run as root; and nothing that would call home.
+# No sandbox, because tests may run as root; and no calls home.
 ARGUMENTS = [
     "--no-sandbox",
     "--headless",
@@ -45,25 +45,25 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def complaints() -> list[str]:
-    """What the browser's console complains of, refusals by the Content-Security-Policy among it."""
+def console_problems() -> list[str]:
+    """Errors and warnings on the browser's console, including Content-Security-Policy violations."""
     return []
 
 
 @pytest.fixture
-def new_page(browser: Browser, complaints: list[str]) -> Iterator[Callable[[], Page]]:
-    """Opens a page of somebody else: no two share a cookie."""
+def new_page(browser: Browser, console_problems: list[str]) -> Iterator[Callable[[], Page]]:
+    """Opens a page in a browser context of its own: no two pages share cookies."""
 
     def note(message: ConsoleMessage) -> None:
         if message.type in ("error", "warning"):
-            complaints.append(message.text)
+            console_problems.append(message.text)
 
     with ExitStack() as contexts:
 
         def open_page() -> Page:
             page = contexts.enter_context(browser.new_context()).new_page()
             page.on("console", note)
-            page.on("pageerror", lambda error: complaints.append(str(error)))
+            page.on("pageerror", lambda error: console_problems.append(str(error)))
             return page
 
         yield open_page
@@ -76,7 +76,7 @@ def page(new_page: Callable[[], Page]) -> Page:
 
 @pytest.fixture(scope="session")
 def place(cluster: embedded.Cluster, worker_id: str) -> Iterator[Place]:
-    """The sandbox has another host name than the server: the way there and back crosses sites, as with Stripe.
+    """A server, with the sandbox under another host name: going there and back crosses sites, as with Stripe.
 
     Webhooks may go to loopback.
     """

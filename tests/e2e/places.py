@@ -1,4 +1,4 @@
-"""Where a browser goes besides Stripe: the API, and the web application of a client."""
+"""The sites that a browser visits besides Stripe: the API, and a client's web application."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Place:
 
 
 class Shop(BaseHTTPRequestHandler):
-    """The client's own web application: one page at every address."""
+    """The client's own web application: the same page at every path."""
 
     def do_GET(self) -> None:
         page = b'<!doctype html><link rel="icon" href="data:,"><title>Shop</title><h1>Settings</h1>'
@@ -34,7 +34,7 @@ class Shop(BaseHTTPRequestHandler):
 
 @contextmanager
 def opened_shop() -> Iterator[str]:
-    """Its origin. The name is not that of the API, so that it is another site."""
+    """Run the application; yields its origin. Its host name is not the API's, so it is another site."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Shop) as server:
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()

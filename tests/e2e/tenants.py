@@ -1,4 +1,4 @@
-"""Tenants that exist outside of us: what they call, and the programs that receive their events."""
+"""Tenants as external clients: their API calls, and the programs that receive their events."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from tests.javascript import PLACE, node
 
 Json = dict[str, Any]
 
-# Ample, for a busy machine: what is awaited comes within a second or two.
+# Ample for a busy machine: normally a second or two is enough.
 PATIENCE_SECONDS = 30
 RECEIVERS = ("python", "javascript")
 
 
 class Tenant:
-    """One that has just been registered, and its owner's calls."""
+    """A newly registered tenant, and its owner's calls."""
 
     def __init__(self, api: str, **more: Any) -> None:
         self._api = api
         body = {"company_name": "Acme Inc.", "email": f"{uuid4()}@acme.example", "password": PASSWORD, **more}
-        registered = _said(requests.post(f"{api}{API}/register/", json=body, timeout=10))
+        registered = _json_of(requests.post(f"{api}{API}/register/", json=body, timeout=10))
         self.secret: str = registered["tenant"]["webhook_secret"]
         self.access: str = registered["tokens"]["access"]
 
@@ -59,28 +59,28 @@ class Tenant:
         self.access = self.post("/change-password/", **body)["tokens"]["access"]
 
     def visit_stripe(self, decision: str) -> None:
-        """Go through the account link as a browser would, and come back."""
+        """Follow an account link as a browser would, decide, and return to the callback."""
         url = self.post("/stripe/connect/", flow="account_link")["url"]
         form = {"decision": decision, "account": "active"}
         back = requests.post(url, form, allow_redirects=False, timeout=10).headers["Location"]
-        _said(requests.get(back, timeout=10))
+        _json_of(requests.get(back, timeout=10))
 
     def delivered(self) -> list[str]:
-        """The types of events that were delivered lately, or are to be, the newest first."""
+        """The event types of the recent deliveries, pending ones included, newest first."""
         return [one["event_type"] for one in self.get("/webhooks/config/")["recent_deliveries"]]
 
     def _called(self, method: str, path: str, **more: Any) -> Json:
-        return _said(
+        return _json_of(
             requests.request(
                 method, f"{self._api}{API}{path}", headers=bearer(self.access), timeout=20, **more
             )
         )
 
 
-def _said(answer: requests.Response) -> Json:
+def _json_of(answer: requests.Response) -> Json:
     assert answer.ok, answer.text
-    said: Json = answer.json()
-    return said
+    parsed: Json = answer.json()
+    return parsed
 
 
 # Receivers ---------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def _said(answer: requests.Response) -> Json:
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request as the receiver took it: the event as each of its secrets verified it, or None."""
+    """A request as received: for each secret the event that it verified, or None."""
 
     events: Sequence[Json | None]
     headers: dict[str, str]
@@ -96,7 +96,7 @@ class Arrival:
 
     @property
     def event(self) -> Json:
-        """The event that all secrets agree on which verified it."""
+        """The event, the same for every secret that verified it."""
         first, *others = [event for event in self.events if event is not None]
         assert others == [first] * len(others)
         return first
@@ -111,30 +111,30 @@ class Arrival:
 
 
 class Receiver:
-    """A program of a tenant's own. Its host name is the one that development opens."""
+    """A tenant's receiver program. Its host name, `localhost`, is one that a development server may call."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
-        self._said: queue.Queue[Json] = queue.Queue()
+        self._replies: queue.Queue[Json] = queue.Queue()
         self._arrived: queue.Queue[Json] = queue.Queue()
         Thread(target=self._listen, args=(_pipe(process.stdout),), daemon=True).start()
-        self._base = f"http://localhost:{self._said.get(timeout=PATIENCE_SECONDS)['port']}"
+        self._base = f"http://localhost:{self._replies.get(timeout=PATIENCE_SECONDS)['port']}"
         self.url = f"{self._base}/events"
-        # Where it answers 410.
+        # Answers 410.
         self.gone_url = f"{self._base}/gone"
 
     def hold(self, *secrets: str) -> None:
         """Verify with these secrets from now on."""
         print(*secrets, file=_pipe(self._process.stdin), flush=True)
-        assert self._said.get(timeout=PATIENCE_SECONDS) == {"holds": len(secrets)}
+        assert self._replies.get(timeout=PATIENCE_SECONDS) == {"holds": len(secrets)}
 
     def next(self) -> Arrival:
         return Arrival(**self._arrived.get(timeout=PATIENCE_SECONDS))
 
     def _listen(self, output: IO[str]) -> None:
         for line in output:
-            said = json.loads(line)
-            (self._arrived if "events" in said else self._said).put(said)
+            parsed = json.loads(line)
+            (self._arrived if "events" in parsed else self._replies).put(parsed)
 
 
 def _pipe(pipe: IO[str] | None) -> IO[str]:
@@ -144,7 +144,7 @@ def _pipe(pipe: IO[str] | None) -> IO[str]:
 
 @contextmanager
 def receiving(language: str) -> Iterator[Receiver]:
-    """The receiver in Python or JavaScript, for as long as the block."""
+    """Run the receiver in Python or JavaScript until the block ends."""
     if language == "python":
         command = [sys.executable, str(Path(__file__).parents[1] / "webhooks/receiver.py")]
     else:

@@ -1,4 +1,4 @@
-"""Swagger UI in a browser: it opens under our policy, lists everything, and calls the origin it came from."""
+"""Swagger UI in a browser: it opens under our CSP, lists every operation, and calls its own origin."""
 
 from __future__ import annotations
 
@@ -23,31 +23,30 @@ def swagger_ui(page: Page, live_server_url: str) -> Page:
     return page
 
 
-def test_it_opens_without_a_complaint_and_lists_every_operation(
-    swagger_ui: Page, complaints: list[str]
+def test_swagger_ui_opens_without_console_errors_and_lists_every_operation(
+    swagger_ui: Page, console_problems: list[str]
 ) -> None:
     assert swagger_ui.locator(".opblock").count() == 18
     swagger_ui.locator(".opblock-summary-control").first.click()
     swagger_ui.wait_for_selector(".opblock.is-open .execute")
-    assert complaints == []
+    assert console_problems == []
 
 
-def test_the_other_door_leads_to_the_same_page(
-    page: Page, live_server_url: str, complaints: list[str]
-) -> None:
+def test_ui_serves_the_same_page(page: Page, live_server_url: str, console_problems: list[str]) -> None:
     page.goto(f"{live_server_url}/ui")
     page.wait_for_selector(".opblock")
     assert page.url == f"{live_server_url}/ui/"
-    assert complaints == []
+    assert console_problems == []
 
 
-def test_both_kinds_of_credentials_can_be_given(swagger_ui: Page) -> None:
+def test_both_kinds_of_credentials_can_be_entered(swagger_ui: Page) -> None:
     swagger_ui.locator("button.authorize").click()
     schemes = swagger_ui.locator(".dialog-ux .auth-container h4").all_inner_texts()
     assert [scheme.split()[0] for scheme in schemes] == ["bearerAuth", "apiKeyAuth"]
 
 
-def test_nothing_is_filled_in_that_would_make_a_call_the_one_before(swagger_ui: Page) -> None:
+def test_no_parameter_is_prefilled(swagger_ui: Page) -> None:
+    # A prefilled Idempotency-Key would make the call a repeat of an earlier one.
     for operation in ("register_tenant", "complete_stripe_connect"):
         swagger_ui.locator(f".opblock[id$={operation}] .opblock-summary-control").click()
     filled_in = swagger_ui.locator(".parameters input[type=text]")
@@ -55,14 +54,14 @@ def test_nothing_is_filled_in_that_would_make_a_call_the_one_before(swagger_ui: 
     assert {filled_in.nth(n).input_value() for n in range(filled_in.count())} == {""}
 
 
-def test_operations_are_called_by_the_names_that_the_texts_use(swagger_ui: Page) -> None:
+def test_operation_ids_are_shown(swagger_ui: Page) -> None:
     names = swagger_ui.locator(".opblock-summary-operation-id").all_inner_texts()
     assert len(names) == 18
     assert "register_tenant" in names
 
 
-def test_a_call_bears_the_key_and_goes_to_the_origin_of_the_page(page: Page, live_server_url: str) -> None:
-    # Another name than the public one: a call to the document's first server would be cross-origin here.
+def test_a_call_carries_the_key_and_goes_to_the_origin_of_the_page(page: Page, live_server_url: str) -> None:
+    # Not the public host name: a call to the document's first server would be cross-origin here.
     origin = live_server_url.replace("127.0.0.1", "localhost")
     page.goto(f"{origin}/docs/")
     page.locator("button.authorize").click()
@@ -78,60 +77,62 @@ def test_a_call_bears_the_key_and_goes_to_the_origin_of_the_page(page: Page, liv
     assert answer.value.request.headers["x-api-key"] == "no-such-key"
 
 
-def test_a_newcomer_registers_and_calls_with_both_credentials(
-    swagger_ui: Page, complaints: list[str]
+def test_a_new_user_registers_and_calls_with_both_credentials(
+    swagger_ui: Page, console_problems: list[str]
 ) -> None:
     body = {"company_name": "Browser Inc.", "email": f"{uuid4()}@acme.example", "password": "SecurePass123!"}
-    opened(swagger_ui, "register_tenant").locator("textarea").fill(json.dumps(body))
-    status, registered = executed(swagger_ui, "register_tenant")
+    open_operation(swagger_ui, "register_tenant").locator("textarea").fill(json.dumps(body))
+    status, registered = execute(swagger_ui, "register_tenant")
     assert status == 201
     authorize(swagger_ui, "bearerAuth", registered["tokens"]["access"])
-    opened(swagger_ui, "list_api_keys")
-    status, listed = executed(swagger_ui, "list_api_keys")
+    open_operation(swagger_ui, "list_api_keys")
+    status, listed = execute(swagger_ui, "list_api_keys")
     assert (status, len(listed["keys"])) == (200, 4)
     authorize(swagger_ui, "bearerAuth", None)
     authorize(swagger_ui, "apiKeyAuth", registered["tenant"]["api_key_secret"])
-    opened(swagger_ui, "verify_api_key")
-    status, verified = executed(swagger_ui, "verify_api_key")
+    open_operation(swagger_ui, "verify_api_key")
+    status, verified = execute(swagger_ui, "verify_api_key")
     assert (status, verified["key"]["type"]) == (200, "live_secret")
     assert swagger_ui.evaluate("localStorage.length + sessionStorage.length") == 0
-    assert complaints == []
+    assert console_problems == []
 
 
-def test_the_report_of_a_test_delivery_is_shown(page: Page, place: Place, complaints: list[str]) -> None:
+def test_the_report_of_a_test_delivery_is_shown(
+    page: Page, place: Place, console_problems: list[str]
+) -> None:
     with receiving(answers(204, b"")) as receiver:
         tenant = Tenant(place.api)
         tenant.configure(f"http://localhost:{receiver.port}/")
         page.goto(f"{place.api}/docs/")
         authorize(page, "bearerAuth", tenant.access)
-        opened(page, "send_test_webhook")
-        status, report = executed(page, "send_test_webhook")
+        open_operation(page, "send_test_webhook")
+        status, report = execute(page, "send_test_webhook")
     assert (status, report["success"], report["event_sent"]) == (200, True, "webhook.test")
     shown = block(page, "send_test_webhook").locator(".live-responses-table .response")
     expect(shown).to_contain_text("The receiver answered 204.")
     sent = json.loads(receiver.last.body)
     assert (sent["type"], sent["data"]) == ("webhook.test", {"greeting": "Hello from Acme"})
-    assert complaints == []
+    assert console_problems == []
 
 
 def block(page: Page, operation_id: str) -> Locator:
     return page.locator(f".opblock[id$='-{operation_id}']")
 
 
-def opened(page: Page, operation_id: str) -> Locator:
+def open_operation(page: Page, operation_id: str) -> Locator:
     block(page, operation_id).locator(".opblock-summary-control").click()
     return block(page, operation_id)
 
 
-def executed(page: Page, operation_id: str) -> tuple[int, Any]:
-    """Press Execute; what came back."""
+def execute(page: Page, operation_id: str) -> tuple[int, Any]:
+    """Press Execute; returns the status and the body."""
     with page.expect_response("**/api/v1/**") as answer:
         block(page, operation_id).locator(".execute").click()
     return answer.value.status, answer.value.json()
 
 
 def authorize(page: Page, scheme: str, credential: str | None) -> None:
-    """Give a credential in the dialog, or take it back."""
+    """Enter a credential in the dialog, or remove it."""
     page.locator("button.authorize").first.click()
     form = page.locator(".dialog-ux .auth-container", has=page.locator("h4", has_text=scheme))
     if credential is None:

@@ -1,4 +1,4 @@
-"""Webhooks as tenants have them: a running server with its worker, and receivers made with the public libraries."""
+"""Webhooks end to end: a running server with its worker, and receivers built with the public libraries."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def receiver() -> Iterator[Receiver]:
 
 
 def listening(place: Place, receiver: Receiver) -> Tenant:
-    """A tenant whose receiver has heard of the registration."""
+    """A tenant whose receiver has got the event of its registration."""
     tenant = Tenant(place.api, webhook_url=receiver.url)
     receiver.hold(tenant.secret)
     assert checked(receiver.next()) == ("tenant.registered", 1)
@@ -34,14 +34,16 @@ def listening(place: Place, receiver: Receiver) -> Tenant:
 
 
 def checked(arrival: Arrival) -> tuple[str, int]:
-    """The type and the number of an event that was verified and is what the document says."""
+    """The type and sequence of an event, once it is verified and matches the OpenAPI document."""
     assert all(arrival.verified) and arrival.status in (204, 410)
     answers.check_event(arrival.event)
     assert arrival.event["id"] == arrival.headers["webhook-id"]
     return arrival.event["type"], arrival.event["sequence"]
 
 
-def test_an_event_arrives_and_verifies(place: Place, receiver_in_each_language: Receiver) -> None:
+def test_an_event_arrives_and_its_signature_verifies(
+    place: Place, receiver_in_each_language: Receiver
+) -> None:
     tenant = listening(place, receiver_in_each_language)
     tenant.regenerate()
     arrival = receiver_in_each_language.next()
@@ -49,7 +51,7 @@ def test_an_event_arrives_and_verifies(place: Place, receiver_in_each_language: 
     assert (arrival.signatures, arrival.event["data"]["key_type"]) == (1, "test")
 
 
-def test_a_rotated_secret(place: Place, receiver_in_each_language: Receiver) -> None:
+def test_after_a_rotation_both_secrets_verify(place: Place, receiver_in_each_language: Receiver) -> None:
     receiver = receiver_in_each_language
     tenant = listening(place, receiver)
     old, new = tenant.secret, tenant.configure(receiver.url, regenerate_secret=True)["webhook_secret"]
@@ -60,7 +62,9 @@ def test_a_rotated_secret(place: Place, receiver_in_each_language: Receiver) -> 
     assert checked(arrival) == ("api_key.regenerated", 2)
 
 
-def test_a_secret_rotated_at_once(place: Place, receiver_in_each_language: Receiver) -> None:
+def test_after_a_rotation_without_grace_only_the_new_secret_verifies(
+    place: Place, receiver_in_each_language: Receiver
+) -> None:
     receiver = receiver_in_each_language
     tenant = listening(place, receiver)
     answer = tenant.configure(receiver.url, regenerate_secret=True, secret_grace_seconds=0)
@@ -71,10 +75,10 @@ def test_a_secret_rotated_at_once(place: Place, receiver_in_each_language: Recei
     assert arrival.event["sequence"] == 2
 
 
-def test_every_event_arrives_and_none_is_missing(place: Place, receiver: Receiver) -> None:
+def test_every_event_type_arrives_without_a_gap_in_sequence(place: Place, receiver: Receiver) -> None:
     tenant = listening(place, receiver)
     tenant.change_password()
-    # Both of the old keys are told of when half of the grace is over.
+    # An expiry event for each of the two old keys is sent when half of the grace period is over.
     tenant.regenerate(grace_period_seconds=6)
     found = [checked(receiver.next()) for _ in range(4)]
     tenant.revoke()
@@ -91,9 +95,7 @@ def test_every_event_arrives_and_none_is_missing(place: Place, receiver: Receive
     assert tenant.get("/webhooks/config/")["disabled_reason"] == "gone"
 
 
-def test_a_test_is_sent_whatever_was_chosen_and_while_the_webhook_is_disabled(
-    place: Place, receiver: Receiver
-) -> None:
+def test_a_test_is_sent_despite_a_filter_or_a_disabled_webhook(place: Place, receiver: Receiver) -> None:
     tenant = listening(place, receiver)
     tenant.configure(receiver.gone_url, event_types=["api_key.revoked"])
     assert tenant.post("/webhooks/test/")["status_code"] == 410
@@ -109,7 +111,7 @@ def test_a_test_is_sent_whatever_was_chosen_and_while_the_webhook_is_disabled(
     assert tenant.delivered().count("webhook.test") == 2
 
 
-def test_a_filter_leaves_out_the_others(place: Place, receiver: Receiver) -> None:
+def test_event_types_not_chosen_are_not_sent(place: Place, receiver: Receiver) -> None:
     tenant = listening(place, receiver)
     tenant.configure(receiver.url, event_types=["api_key.revoked"])
     tenant.regenerate()
@@ -118,7 +120,7 @@ def test_a_filter_leaves_out_the_others(place: Place, receiver: Receiver) -> Non
     assert "api_key.regenerated" not in tenant.delivered()
 
 
-def test_a_removed_webhook_is_silent_until_it_is_configured_again(place: Place, receiver: Receiver) -> None:
+def test_a_removed_webhook_gets_no_events_until_configured_again(place: Place, receiver: Receiver) -> None:
     tenant = listening(place, receiver)
     tenant.delete("/webhooks/config/")
     tenant.regenerate()
