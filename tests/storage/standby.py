@@ -1,4 +1,4 @@
-"""A streaming replica of the tests' PostgreSQL: its own programs make it, and it can be stopped, paused and killed."""
+"""A streaming replica of the tests' PostgreSQL, made by its programs: it can be stopped, paused, killed."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Standby:
         return create_engine(self.cluster.url("postgres"), isolation_level="AUTOCOMMIT")
 
     def kill(self) -> None:
-        """End it as a machine that fails does, with all of its processes."""
+        """End all of its processes at once, as a failing machine would."""
         if self.process is not None:
             self.process.send_signal(signal.SIGQUIT)
             self.process.wait(PATIENCE_SECONDS)
@@ -69,7 +69,7 @@ class Standby:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """It receives what is written, and shows none of it."""
+        """Receive WAL, but replay none of it."""
         self.ask("SELECT pg_wal_replay_pause()")
         eventually(lambda: self.ask("SELECT pg_get_wal_replay_pause_state()") == "paused", self.log)
         try:
@@ -79,7 +79,7 @@ class Standby:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """All of its processes stand still."""
+        """Suspend all of its processes."""
         assert self.process is not None
         pids = [self.process.pid, *children_of(self.process.pid)]
         for pid in pids:
@@ -91,9 +91,9 @@ class Standby:
                 os.kill(pid, signal.SIGCONT)
 
     def catch_up(self, primary: Engine) -> str:
-        """Wait until it shows all that has been written; how far that is. Others may be writing beside us."""
+        """Wait until all WAL written so far is replayed; return its position. Others may write meanwhile."""
         with primary.connect() as connection:
-            # A position at the end of a page is told differently by the two: one more record settles it.
+            # The two report a position at the end of a page differently: one more record settles it.
             connection.execute(text("SELECT pg_logical_emit_message(true, 'test', '')"))
             written: str = connection.execute(text("SELECT pg_current_wal_insert_lsn()::text")).scalar_one()
         question = f"SELECT pg_last_wal_replay_lsn() >= '{written}'"
@@ -118,17 +118,17 @@ def eventually(condition: object, log: Path) -> None:
 
 @contextmanager
 def standby_of(primary: Cluster, state: Path, chosen: Path | None, name: str) -> Iterator[Standby]:
-    """A replica that lives as long as the block."""
+    """A replica that runs for the duration of the block."""
     data = embedded.Place(state, chosen).data
     account = binaries.account_for(data)
     programs = binaries.within_reach(binaries.find(data, chosen), account, state).directory
-    # Short, for the socket's sake.
+    # Short, because the path of a socket is limited.
     home = state / name
     account.make_dir(home)
     try:
         copy(primary, programs, account, home / "data")
         cluster = Cluster(home, primary.port, primary.superuser, primary.password)
-        # By which a primary knows it.
+        # The name by which a primary knows it.
         own = {"unix_socket_directories": str(home), "cluster_name": name}
         settings = {**embedded.SETTINGS, **VOLATILE, **own}
         command = [str(programs / "postgres"), "-D", str(home / "data"), "-p", str(primary.port)]

@@ -1,4 +1,4 @@
-"""Addresses of databases, as people write them."""
+"""URLs of databases, as operators write them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SECRETS = new_secrets()
 
 
 def libpq(url: str) -> dict[str, str]:
-    """What libpq is told of the DATABASE_URL."""
+    """The arguments that libpq receives for a DATABASE_URL."""
     settings = Settings.load({"DATABASE_URL": url, **SECRETS}, dotenv=None)
     _, arguments = PGDialect_psycopg2().create_connect_args(make_url(open_database(settings).app_url))
     return arguments
@@ -24,7 +24,7 @@ ADA = {"user": "me", "password": "a,b", "dbname": "billing"}
 
 
 @pytest.mark.parametrize(
-    ("url", "told"),
+    ("url", "expected"),
     [
         ("postgresql://me:a,b@one:5433/billing", {**ADA, "host": "one", "port": 5433}),
         ("postgresql://me:a,b@one,two/billing", {**ADA, **WRITES, "host": "one,two", "port": ","}),
@@ -39,12 +39,12 @@ ADA = {"user": "me", "password": "a,b", "dbname": "billing"}
         ),
     ],
 )
-def test_libpq_is_told_of_every_host(url: str, told: dict[str, str]) -> None:
-    """Of several hosts the one that takes writes is meant, unless the address says otherwise."""
-    assert libpq(url) == told
+def test_libpq_receives_every_host(url: str, expected: dict[str, str]) -> None:
+    """Of several hosts the one that accepts writes is chosen, unless the URL says otherwise."""
+    assert libpq(url) == expected
 
 
-def test_of_several_replicas_one_that_is_a_standby_is_meant() -> None:
+def test_several_replica_hosts_require_a_standby() -> None:
     given = {
         "DATABASE_URL": "postgresql://one/billing",
         "DATABASE_REPLICA_URL": "postgresql://two,three/billing",

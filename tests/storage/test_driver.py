@@ -1,4 +1,4 @@
-"""Connections of ours: which host they are made to, and what goes in which message."""
+"""Our own connections: which of several hosts they are made to."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.conftest import TestDatabase
 
 @contextmanager
 def hanging_up() -> Iterator[int]:
-    """A port that takes every connection and ends it, as a proxy does whose server is gone."""
+    """A port that accepts every connection and closes it, as a proxy does whose server is gone."""
 
     def answer() -> None:
         with suppress(OSError):
@@ -34,7 +34,9 @@ def hanging_up() -> Iterator[int]:
         thread.join()
 
 
-def test_a_host_that_hangs_up_is_passed_over(test_database: TestDatabase, settings: Settings) -> None:
+def test_a_host_that_closes_the_connection_is_skipped(
+    test_database: TestDatabase, settings: Settings
+) -> None:
     well = make_url(test_database.app_url)
     with hanging_up() as port, closing(Store(Vault(settings.encryption_keys), connections=1)) as store:
         hosts = (f"127.0.0.1:{port}", f"{well.query['host']}:{well.query['port']}")
@@ -54,7 +56,5 @@ def test_a_host_that_hangs_up_is_passed_over(test_database: TestDatabase, settin
         ({"host": "one,two", "port": "7"}, [{"host": "one", "port": "7"}, {"host": "two", "port": "7"}]),
     ],
 )
-def test_hosts_are_told_apart_as_libpq_does(
-    arguments: dict[str, object], hosts: list[dict[str, object]]
-) -> None:
+def test_hosts_are_split_as_libpq_does(arguments: dict[str, object], hosts: list[dict[str, object]]) -> None:
     assert driver.each_host(arguments) == hosts

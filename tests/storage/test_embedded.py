@@ -1,4 +1,4 @@
-"""The embedded PostgreSQL: one server for all who ask, back when it was killed, gone when nobody asks."""
+"""The embedded PostgreSQL: one server for all its users, restarted when killed, stopped when unused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from billing.storage.embedded import Cluster, EmbeddedPostgresError
 
 ROOT = Path(__file__).parents[2]
 NOBODY = 65534
-# Long enough for two busy cores; what is waited for takes well under two.
+# Long enough for two busy cores; what is waited for normally takes well under two seconds.
 PATIENCE_SECONDS = 15
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
@@ -110,7 +110,7 @@ def client(empty_dir: Path) -> Iterator[Start]:
 
 
 def ready(process: subprocess.Popen[str]) -> int:
-    """Waits until it is connected; the number of its backend."""
+    """Wait until it is connected; return the PID of its backend."""
     assert process.stdout
     return int(process.stdout.readline())
 
@@ -129,7 +129,7 @@ def ask(cluster: Cluster, question: str) -> object:
 
 
 def eventually(holds: Callable[[], object]) -> float:
-    """Waits; the seconds it took."""
+    """Wait until it holds; return the seconds that took."""
     begin = time.monotonic()
     while not holds():
         assert time.monotonic() < begin + PATIENCE_SECONDS, "it did not happen in time"
@@ -148,25 +148,25 @@ def postmaster(state_dir: Path) -> int:
 
 
 def watcher(state_dir: Path) -> int:
-    told = subprocess.run(
+    listed = subprocess.run(
         ["ps", "-o", "ppid=", "-p", str(postmaster(state_dir))], capture_output=True, text=True
     )
-    return int(told.stdout)
+    return int(listed.stdout)
 
 
 def lives(pid: int) -> bool:
-    told = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
-    return told.stdout.strip()[:1] not in ("", "Z")
+    listed = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    return listed.stdout.strip()[:1] not in ("", "Z")
 
 
 def is_running(state_dir: Path) -> bool:
-    with suppress(FileNotFoundError):  # It goes, with what it tells of, whenever that ends.
+    with suppress(FileNotFoundError):  # The file disappears when its process ends.
         return lives(postmaster(state_dir))
     return False
 
 
 def end(state_dir: Path) -> None:
-    """Ends what a failed test left."""
+    """Kill what a failed test left running."""
     if is_running(state_dir):
         for pid in (watcher(state_dir), postmaster(state_dir)):
             os.kill(pid, signal.SIGKILL)
@@ -176,7 +176,7 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-# One server for all -------------------------------------------------------------------------------
+# One shared server --------------------------------------------------------------------------------
 
 
 def test_first_start_makes_a_durable_server(empty_dir: Path) -> None:
@@ -187,25 +187,25 @@ def test_first_start_makes_a_durable_server(empty_dir: Path) -> None:
         assert ask(server.cluster, "SELECT upper('ä')") == "Ä"
 
 
-def test_options_count_for_who_starts_it(state_dir: Path) -> None:
+def test_the_options_of_the_first_start_apply(state_dir: Path) -> None:
     first, second = {"work_mem": "7MB"}, {"work_mem": "8MB"}
     with embedded.start(state_dir, options=first), embedded.start(state_dir, options=second) as server:
         assert ask(server.cluster, "SHOW work_mem") == "7MB"
 
 
-def test_another_process_shares_it(state_dir: Path, client: Start) -> None:
+def test_another_process_shares_the_server(state_dir: Path, client: Start) -> None:
     with embedded.start(state_dir) as server:
         assert ask(server.cluster, f"SELECT true FROM pg_stat_activity WHERE pid = {ready(client())}")
 
 
-def test_ten_starts_at_once_give_one_server(empty_dir: Path, client: Start) -> None:
+def test_ten_simultaneous_starts_give_one_server(empty_dir: Path, client: Start) -> None:
     backends = [ready(process) for process in [client() for _ in range(10)]]
     with embedded.start(empty_dir) as server:
         among = f"pid = ANY (ARRAY{backends})"
         assert ask(server.cluster, f"SELECT count(*) FROM pg_stat_activity WHERE {among}") == 10
 
 
-def test_stops_when_nobody_uses_it(state_dir: Path) -> None:
+def test_the_server_stops_when_unused(state_dir: Path) -> None:
     first, second = embedded.start(state_dir), embedded.start(state_dir)
     first.close()
     first.close()
@@ -215,7 +215,7 @@ def test_stops_when_nobody_uses_it(state_dir: Path) -> None:
     eventually(lambda: not is_running(state_dir))
 
 
-def test_starts_again_with_its_rows(state_dir: Path) -> None:
+def test_a_restart_keeps_the_rows_and_the_cluster(state_dir: Path) -> None:
     with embedded.start(state_dir) as server:
         ask(server.cluster, "CREATE TABLE kept AS SELECT 1 AS n")
     with embedded.start(state_dir) as again:
@@ -223,7 +223,7 @@ def test_starts_again_with_its_rows(state_dir: Path) -> None:
         assert again.cluster == server.cluster
 
 
-# What kills it ------------------------------------------------------------------------------------
+# Recovery -----------------------------------------------------------------------------------------
 
 
 def test_killed_postgres_comes_back_with_every_acknowledged_row(state_dir: Path) -> None:
@@ -240,7 +240,7 @@ def test_killed_postgres_comes_back_with_every_acknowledged_row(state_dir: Path)
 
 
 @on_linux
-def test_killed_watcher_takes_postgres_along_and_both_come_back(state_dir: Path) -> None:
+def test_killing_the_watcher_ends_postgres_and_both_are_restarted(state_dir: Path) -> None:
     with embedded.start(state_dir) as server:
         orphan = postmaster(state_dir)
         os.kill(watcher(state_dir), signal.SIGKILL)
@@ -260,7 +260,7 @@ def test_start_works_after_the_watcher_was_killed(state_dir: Path, client: Start
         eventually(lambda: answers(server.cluster))
 
 
-def test_comes_back_when_all_of_it_is_killed(state_dir: Path) -> None:
+def test_both_are_restarted_when_watcher_and_postgres_are_killed(state_dir: Path) -> None:
     with embedded.start(state_dir) as server:
         watching, running = watcher(state_dir), postmaster(state_dir)
         os.kill(running, signal.SIGKILL)
@@ -269,7 +269,7 @@ def test_comes_back_when_all_of_it_is_killed(state_dir: Path) -> None:
         eventually(lambda: answers(server.cluster))
 
 
-def test_killed_client_no_longer_counts(state_dir: Path, client: Start) -> None:
+def test_a_killed_client_does_not_keep_the_server_running(state_dir: Path, client: Start) -> None:
     process = client()
     ready(process)
     process.kill()
@@ -291,7 +291,7 @@ def test_signal_to_the_clients_group_spares_the_server(
 
 
 @on_linux
-def test_nothing_starts_while_postgres_lives(state_dir: Path) -> None:
+def test_the_lock_is_held_while_an_orphaned_postgres_lives(state_dir: Path) -> None:
     with embedded.start(state_dir) as server, (state_dir / "postgres.lock").open() as lock:
         running, watching = postmaster(state_dir), watcher(state_dir)
         os.kill(running, signal.SIGSTOP)
@@ -304,7 +304,7 @@ def test_nothing_starts_while_postgres_lives(state_dir: Path) -> None:
         eventually(lambda: answers(server.cluster))
 
 
-def test_an_error_of_the_system_does_not_end_the_keeper(tmp_path: Path) -> None:
+def test_an_os_error_does_not_end_the_keeper(tmp_path: Path) -> None:
     tries: list[None] = []
 
     def revive() -> bool:
@@ -320,7 +320,7 @@ def test_an_error_of_the_system_does_not_end_the_keeper(tmp_path: Path) -> None:
 
 @on_linux
 @pytest.mark.parametrize("is_zombie", [False, True])
-def test_pid_file_with_another_process_number_is_no_obstacle(state_dir: Path, *, is_zombie: bool) -> None:
+def test_a_pid_file_of_another_process_does_not_block_the_start(state_dir: Path, *, is_zombie: bool) -> None:
     account = binaries.account_for(state_dir / "postgres/data")
     bystander = subprocess.Popen(["sleep", "60"], cwd="/", **account.popen)
     if is_zombie:
@@ -345,10 +345,10 @@ def test_remains_of_an_unfinished_initdb_are_removed(empty_dir: Path) -> None:
     assert not remains.exists()
 
 
-# What others can see ------------------------------------------------------------------------------
+# Confidentiality ----------------------------------------------------------------------------------
 
 
-def test_files_are_closed_to_others(empty_dir: Path) -> None:
+def test_files_are_inaccessible_to_other_users(empty_dir: Path) -> None:
     with embedded.start(empty_dir) as server:
         home = empty_dir / "postgres"
         assert {mode(home / name) for name in ("data", "run")} == {0o700}
@@ -358,7 +358,7 @@ def test_files_are_closed_to_others(empty_dir: Path) -> None:
         assert server.cluster.password not in repr(server.cluster)
 
 
-def test_password_is_asked_for(state_dir: Path) -> None:
+def test_a_password_is_required(state_dir: Path) -> None:
     with embedded.start(state_dir) as server:
         wrong = server.cluster.url("postgres", user="postgres", password="wrong").replace("+psycopg2", "")
         with pytest.raises(psycopg2.OperationalError, match=r"password authentication failed"):
@@ -377,14 +377,14 @@ def test_listens_on_no_tcp_port(state_dir: Path) -> None:
 
 
 @on_linux
-def test_our_environment_stays_with_us(state_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_environment_is_not_passed_to_postgres(state_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BILLING_SOMETHING_SECRET", "not for postgres")
     with embedded.start(state_dir):
         for pid in (watcher(state_dir), postmaster(state_dir)):
             assert b"not for postgres" not in Path(f"/proc/{pid}/environ").read_bytes()
 
 
-def test_what_statements_say_is_not_logged(state_dir: Path) -> None:
+def test_contents_of_statements_are_not_logged(state_dir: Path) -> None:
     with embedded.start(state_dir) as server:
         ask(server.cluster, "CREATE TABLE words (word text PRIMARY KEY)")
         ask(server.cluster, "INSERT INTO words VALUES ('a private word')")
@@ -402,7 +402,7 @@ def test_what_statements_say_is_not_logged(state_dir: Path) -> None:
     assert "private word" not in (state_dir / "postgres.log").read_text()
 
 
-# Where it cannot be -------------------------------------------------------------------------------
+# Refused starts and unusual places ----------------------------------------------------------------
 
 
 def test_data_of_another_major_version_are_refused(state_dir: Path) -> None:
@@ -416,19 +416,19 @@ def test_data_of_another_major_version_are_refused(state_dir: Path) -> None:
         embedded.start(state_dir)
 
 
-def test_failed_start_says_why(state_dir: Path) -> None:
+def test_a_failed_start_reports_the_cause(state_dir: Path) -> None:
     with pytest.raises(EmbeddedPostgresError, match=r"(?s)ended while it was starting.*max_connections"):
         embedded.start(state_dir, options={"max_connections": "many"})
 
 
-def test_a_state_directory_that_is_none_is_named(state_dir: Path) -> None:
+def test_a_state_path_that_is_no_directory_is_reported(state_dir: Path) -> None:
     (state_dir / "file").touch()
     with pytest.raises(EmbeddedPostgresError, match=r"/file cannot be used.*BILLING_STATE_DIR"):
         embedded.start(state_dir / "file")
 
 
 @pytest.mark.parametrize("script", ["exit 1", "echo no number"])
-def test_binaries_that_do_not_run_are_none(tmp_path: Path, script: str) -> None:
+def test_binaries_that_do_not_run_are_not_found(tmp_path: Path, script: str) -> None:
     postgres = tmp_path / "postgres"
     postgres.write_text(f"#!/bin/sh\n{script}\n")
     postgres.chmod(0o755)
@@ -436,13 +436,13 @@ def test_binaries_that_do_not_run_are_none(tmp_path: Path, script: str) -> None:
         binaries.find(tmp_path / "data", tmp_path)
 
 
-def test_named_binaries_are_the_only_ones(state_dir: Path) -> None:
+def test_only_the_given_directory_is_searched_for_binaries(state_dir: Path) -> None:
     with pytest.raises(EmbeddedPostgresError, match=r"No PostgreSQL was found.*BILLING_PG_BIN"):
         embedded.start(state_dir, bin_dir=state_dir / "nowhere")
 
 
 @pytest.mark.parametrize("name", ["long" * 20, "one,two"])
-def test_what_libpq_cannot_say_moves_the_socket(empty_dir: Path, name: str) -> None:
+def test_a_path_that_libpq_cannot_express_moves_the_socket(empty_dir: Path, name: str) -> None:
     empty_dir.chmod(0o711)
     deep = empty_dir / name
     with embedded.start(deep) as server:
@@ -454,7 +454,7 @@ def test_what_libpq_cannot_say_moves_the_socket(empty_dir: Path, name: str) -> N
 
 
 @as_root
-def test_root_is_told_where_its_postgres_cannot_go(empty_dir: Path) -> None:
+def test_a_directory_postgres_cannot_enter_is_reported_to_root(empty_dir: Path) -> None:
     assert mode(empty_dir) == 0o700
     with pytest.raises(EmbeddedPostgresError, match=r"cannot get into .*BILLING_STATE_DIR"):
         embedded.start(empty_dir / "below")
@@ -510,10 +510,10 @@ def python_for(uid: int) -> str:
     pytest.skip("no interpreter and packages that an ordinary user can reach")
 
 
-# Words --------------------------------------------------------------------------------------------
+# URLs ---------------------------------------------------------------------------------------------
 
 
-def test_url_survives_every_character() -> None:
+def test_special_characters_survive_in_the_url() -> None:
     cluster = Cluster(Path("/a b/ü&?"), 5432, "post gres", "p@ss:/?#")
     url = make_url(cluster.url("data/base"))
     assert (url.username, url.password, url.database) == ("post gres", "p@ss:/?#", "data/base")

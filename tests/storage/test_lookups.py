@@ -77,7 +77,7 @@ def two(store: Store, digests: KeyDigests) -> list[Registered]:
 
 @pytest.fixture
 def claims(store: Store, settings: Settings, two: list[Registered]) -> Claims:
-    """What the access token of Acme's owner says."""
+    """The claims in the access token of Acme's owner."""
     tokens = Tokens(settings.jwt_keys, settings.public_base_url)
     with store.tenant(two[0].tenant.id) as tx:
         pair = sessions.start(tx, two[0].owner, tokens=tokens, now=NOW)
@@ -99,7 +99,7 @@ def ask(url: str, story: Callable[[Lookups], Awaitable[T]], *, connections: int 
 # Answers -----------------------------------------------------------------------------------------
 
 
-def test_each_key_is_its_own_tenants(
+def test_each_key_finds_its_own_tenant(
     test_database: TestDatabase, two: list[Registered], digests: KeyDigests
 ) -> None:
     async def all_of_them(asked: Lookups) -> list[Any]:
@@ -109,7 +109,7 @@ def test_each_key_is_its_own_tenants(
     assert found == [(made.tenant, new.key, None) for made in two for new in made.keys]
 
 
-def test_of_many_at_once_each_gets_its_own_answer(
+def test_concurrent_lookups_each_get_their_own_answer(
     test_database: TestDatabase, two: list[Registered], digests: KeyDigests
 ) -> None:
     asked_for = [two[n % 2].keys[n % 4] for n in range(200)]
@@ -123,7 +123,7 @@ def test_of_many_at_once_each_gets_its_own_answer(
     ]
 
 
-def test_a_key_that_nobody_has_is_none(test_database: TestDatabase, two: list[Registered]) -> None:
+def test_an_unknown_key_finds_nothing(test_database: TestDatabase, two: list[Registered]) -> None:
     assert ask(test_database.app_url, lambda asked: asked.find_key(["k1:none", "'; --"])) is None
 
 
@@ -138,7 +138,7 @@ def test_a_key_that_nobody_has_is_none(test_database: TestDatabase, two: list[Re
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_a_token_names_its_user_and_with_anything_else_nobody(
+def test_a_token_with_a_changed_claim_finds_no_user(
     test_database: TestDatabase, two: list[Registered], claims: Claims, changes: dict[str, Any]
 ) -> None:
     async def both(asked: Lookups) -> list[Any]:
@@ -147,14 +147,14 @@ def test_a_token_names_its_user_and_with_anything_else_nobody(
     assert ask(test_database.app_url, both) == [(two[0].tenant, two[0].owner, None), None]
 
 
-def test_a_token_of_one_tenant_names_no_user_of_another(
+def test_a_token_of_one_tenant_finds_no_user_of_another(
     test_database: TestDatabase, two: list[Registered], claims: Claims
 ) -> None:
     moved = replace(claims, tenant_id=two[1].tenant.id)
     assert ask(test_database.app_url, lambda asked: asked.find_user(moved, NOW)) is None
 
 
-def test_a_session_that_is_over_names_nobody(test_database: TestDatabase, claims: Claims) -> None:
+def test_an_expired_session_finds_no_user(test_database: TestDatabase, claims: Claims) -> None:
     end = NOW + sessions.FAMILY_LIFETIME
 
     async def before_and_then(asked: Lookups) -> list[bool]:
@@ -164,7 +164,7 @@ def test_a_session_that_is_over_names_nobody(test_database: TestDatabase, claims
     assert ask(test_database.app_url, before_and_then) == [True, False]
 
 
-def test_a_session_of_ones_own_names_no_colleague(
+def test_a_session_finds_no_other_user_of_its_tenant(
     test_database: TestDatabase, store: Store, two: list[Registered], claims: Claims
 ) -> None:
     bob = new_user(claims.tenant_id, {"email": "bob@acme.example"}, role="owner", now=NOW)
@@ -175,7 +175,7 @@ def test_a_session_of_ones_own_names_no_colleague(
 
 
 @pytest.mark.parametrize("is_prepared", [True, False])
-def test_values_of_every_kind_are_those_that_the_store_reads(
+def test_values_of_every_kind_are_read_as_by_the_store(
     test_database: TestDatabase,
     superuser: Engine,
     two: list[Registered],
@@ -208,7 +208,7 @@ def test_values_of_every_kind_are_those_that_the_store_reads(
 # Prepared, or not --------------------------------------------------------------------------------
 
 
-def test_what_a_pooler_forgets_is_sent_whole(
+def test_statements_that_a_pooler_forgot_are_sent_in_full(
     test_database: TestDatabase, superuser: Engine, two: list[Registered], digests: KeyDigests, claims: Claims
 ) -> None:
     """As behind PgBouncer, which hands out another server connection each time."""
@@ -230,8 +230,8 @@ def test_what_a_pooler_forgets_is_sent_whole(
     assert (key[0], user[0]) == (two[1].tenant, two[0].tenant)
 
 
-def test_what_is_prepared_there_already_is_sent_whole(test_database: TestDatabase) -> None:
-    """As behind a pooler, whose connection somebody else of ours had before."""
+def test_statements_prepared_by_another_client_are_sent_in_full(test_database: TestDatabase) -> None:
+    """As behind a pooler, whose connection another of our processes used before."""
     connection, is_prepared = async_pool.connect(test_database.app_url)
     try:
         assert is_prepared
@@ -240,8 +240,8 @@ def test_what_is_prepared_there_already_is_sent_whole(test_database: TestDatabas
         connection.close()
 
 
-def test_what_another_release_prepared_is_not_taken_for_ours() -> None:
-    """Behind a pooler it stays where it was prepared, by its name."""
+def test_statements_of_another_release_have_other_names() -> None:
+    """Behind a pooler a statement stays prepared on its connection, under its name."""
     ours = set(FIND_KEY.prepared())
     for theirs in (replace(FIND_KEY, columns=FIND_KEY.columns[1:]), replace(FIND_KEY, scope="SELECT 1")):
         [changed] = set(theirs.prepared()) - ours
@@ -249,16 +249,16 @@ def test_what_another_release_prepared_is_not_taken_for_ours() -> None:
 
 
 @pytest.mark.parametrize("question", [FIND_KEY, FIND_USER], ids=lambda question: question.name)
-def test_a_question_is_one_message(question: Question) -> None:
-    # Two statements and so one transaction: the setting is gone when the answer is here.
+def test_a_question_is_sent_as_one_message(question: Question) -> None:
+    # Two statements in one message are one transaction: the setting is gone when the answer arrives.
     for prepared in (True, False):
         assert question.message(prepared=prepared).count(";") == 1
 
 
-def test_whoever_gets_the_connection_next_is_in_nobodys_tenant(
+def test_a_lookup_leaves_no_tenant_on_its_connection(
     test_database: TestDatabase, two: list[Registered], digests: KeyDigests, claims: Claims
 ) -> None:
-    """As behind PgBouncer, which hands it to somebody else."""
+    """As behind PgBouncer, which hands it to another client."""
 
     async def left(asked: Lookups) -> str | None:
         connection = asked._pool._idle.pop()
@@ -275,10 +275,10 @@ def test_whoever_gets_the_connection_next_is_in_nobodys_tenant(
     assert not any(ask(test_database.app_url, after_each, connections=1))
 
 
-def test_a_key_is_looked_up_by_its_id_whatever_the_plan(
+def test_a_key_is_looked_up_by_id_even_with_a_generic_plan(
     test_database: TestDatabase, digests: KeyDigests, two: list[Registered]
 ) -> None:
-    """By digest, a plan for any number of names reads every key that the tenant ever had."""
+    """By digest, a plan for any number of names would read every key that the tenant ever had."""
     engine = create_engine(test_database.app_url)
     values = {"names": ",".join(digests.candidates(two[0].keys[0].text)), "positioned": False}
     scope, row = FIND_KEY.message(prepared=True).split("; ")
@@ -289,12 +289,12 @@ def test_a_key_is_looked_up_by_its_id_whatever_the_plan(
         connection.exec_driver_sql(scope, values)
         plan = "".join(connection.exec_driver_sql(f"EXPLAIN {row}", values).scalars())
     engine.dispose()
-    # Of two indexes that have it, either: of a table with few rows they cost the same.
+    # Either of the two indexes with that column: on a table with few rows they cost the same.
     assert re.search(r"\(id = (\(InitPlan|\$\d)", plan)
     assert "digest" not in plan
 
 
-# Trouble -----------------------------------------------------------------------------------------
+# Failures ----------------------------------------------------------------------------------------
 
 
 def backends(superuser: Engine) -> list[int]:
@@ -305,7 +305,7 @@ def backends(superuser: Engine) -> list[int]:
 
 @contextmanager
 def low_descriptors_taken() -> Iterator[None]:
-    """Whatever is opened within has a descriptor from 1,024 on, of which `select.select` knows nothing."""
+    """Descriptors opened within are 1,024 or above, which `select.select` does not support."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard) if hard > 0 else 4096, hard))
     taken = [os.open(os.devnull, os.O_RDONLY)]
@@ -319,7 +319,7 @@ def low_descriptors_taken() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_many_open_connections_of_others_are_no_trouble(
+def test_lookups_work_with_descriptors_above_1023(
     test_database: TestDatabase, two: list[Registered], digests: KeyDigests
 ) -> None:
     candidates = digests.candidates(two[0].keys[0].text)
@@ -327,7 +327,7 @@ def test_many_open_connections_of_others_are_no_trouble(
         assert ask(test_database.app_url, lambda asked: asked.find_key(candidates)) is not None
 
 
-def test_a_connection_that_was_closed_is_replaced(
+def test_a_closed_connection_is_replaced(
     test_database: TestDatabase, superuser: Engine, two: list[Registered], digests: KeyDigests
 ) -> None:
     candidates = digests.candidates(two[0].keys[0].text)
@@ -337,7 +337,7 @@ def test_a_connection_that_was_closed_is_replaced(
         with superuser.connect() as connection:
             for pid in backends(superuser):
                 connection.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
-        # At once, when the loop has not yet heard of it, and again when it has.
+        # Immediately, before the loop has noticed, and again after it has.
         at_once = await asyncio.gather(*(asked.find_key(candidates) for _ in range(4)))
         await asyncio.sleep(SHORT)
         return [*before, *at_once, await asked.find_key(candidates)]
@@ -358,7 +358,7 @@ def stopped(pids: list[int]) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("connections", [1, 4])
-def test_a_backend_that_has_stopped_is_given_up_and_another_asked(
+def test_a_stopped_backend_is_abandoned_for_another(
     test_database: TestDatabase,
     two: list[Registered],
     digests: KeyDigests,
@@ -376,7 +376,7 @@ def test_a_backend_that_has_stopped_is_given_up_and_another_asked(
         before = set(asked._pool._connections)
         with stopped([one._connection.info.backend_pid for one in before]):
             found = [first, await asked.find_key(candidates)]
-        # Nor are those kept that nobody was asking.
+        # Idle connections are not kept either.
         assert not before & asked._pool._connections
         return found
 
@@ -384,7 +384,7 @@ def test_a_backend_that_has_stopped_is_given_up_and_another_asked(
     assert [tenant for tenant, *_ in found] == [two[0].tenant] * 2
 
 
-def test_where_no_more_connections_are_to_be_had_those_that_are_there_answer_all(
+def test_existing_connections_answer_all_when_no_more_can_be_opened(
     test_database: TestDatabase, superuser: Engine, two: list[Registered], digests: KeyDigests
 ) -> None:
     candidates = digests.candidates(two[0].keys[0].text)
@@ -405,8 +405,8 @@ def test_where_no_more_connections_are_to_be_had_those_that_are_there_answer_all
     assert [tenant for tenant, *_ in found] == [two[0].tenant] * 50
 
 
-def test_without_a_database_everybody_is_told_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Nobody waits for what will not come.
+def test_without_a_database_every_lookup_fails_promptly(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Far longer than the test allows: no lookup may wait for a connection that cannot come.
     monkeypatch.setattr(async_pool, "WAITING_SECONDS", 60)
 
     async def many(asked: Lookups) -> list[BaseException | Any]:
@@ -416,7 +416,7 @@ def test_without_a_database_everybody_is_told_soon(monkeypatch: pytest.MonkeyPat
     assert {type(answer) for answer in ask(NOWHERE, many)} == {DatabaseUnavailable}
 
 
-def test_before_it_is_opened_and_after_it_is_closed_there_is_none() -> None:
+def test_lookups_fail_before_opening_and_after_closing() -> None:
     async def story() -> None:
         asked = Lookups()
         with pytest.raises(DatabaseUnavailable):
@@ -431,7 +431,7 @@ def test_before_it_is_opened_and_after_it_is_closed_there_is_none() -> None:
     asyncio.run(story())
 
 
-def test_a_connection_that_is_made_after_the_end_is_closed(test_database: TestDatabase) -> None:
+def test_a_connection_established_after_closing_is_closed(test_database: TestDatabase) -> None:
     async def story() -> None:
         asked = Lookups()
         asked.open(test_database.app_url)
@@ -448,7 +448,7 @@ def test_a_connection_that_is_made_after_the_end_is_closed(test_database: TestDa
     asyncio.run(story())
 
 
-def test_who_does_not_wait_any_more_leaves_the_connection_in_order(
+def test_a_cancelled_lookup_leaves_the_connection_usable(
     test_database: TestDatabase, two: list[Registered], digests: KeyDigests
 ) -> None:
     async def story(asked: Lookups) -> Any:
@@ -464,7 +464,7 @@ def test_who_does_not_wait_any_more_leaves_the_connection_in_order(
     assert ask(test_database.app_url, story, connections=1) == 1
 
 
-def test_who_has_waited_longest_gets_the_connection_and_who_left_keeps_none(
+def test_the_longest_waiter_is_served_and_a_cancelled_one_is_skipped(
     test_database: TestDatabase, two: list[Registered], digests: KeyDigests
 ) -> None:
     served: list[str] = []
@@ -481,7 +481,7 @@ def test_who_has_waited_longest_gets_the_connection_and_who_left_keeps_none(
         ]
         await asyncio.sleep(0)
         asked._pool.freed(taken)
-        left.cancel()  # In the moment in which it has the connection.
+        left.cancel()  # At the moment it is given the connection.
         await asyncio.wait(waiting)
         assert left.cancelled()
         assert first.exception() is second.exception() is None
@@ -490,7 +490,7 @@ def test_who_has_waited_longest_gets_the_connection_and_who_left_keeps_none(
     assert served == ["nobody else", "first", "second"]
 
 
-def test_who_waits_too_long_for_a_connection_is_refused(
+def test_waiting_too_long_for_a_connection_fails(
     test_database: TestDatabase,
     two: list[Registered],
     digests: KeyDigests,
@@ -501,16 +501,14 @@ def test_who_waits_too_long_for_a_connection_is_refused(
 
     async def story(asked: Lookups) -> None:
         await asked.find_key(["none"])
-        asked._pool._idle.clear()  # As if somebody else were asking.
+        asked._pool._idle.clear()  # As if another lookup were using it.
         with pytest.raises(DatabaseUnavailable):
             await asyncio.wait_for(asked.find_key(["none"]), 10)
 
     ask(test_database.app_url, story, connections=1)
 
 
-def test_a_connection_that_nobody_asks_is_kept(
-    test_database: TestDatabase, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_idle_connection_is_kept(test_database: TestDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(async_pool, "CHECKED_EVERY_SECONDS", SHORT / 100)
 
     async def story(asked: Lookups) -> bool:
@@ -524,7 +522,7 @@ def test_a_connection_that_nobody_asks_is_kept(
 
 
 @pytest.mark.parametrize("is_open", [True, False])
-def test_a_lock_that_is_held_is_a_database_that_is_away(
+def test_a_locked_table_makes_the_database_unavailable(
     test_database: TestDatabase,
     superuser: Engine,
     two: list[Registered],
@@ -534,7 +532,7 @@ def test_a_lock_that_is_held_is_a_database_that_is_away(
     candidates = digests.candidates(two[0].keys[0].text)
 
     async def story(asked: Lookups) -> Any:
-        # Else it is already waited for when the connection is made.
+        # Otherwise it waits for the lock already while the connection is made.
         if is_open:
             await asked.find_key(candidates)
         with superuser.begin() as connection:
@@ -546,7 +544,7 @@ def test_a_lock_that_is_held_is_a_database_that_is_away(
     assert ask(test_database.app_url, story)[0] == two[0].tenant
 
 
-def test_who_is_not_answered_the_second_time_either_is_told_that_there_is_none(
+def test_a_lookup_unanswered_twice_fails(
     test_database: TestDatabase,
     superuser: Engine,
     two: list[Registered],
@@ -560,7 +558,7 @@ def test_who_is_not_answered_the_second_time_either_is_told_that_there_is_none(
     async def story(asked: Lookups) -> Any:
         await asked.find_key(candidates)
         with superuser.begin() as connection:
-            # Of which the statements know nothing until they are executed.
+            # A table that the statements touch only when executed, not when prepared.
             connection.execute(text("LOCK TABLE directory IN ACCESS EXCLUSIVE MODE"))
             with pytest.raises(DatabaseUnavailable):
                 await asked.find_key(candidates)
@@ -569,7 +567,7 @@ def test_who_is_not_answered_the_second_time_either_is_told_that_there_is_none(
     assert ask(test_database.app_url, story)[0] == two[0].tenant
 
 
-def test_a_question_whose_backend_is_ended_is_asked_again(
+def test_a_lookup_is_repeated_when_its_backend_is_terminated(
     test_database: TestDatabase, superuser: Engine, two: list[Registered], digests: KeyDigests
 ) -> None:
     candidates = digests.candidates(two[0].keys[0].text)
@@ -589,7 +587,7 @@ def test_a_question_whose_backend_is_ended_is_asked_again(
     assert ask(test_database.app_url, story, connections=1)[0] == two[0].tenant
 
 
-def test_who_waits_when_it_is_closed_is_told_and_nothing_stays_open(
+def test_closing_fails_waiting_lookups_and_closes_connections(
     test_database: TestDatabase, superuser: Engine, two: list[Registered], digests: KeyDigests
 ) -> None:
     candidates = digests.candidates(two[0].keys[0].text)
@@ -600,7 +598,7 @@ def test_who_waits_when_it_is_closed_is_told_and_nothing_stays_open(
         await asked.find_key(candidates)
         [kept] = asked._pool._connections
         pids = [kept._connection.info.backend_pid]
-        asked._pool._idle.clear()  # As if somebody else were asking.
+        asked._pool._idle.clear()  # As if another lookup were using it.
         waiting = asyncio.ensure_future(asked.find_key(candidates))
         await asyncio.sleep(0)
         asked.close()
@@ -616,10 +614,10 @@ def test_who_waits_when_it_is_closed_is_told_and_nothing_stays_open(
         time.sleep(0.01)
 
 
-def test_a_host_that_hangs_is_passed_over(
+def test_a_host_that_hangs_is_skipped(
     test_database: TestDatabase, two: list[Registered], claims: Claims, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after a failover, while the primary of before was only stopped: it takes connections and says nothing."""
+    """As after a failover when the old primary is only stopped: it accepts connections and never answers."""
     monkeypatch.setattr(async_pool, "CONNECTING_SECONDS", 1.0)
     well = make_url(test_database.app_url)
     with socket.create_server(("127.0.0.1", 0)) as hanging:

@@ -1,4 +1,4 @@
-"""A read replica, as real as can be: never behind what the caller was told, and never in the way."""
+"""A real read replica: never read while behind what the caller has seen, and its failures do no harm."""
 
 from __future__ import annotations
 
@@ -91,10 +91,10 @@ def is_replica(tx: TenantTx) -> bool:
 
 
 def position(store: Store) -> str:
-    """What a look-up of a caller tells."""
+    """The position that a caller's look-up reports."""
     with store._engine.connect() as connection:
-        told: str = connection.exec_driver_sql("SELECT pg_current_wal_insert_lsn()::text").scalar_one()
-    return told
+        found: str = connection.exec_driver_sql("SELECT pg_current_wal_insert_lsn()::text").scalar_one()
+    return found
 
 
 def reads_replica(store: Store, tenant_id: UUID, since: str) -> bool:
@@ -105,10 +105,10 @@ def tier_of(tx: TenantTx) -> str:
     return tx.tenants.get().tier
 
 
-# Fresh -------------------------------------------------------------------------------------------
+# Freshness ---------------------------------------------------------------------------------------
 
 
-def test_what_is_fresh_is_read_from_the_replica(
+def test_a_replica_that_has_caught_up_is_read(
     spread: Store, acme: UUID, standby: Standby, superuser: Engine
 ) -> None:
     since = standby.catch_up(superuser)
@@ -116,7 +116,7 @@ def test_what_is_fresh_is_read_from_the_replica(
     assert spread.read(acme, lambda tx: tx.tenants.get().id, since=since) == acme
 
 
-def test_what_was_asked_of_it_is_a_span_even_where_it_had_no_answer(
+def test_a_read_of_the_replica_is_a_span_even_when_it_lags(
     spread: Store, acme: UUID, standby: Standby, superuser: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept, provider = InMemorySpanExporter(), TracerProvider(shutdown_on_exit=False)
@@ -130,7 +130,7 @@ def test_what_was_asked_of_it_is_a_span_even_where_it_had_no_answer(
     assert all(s.status.is_unset for s in spans)
 
 
-def test_an_immediate_read_shows_the_write_a_hundred_times(spread: Store, acme: UUID) -> None:
+def test_an_immediate_read_always_shows_the_write(spread: Store, acme: UUID) -> None:
     for number in range(100):
         tier = ("pro", "free")[number % 2]
         with spread.tenant(acme) as tx:
@@ -146,7 +146,7 @@ def test_while_replay_is_paused_the_primary_is_read(
         with spread.tenant(acme) as tx:
             tx.tenants.set_tier("pro", NOW)
         assert spread.read(acme, tier_of, since=position(spread)) == "pro"
-        # It is the position that decides: for what was there before it is good enough.
+        # The position decides: for an earlier one the replica is good enough.
         assert spread.read(acme, tier_of, since=before) == "free"
     assert reads_replica(spread, acme, standby.catch_up(superuser))
     assert not events, "lagging is no failure"
@@ -160,23 +160,23 @@ def test_without_a_position_or_a_replica_the_primary_is_read(
     assert not store.read(acme, is_replica, since=since)
 
 
-def test_the_replica_is_another_tenants_no_more_than_the_primary(
+def test_row_security_applies_on_the_replica(
     spread: Store, acme: UUID, standby: Standby, superuser: Engine
 ) -> None:
     since = standby.catch_up(superuser)
 
-    def everybody(tx: TenantTx) -> list[UUID]:
+    def all_tenants(tx: TenantTx) -> list[UUID]:
         assert is_replica(tx)
         return list(tx.tenants._connection.exec_driver_sql("SELECT id FROM tenants").scalars())
 
-    assert spread.read(acme, everybody, since=since) == [acme]
-    assert spread.read(new_id(), everybody, since=since) == []
+    assert spread.read(acme, all_tenants, since=since) == [acme]
+    assert spread.read(new_id(), all_tenants, since=since) == []
 
 
-# Failing -----------------------------------------------------------------------------------------
+# Failures ----------------------------------------------------------------------------------------
 
 
-def test_a_replica_that_is_stopped_is_left_out_and_taken_back(
+def test_a_stopped_replica_is_left_out_and_taken_back(
     spread: Store, acme: UUID, standby: Standby, superuser: Engine, events: list[Any]
 ) -> None:
     since = standby.catch_up(superuser)
@@ -187,12 +187,12 @@ def test_a_replica_that_is_stopped_is_left_out_and_taken_back(
         for _ in range(20):
             assert spread.read(acme, tier_of, since=position(spread)) == "free"
         assert perf_counter() - started < SOON
-    assert told(events).count("the replica fails, and is left out") == 1
+    assert replica_events(events).count("the replica fails, and is left out") == 1
     eventually_reads_replica(spread, acme, standby, superuser)
-    assert told(events).count("the replica answers again") == 1
+    assert replica_events(events).count("the replica answers again") == 1
 
 
-def test_a_replica_that_was_killed_is_left_out_and_taken_back(
+def test_a_killed_replica_is_left_out_and_taken_back(
     spread: Store, acme: UUID, standby: Standby, superuser: Engine, events: list[Any]
 ) -> None:
     since = standby.catch_up(superuser)
@@ -200,12 +200,12 @@ def test_a_replica_that_was_killed_is_left_out_and_taken_back(
     standby.kill()
     for _ in range(20):
         assert not reads_replica(spread, acme, since)
-    assert told(events) == ["the replica fails, and is left out"]
+    assert replica_events(events) == ["the replica fails, and is left out"]
     standby.start()
     eventually_reads_replica(spread, acme, standby, superuser)
 
 
-def test_what_fails_midway_on_the_replica_is_read_again_from_the_primary(
+def test_a_read_that_fails_on_the_replica_is_repeated_on_the_primary(
     spread: Store, acme: UUID, standby: Standby, superuser: Engine
 ) -> None:
     since = standby.catch_up(superuser)
@@ -223,7 +223,7 @@ def test_what_fails_midway_on_the_replica_is_read_again_from_the_primary(
     assert asked == [True, False]
 
 
-def told(events: list[Any]) -> list[str]:
+def replica_events(events: list[Any]) -> list[str]:
     return [event["event"] for event in events if event["event"].startswith("the replica")]
 
 
@@ -242,14 +242,14 @@ def opened(settings: Settings, primary: str, replica_url: str) -> Store:
     return store
 
 
-def test_a_primary_is_no_replica(settings: Settings, test_database: TestDatabase) -> None:
+def test_a_primary_is_refused_as_a_replica(settings: Settings, test_database: TestDatabase) -> None:
     store = opened(settings, test_database.app_url, test_database.app_url)
     with pytest.raises(SchemaError, match="DATABASE_REPLICA_URL is no replica"):
         store.require_safe()
     store.close()
 
 
-def test_a_role_that_passes_over_row_security_is_refused(
+def test_a_role_that_bypasses_row_security_is_refused(
     settings: Settings, test_database: TestDatabase, standby: Standby, worker_id: str
 ) -> None:
     store = opened(settings, test_database.app_url, standby.cluster.url(f"billing_{worker_id}"))
@@ -258,13 +258,13 @@ def test_a_role_that_passes_over_row_security_is_refused(
     store.close()
 
 
-def test_a_replica_that_is_away_at_the_start_is_no_reason_not_to(
+def test_an_unreachable_replica_does_not_prevent_the_start(
     settings: Settings, test_database: TestDatabase, events: list[Any], tmp_path: Path
 ) -> None:
     away = test_database.app_url.partition("host=")[0] + f"host={tmp_path}"
     store = opened(settings, test_database.app_url, away)
     store.require_safe()
-    assert told(events) == ["the replica fails, and is left out"]
+    assert replica_events(events) == ["the replica fails, and is left out"]
     store.close()
 
 
@@ -288,15 +288,15 @@ def keys_of(account: Account) -> set[str]:
 def lists_from(standby: Standby, account: Account, superuser: Engine) -> bool:
     standby.catch_up(superuser)
     keys_of(account)
-    return last_said_to(standby) == "COMMIT"
+    return last_query_on(standby) == "COMMIT"
 
 
-def last_said_to(standby: Standby) -> object:
-    """COMMIT when what was asked for was found there, ROLLBACK when it lagged."""
+def last_query_on(standby: Standby) -> object:
+    """COMMIT when the replica answered the read, ROLLBACK when it lagged."""
     return standby.ask("SELECT query FROM pg_stat_activity WHERE application_name = 'billing'")
 
 
-def test_new_keys_are_listed_at_once_and_revoked_ones_stop_at_once(
+def test_key_changes_take_effect_at_once_while_the_replica_lags(
     account: Account, standby: Standby, superuser: Engine
 ) -> None:
     before = keys_of(account)
@@ -304,7 +304,7 @@ def test_new_keys_are_listed_at_once_and_revoked_ones_stop_at_once(
     with standby.paused():
         account.regenerate()
         assert not before & keys_of(account)
-        assert last_said_to(standby) == "ROLLBACK"
+        assert last_query_on(standby) == "ROLLBACK"
         secret = account.tenant["api_key_secret"]
         assert (
             account.client.get("/api/v1/auth/tenants/verify/", headers={"X-API-Key": secret}).status_code

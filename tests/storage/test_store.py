@@ -1,4 +1,4 @@
-"""The store's connections."""
+"""The store's connections and deferred writes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ LATER, MUCH_LATER = datetime(2100, 1, 1, tzinfo=UTC), datetime(2101, 1, 1, tzinf
 
 
 def backend(platform: Platform) -> int:
-    """The process at the other end."""
+    """The PID of the backend."""
     [pid] = platform._connection.exec_driver_sql("SELECT pg_backend_pid()").one()
     return int(pid)
 
 
-def test_the_connection_that_worked_last_is_taken_first(store: Store) -> None:
-    """After a failover the others may each cost seconds: taken in turn, one good connection would help nobody."""
+def test_the_most_recently_used_connection_is_taken_first(store: Store) -> None:
+    """After a failover the others may each cost seconds: in turn, one good connection would not help."""
     with ExitStack() as stack:
         opened = {backend(stack.enter_context(store.platform())) for _ in range(3)}
     assert len(opened) == 3
@@ -38,7 +38,7 @@ def test_the_connection_that_worked_last_is_taken_first(store: Store) -> None:
 
 
 def server_of(tx: TenantTx) -> int:
-    """The process at the other end of a transaction."""
+    """The PID of a transaction's backend."""
     return int(tx.tenants._connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one())
 
 
@@ -48,9 +48,7 @@ def end(superuser: Engine, *pids: int) -> None:
             connection.execute(text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": pid})
 
 
-def test_connections_that_were_lost_since_they_were_used_are_replaced(
-    store: Store, superuser: Engine
-) -> None:
+def test_connections_lost_while_idle_are_replaced(store: Store, superuser: Engine) -> None:
     with store.tenant(new_id()) as one, store.tenant(new_id()) as other:
         lost = {server_of(one), server_of(other)}
     end(superuser, *lost)
@@ -63,7 +61,7 @@ def test_connections_that_were_lost_since_they_were_used_are_replaced(
 
 
 @pytest.mark.parametrize("raises", [False, True])
-def test_a_connection_that_is_lost_in_a_transaction_is_not_used_again(
+def test_a_connection_lost_in_a_transaction_is_not_reused(
     store: Store, superuser: Engine, raises: bool
 ) -> None:
     with pytest.raises(DatabaseUnavailable), store.tenant(new_id()) as tx:
@@ -73,7 +71,7 @@ def test_a_connection_that_is_lost_in_a_transaction_is_not_used_again(
     store.require_ready()
 
 
-def test_who_does_not_get_a_lock_leaves_the_connection_to_the_next(store: Store, acme: Account) -> None:
+def test_a_lock_timeout_leaves_the_connection_usable(store: Store, acme: Account) -> None:
     tenant_id = UUID(acme.tenant["id"])
     with store.tenant(tenant_id, exclusive=True):
         with pytest.raises(DatabaseUnavailable), store.tenant(tenant_id, exclusive=True):
@@ -82,7 +80,7 @@ def test_who_does_not_get_a_lock_leaves_the_connection_to_the_next(store: Store,
             assert tx.tenants.get().id == tenant_id
 
 
-def test_nothing_of_a_transaction_that_was_left_by_an_error_stays_open(store: Store) -> None:
+def test_an_error_leaves_no_transaction_open(store: Store) -> None:
     with pytest.raises(KeyError), store.tenant(new_id(), exclusive=True) as tx:
         server = server_of(tx)
         raise KeyError
@@ -92,7 +90,7 @@ def test_nothing_of_a_transaction_that_was_left_by_an_error_stays_open(store: St
         assert platform._connection.exec_driver_sql(state).one() == (None, None, True)
 
 
-# Writes that nobody waits for ----------------------------------------------------------------------
+# Deferred writes -----------------------------------------------------------------------------------
 
 
 def updated_at(store: Store, tenant_id: UUID) -> datetime:
@@ -100,7 +98,7 @@ def updated_at(store: Store, tenant_id: UUID) -> datetime:
         return tx.tenants.get().updated_at
 
 
-def test_what_was_written_is_there_for_the_next_question_and_afterwards(store: Store, acme: Account) -> None:
+def test_a_deferred_write_is_visible_to_the_next_query_and_is_kept(store: Store, acme: Account) -> None:
     tenant_id = UUID(acme.tenant["id"])
     with store.tenant(tenant_id) as tx:
         tx.tenants.touch(LATER)
@@ -109,7 +107,7 @@ def test_what_was_written_is_there_for_the_next_question_and_afterwards(store: S
     assert updated_at(store, tenant_id) == MUCH_LATER
 
 
-def test_what_was_written_goes_in_one_message_with_the_commit(store: Store, acme: Account) -> None:
+def test_deferred_writes_are_sent_in_one_message_with_the_commit(store: Store, acme: Account) -> None:
     with store.tenant(UUID(acme.tenant["id"])) as tx:
         tx.tenants.touch(LATER)
         tx.tenants.touch(MUCH_LATER)
@@ -117,7 +115,7 @@ def test_what_was_written_goes_in_one_message_with_the_commit(store: Store, acme
         assert [b"UPDATE" in statement for statement in connection.deferred] == [True, True]  # type: ignore[union-attr]
 
 
-def test_a_write_that_is_refused_is_told_at_the_end_and_keeps_nothing(store: Store, acme: Account) -> None:
+def test_a_refused_write_raises_at_the_commit_and_nothing_is_kept(store: Store, acme: Account) -> None:
     tenant_id = UUID(acme.tenant["id"])
     with pytest.raises(StorageError, match="UniqueViolation"), store.tenant(tenant_id) as tx:
         [user] = tx.users.all()
@@ -126,7 +124,7 @@ def test_a_write_that_is_refused_is_told_at_the_end_and_keeps_nothing(store: Sto
     assert updated_at(store, tenant_id) < LATER
 
 
-def test_a_write_of_a_transaction_that_raises_is_forgotten(store: Store, acme: Account) -> None:
+def test_an_error_discards_deferred_writes(store: Store, acme: Account) -> None:
     tenant_id = UUID(acme.tenant["id"])
     with pytest.raises(KeyError), store.tenant(tenant_id) as tx:
         tx.tenants.touch(LATER)
@@ -134,7 +132,7 @@ def test_a_write_of_a_transaction_that_raises_is_forgotten(store: Store, acme: A
     assert updated_at(store, tenant_id) < LATER
 
 
-def test_a_deferred_write_goes_with_its_transaction(store: Store, acme: Account) -> None:
+def test_an_invalid_deferred_write_is_discarded_with_its_transaction(store: Store, acme: Account) -> None:
     with pytest.raises(ZeroDivisionError), store.tenant(UUID(acme.tenant["id"])) as tx:
         tx.tenants.set_tier("none that there is", LATER)
         raise ZeroDivisionError
@@ -142,14 +140,14 @@ def test_a_deferred_write_goes_with_its_transaction(store: Store, acme: Account)
         assert tx.tenants.get().tier == "free"
 
 
-def test_a_session_has_its_bounds(store: Store) -> None:
+def test_a_database_session_has_timeouts(store: Store) -> None:
     names = ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout")
     with store.tenant(new_id()) as tx:
         bounds = [tx.tenants._connection.exec_driver_sql(f"SHOW {name}").scalar_one() for name in names]
     assert bounds == ["5s", "2s", "10s"]
 
 
-def test_what_a_failed_statement_was_given_is_not_in_its_error(store: Store) -> None:
+def test_parameters_of_a_failed_statement_are_not_in_its_error(store: Store) -> None:
     with pytest.raises(StorageError) as refused, store.tenant(new_id()) as tx:
         tx.tenants._connection.exec_driver_sql("SELECT 1 / length(%s) - 1 / 0", ("confidential",))
     assert "DivisionByZero" in str(refused.value.__cause__)

@@ -1,4 +1,4 @@
-"""What hangs in the database lets go of its thread: a server that was stopped, a lock, an empty pool."""
+"""No thread waits for the database without limit: a stopped server, a held lock, an empty pool."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from tests.faults.stopping import stopped
 
 NOW = datetime(2026, 1, 15, 9, 30, tzinfo=UTC)
 STATEMENT_SECONDS = 0.8
-# Long for a busy machine, and short beside for ever.
+# Long for a busy machine, and short compared with waiting for ever.
 SOON = 10
 
 
 @pytest.fixture
 def impatient(settings: Settings, test_database: TestDatabase, clean: None) -> Iterator[Store]:
-    """A store on one connection, that waits for a statement for less than a second."""
+    """A store on one connection, which waits for a statement for less than a second."""
     store = Store(
         Vault(settings.encryption_keys),
         connections=1,
@@ -58,7 +58,7 @@ STEPS: dict[str, Callable[[TenantTx], None]] = {
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_a_server_that_was_stopped_holds_no_thread(impatient: Store, superuser: Engine, step: str) -> None:
+def test_a_stopped_server_does_not_hold_a_thread(impatient: Store, superuser: Engine, step: str) -> None:
     with ExitStack() as meanwhile:
         started = perf_counter()
         with pytest.raises(DatabaseUnavailable), impatient.tenant(new_id()) as tx:
@@ -68,7 +68,7 @@ def test_a_server_that_was_stopped_holds_no_thread(impatient: Store, superuser: 
         impatient.require_ready()
 
 
-def test_a_stopped_server_found_in_the_pool_is_replaced(impatient: Store, superuser: Engine) -> None:
+def test_a_pooled_connection_to_a_stopped_server_is_replaced(impatient: Store, superuser: Engine) -> None:
     impatient.require_ready()
     with stopped(superuser):
         started = perf_counter()
@@ -76,33 +76,33 @@ def test_a_stopped_server_found_in_the_pool_is_replaced(impatient: Store, superu
         assert STATEMENT_SECONDS < perf_counter() - started < SOON
 
 
-def test_a_pause_between_two_statements_is_no_wait_for_one(impatient: Store) -> None:
+def test_a_pause_between_two_statements_does_not_time_out(impatient: Store) -> None:
     with impatient.tenant(new_id()) as tx:
         threading.Event().wait(STATEMENT_SECONDS * 1.5)
         tx.users.all()
 
 
-def test_a_closed_store_still_frees_a_thread_that_hangs(impatient: Store, superuser: Engine) -> None:
+def test_a_closed_store_still_frees_a_hanging_thread(impatient: Store, superuser: Engine) -> None:
     with ExitStack() as meanwhile, pytest.raises(DatabaseUnavailable), impatient.tenant(new_id()) as tx:
         meanwhile.enter_context(stopped(superuser))
         impatient.close()
         ask(tx)
 
 
-def test_the_watch_ends_with_the_store(impatient: Store) -> None:
-    before = watches()
+def test_the_watchdog_ends_with_the_store(impatient: Store) -> None:
+    before = watchdogs()
     impatient.require_ready()
-    (watch,) = watches() - before
+    (thread,) = watchdogs() - before
     impatient.close()
-    watch.join(SOON)
-    assert not watch.is_alive()
+    thread.join(SOON)
+    assert not thread.is_alive()
 
 
-def watches() -> set[threading.Thread]:
+def watchdogs() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.name == "statements"}
 
 
-def test_what_was_closed_in_the_meantime_is_cut_no_more() -> None:
+def test_a_socket_closed_meanwhile_is_not_cut() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         watched = watchdog._WatchedSocket(ours.fileno(), STATEMENT_SECONDS)
@@ -112,7 +112,7 @@ def test_what_was_closed_in_the_meantime_is_cut_no_more() -> None:
         assert ours.recv(100) == b"still there"
 
 
-def test_what_was_answered_in_the_meantime_is_not_cut() -> None:
+def test_a_socket_answered_meanwhile_is_not_cut() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         watched = watchdog._WatchedSocket(ours.fileno(), STATEMENT_SECONDS)
@@ -125,7 +125,7 @@ def test_what_was_answered_in_the_meantime_is_not_cut() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_no_socket_is_left_behind(impatient: Store) -> None:
+def test_closing_the_store_closes_its_socket(impatient: Store) -> None:
     impatient.require_ready()
     before = sockets()
     impatient.close()
@@ -138,7 +138,7 @@ def sockets() -> set[str]:
     return {target for target in (str(link.readlink()) for link in links) if target.startswith("socket:")}
 
 
-def test_a_lock_that_somebody_holds_is_waited_for_two_seconds(store: Store, settings: Settings) -> None:
+def test_a_held_lock_is_waited_for_two_seconds(store: Store, settings: Settings) -> None:
     tenant_id = register(store, settings)
     with store.tenant(tenant_id, exclusive=True):
         started = perf_counter()
@@ -154,7 +154,7 @@ def register(store: Store, settings: Settings) -> UUID:
         return tenants.register(tx, details, password_hash="-", digests=digests, now=NOW).tenant.id
 
 
-def test_an_empty_pool_is_waited_for_no_longer_than_told(impatient: Store) -> None:
+def test_an_empty_pool_is_waited_for_no_longer_than_configured(impatient: Store) -> None:
     with impatient.tenant(new_id()):
         started = perf_counter()
         with pytest.raises(DatabaseUnavailable):
