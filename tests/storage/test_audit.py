@@ -1,4 +1,4 @@
-"""The audit log: a chain without gaps that can be recomputed, and that nobody can rewrite."""
+"""The audit log: a chain without gaps that can be recomputed, and that no role of the server can rewrite."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def rows_of(superuser: Engine, tenant_id: UUID) -> list[dict[str, Any]]:
 
 
 def broken_at(rows: list[dict[str, Any]]) -> list[int]:
-    """The sequence numbers of the rows whose hash is not made of the one before and themselves."""
+    """The sequence numbers of rows out of sequence, or whose hash does not follow from the previous one."""
     broken, previous = [], GENESIS
     for place, row in enumerate(rows, start=1):
         content = {name: value for name, value in row.items() if name != "hash"}
@@ -77,7 +77,7 @@ DETAILS: list[dict[str, Any]] = [
 ]
 
 
-def test_what_is_stored_gives_the_hashes_that_are_stored(store: Store, superuser: Engine, acme: UUID) -> None:
+def test_stored_rows_reproduce_their_stored_hashes(store: Store, superuser: Engine, acme: UUID) -> None:
     actors = [Actor("user", new_id(), "2001:db8::1", "request-1"), Actor("anonymous", None, None, None)]
     for at, details in enumerate(DETAILS):
         with store.tenant(acme, actors[at % 2]) as tx:
@@ -107,7 +107,7 @@ def test_times_are_hashed_as_they_are_stored(
     assert broken_at(rows_of(superuser, acme)) == []
 
 
-def test_the_canonical_form_can_be_made_without_us(superuser: Engine, acme: UUID) -> None:
+def test_the_canonical_form_can_be_reproduced_with_plain_json(superuser: Engine, acme: UUID) -> None:
     row = rows_of(superuser, acme)[0]
     written = {
         **{name: value for name, value in row.items() if name != "hash"},
@@ -146,7 +146,7 @@ def test_a_missing_row_breaks_the_chain(superuser: Engine, acme: UUID) -> None:
     assert broken_at(rows_of(superuser, acme)) == [2]
 
 
-def test_the_last_row_cannot_go_unnoticed(superuser: Engine, acme: UUID) -> None:
+def test_the_head_reveals_a_missing_last_row(superuser: Engine, acme: UUID) -> None:
     with superuser.begin() as connection:
         connection.execute(text("DELETE FROM audit_log WHERE sequence = 2"))
     rows = rows_of(superuser, acme)
@@ -165,7 +165,7 @@ def test_each_tenant_has_a_chain_of_its_own(
     assert broken_at(rows_of(superuser, acme)) == broken_at(rows_of(superuser, globex)) == []
 
 
-def test_what_is_rolled_back_leaves_no_gap(store: Store, superuser: Engine, acme: UUID) -> None:
+def test_a_rolled_back_record_leaves_no_gap(store: Store, superuser: Engine, acme: UUID) -> None:
     with pytest.raises(ZeroDivisionError), store.tenant(acme) as tx:
         tx.audit.record("test.undone", now=NOW)
         raise ZeroDivisionError
@@ -177,7 +177,7 @@ def test_what_is_rolled_back_leaves_no_gap(store: Store, superuser: Engine, acme
     assert broken_at(rows) == []
 
 
-def test_twenty_writers_at_once_make_one_chain(
+def test_twenty_concurrent_writers_make_one_chain(
     settings: Settings, test_database: TestDatabase, superuser: Engine, store: Store, acme: UUID
 ) -> None:
     wide = Store(Vault(settings.encryption_keys), connections=THREADS)
@@ -201,7 +201,7 @@ def test_twenty_writers_at_once_make_one_chain(
     assert head_of(superuser, acme) == (len(rows), rows[-1]["hash"])
 
 
-# Who may what ------------------------------------------------------------------------------------
+# Privileges --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -232,7 +232,7 @@ REFUSED = "permission denied|must be owner"
         "INSERT INTO audit_log SELECT * FROM audit_log ON CONFLICT (tenant_id, sequence) DO UPDATE SET reason = 'x'",
     ],
 )
-def test_the_application_may_add_and_read_and_no_more(
+def test_the_application_may_only_insert_and_read(
     application: Engine, acme: UUID, superuser: Engine, statement: str
 ) -> None:
     with (
@@ -245,7 +245,7 @@ def test_the_application_may_add_and_read_and_no_more(
     assert broken_at(rows_of(superuser, acme)) == []
 
 
-def test_the_head_goes_to_the_next_row_and_nowhere_else(
+def test_the_head_does_not_advance_without_a_new_row(
     application: Engine, acme: UUID, superuser: Engine
 ) -> None:
     before = head_of(superuser, acme)

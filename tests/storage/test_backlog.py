@@ -1,4 +1,4 @@
-"""What waits at all tenants together: numbers and ages for whoever watches, and nobody's rows."""
+"""The backlog of all tenants together: counts and ages for monitoring, and no tenant's rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NOTHING = Depth(0, 0.0)
 
 
 def register(store: Store, settings: Settings, name: str, *, actor: Actor | None = None) -> UUID:
-    """A tenant with an endpoint, to which the event of that is due now."""
+    """A tenant with an endpoint, to which the event of its registration is due now."""
     details = {
         "company_name": name,
         "email": f"ada@{name}.example",
@@ -33,13 +33,13 @@ def register(store: Store, settings: Settings, name: str, *, actor: Actor | None
         return tenants.register(tx, details, password_hash="-", digests=digests, now=NOW).tenant.id
 
 
-def test_of_nothing_there_is_nothing(store: Store) -> None:
+def test_an_empty_backlog_has_zero_depths(store: Store) -> None:
     backlog = store.backlog(NOW)
     assert backlog.queues == dict.fromkeys(("general", "checks", "webhooks", "slow_webhooks"), NOTHING)
     assert backlog.outbox == dict.fromkeys(("working", "failing", "disabled"), NOTHING)
 
 
-def test_tasks_that_are_due_are_counted_over_all_tenants(store: Store, settings: Settings) -> None:
+def test_due_tasks_are_counted_over_all_tenants(store: Store, settings: Settings) -> None:
     for name in ("acme", "globex"):
         register(store, settings, name)
     assert store.backlog(SOON).queues["webhooks"] == Depth(2, 90.0)
@@ -57,7 +57,7 @@ def test_tasks_that_are_due_are_counted_over_all_tenants(store: Store, settings:
         ("url = NULL", "disabled"),
     ],
 )
-def test_the_outbox_is_told_by_how_the_endpoint_does(
+def test_the_outbox_is_grouped_by_the_endpoints_state(
     store: Store, settings: Settings, superuser: Engine, change: str, state: str
 ) -> None:
     register(store, settings, "acme")
@@ -68,23 +68,23 @@ def test_the_outbox_is_told_by_how_the_endpoint_does(
     assert [depth for name, depth in outbox.items() if name != state] == [NOTHING, NOTHING]
 
 
-def test_what_is_not_due_yet_waits_and_is_not_old(store: Store, settings: Settings) -> None:
+def test_a_delivery_not_yet_due_is_counted_with_age_zero(store: Store, settings: Settings) -> None:
     register(store, settings, "acme")
     assert store.backlog(NOW - timedelta(seconds=1)).outbox["working"] == Depth(1, 0.0)
 
 
-def test_somebody_else_may_not_ask(superuser: Engine) -> None:
-    somebody = f"somebody_{new_id().hex}"
+def test_another_role_may_not_query_the_backlog(superuser: Engine) -> None:
+    role = f"somebody_{new_id().hex}"
     with superuser.connect() as connection:
-        connection.exec_driver_sql(f"CREATE ROLE {somebody}")
-        connection.exec_driver_sql(f"GRANT USAGE ON SCHEMA app TO {somebody}")
-        connection.exec_driver_sql(f"SET LOCAL ROLE {somebody}")
+        connection.exec_driver_sql(f"CREATE ROLE {role}")
+        connection.exec_driver_sql(f"GRANT USAGE ON SCHEMA app TO {role}")
+        connection.exec_driver_sql(f"SET LOCAL ROLE {role}")
         with pytest.raises(exc.ProgrammingError, match="permission denied for function backlog"):
             connection.exec_driver_sql("SELECT * FROM app.backlog(now(), ARRAY['general'])")
         connection.rollback()
 
 
-def test_an_event_remembers_the_request_it_came_of(store: Store, settings: Settings) -> None:
+def test_a_delivery_keeps_the_id_of_the_request_that_caused_it(store: Store, settings: Settings) -> None:
     actor = Actor("anonymous", request_id="of-acme-who-registers")
     with store.tenant(register(store, settings, "acme", actor=actor)) as tx:
         [begun] = tx.deliveries.begin(NOW, types=None, most=1)

@@ -1,4 +1,4 @@
-"""Deliveries in the database: which are begun, in which order, and what passes over what."""
+"""Deliveries in the database: which are begun, in which order, and which are skipped."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TYPE = "webhook.test"
 
 @pytest.fixture
 def acme(store: Store, settings: Settings, superuser: Engine) -> UUID:
-    """A tenant with an endpoint and nothing on its way there."""
+    """A tenant with an endpoint and no deliveries to it."""
     url, digests = "https://hooks.acme.example/", KeyDigests(settings.key_peppers)
     details = {"company_name": "Acme", "email": "ada@acme.example", "webhook_url": url}
     with store.tenant(new_id()) as tx:
@@ -56,7 +56,7 @@ def begin(store: Store, acme: UUID, now: datetime, *, most: int = 100) -> Sequen
         return tx.deliveries.begin(now, types=None, most=most)
 
 
-def test_what_is_not_due_yet_is_not_begun_beside_what_is(store: Store, superuser: Engine, acme: UUID) -> None:
+def test_only_due_deliveries_are_begun(store: Store, superuser: Engine, acme: UUID) -> None:
     record(store, acme, at=NOW)
     record(store, acme, at=NOW + MINUTE)
     first, second = events_in_order(superuser)
@@ -64,14 +64,14 @@ def test_what_is_not_due_yet_is_not_begun_beside_what_is(store: Store, superuser
     assert [begun.event_id for begun in begin(store, acme, NOW + MINUTE)] == [first, second]
 
 
-def test_what_has_been_due_longest_is_begun_first_and_of_those_due_at_once_the_oldest_event(
+def test_deliveries_are_begun_by_due_time_then_by_order_of_events(
     store: Store, superuser: Engine, acme: UUID
 ) -> None:
     for _ in range(4):
         record(store, acme)
     a, b, c, d = events_in_order(superuser)
     with superuser.begin() as connection:
-        # Rewritten in another order, they are found in that.
+        # Rows that are rewritten in another order are found in that one.
         for minutes, event_id in ((2, c), (2, a), (1, d), (2, b)):
             values = {"due": NOW + minutes * MINUTE, "id": event_id}
             connection.execute(
@@ -81,7 +81,7 @@ def test_what_has_been_due_longest_is_begun_first_and_of_those_due_at_once_the_o
     assert [begun.event_id for begun in begin(store, acme, NOW + 3 * MINUTE, most=1)] == [d]
 
 
-def test_a_replay_passes_over_what_is_being_begun(store: Store, superuser: Engine, acme: UUID) -> None:
+def test_a_replay_skips_a_delivery_that_is_being_begun(store: Store, superuser: Engine, acme: UUID) -> None:
     record(store, acme)
     record(store, acme)
     ids = events_in_order(superuser)
@@ -93,7 +93,7 @@ def test_a_replay_passes_over_what_is_being_begun(store: Store, superuser: Engin
     assert [tuple(row) for row in rows_of(superuser, due)] == [(ids[0], NOW), (ids[1], NOW - MINUTE)]
 
 
-def test_to_cancel_says_whether_there_may_be_more(
+def test_cancelling_reports_whether_more_may_remain(
     store: Store, superuser: Engine, acme: UUID, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shelf, "BATCH_ROWS", 2)
@@ -108,7 +108,7 @@ def test_to_cancel_says_whether_there_may_be_more(
     assert [tuple(row) for row in rows_of(superuser, ended)] == [("failed", "removed", NOW)]
 
 
-def test_what_happened_at_that_moment_is_among_what_happened_since(
+def test_a_choice_since_a_time_includes_events_at_that_time(
     store: Store, superuser: Engine, acme: UUID
 ) -> None:
     record(store, acme, at=NOW - timedelta(microseconds=1))

@@ -61,12 +61,12 @@ def has_no_gap(rows: list[dict[str, Any]]) -> bool:
     return [row["sequence"] for row in rows] == list(range(1, len(rows) + 1))
 
 
-def told(rows: list[dict[str, Any]]) -> list[Any]:
+def data_of(rows: list[dict[str, Any]]) -> list[Any]:
     return [json.loads(row["body"])["data"] for row in rows if row["type"] == TYPE]
 
 
 @pytest.mark.parametrize("livemode", [True, False])
-def test_what_is_stored_is_the_envelope(store: Store, superuser: Engine, acme: UUID, livemode: bool) -> None:
+def test_the_stored_body_is_the_envelope(store: Store, superuser: Engine, acme: UUID, livemode: bool) -> None:
     data = {"account_id": "acct_1", "at": NOW, "name": "é😀\u2028", "none": None}
     with store.tenant(acme) as tx:
         tx.events.record(TYPE, data, livemode=livemode, now=NOW)
@@ -94,41 +94,45 @@ def test_what_is_stored_is_the_envelope(store: Store, superuser: Engine, acme: U
     }
 
 
-def test_two_events_of_one_transaction_follow_each_other(store: Store, superuser: Engine, acme: UUID) -> None:
+def test_events_of_one_transaction_are_numbered_consecutively(
+    store: Store, superuser: Engine, acme: UUID
+) -> None:
     with store.tenant(acme) as tx:
         for step in range(3):
             tx.events.record(TYPE, {"step": step}, now=NOW)
 
     rows = rows_of(superuser, acme)
-    assert told(rows) == [{"step": 0}, {"step": 1}, {"step": 2}]
+    assert data_of(rows) == [{"step": 0}, {"step": 1}, {"step": 2}]
     assert has_no_gap(rows)
 
 
-def test_two_tenants_count_apart(store: Store, settings: Settings, superuser: Engine, acme: UUID) -> None:
+def test_each_tenant_has_its_own_sequence(
+    store: Store, settings: Settings, superuser: Engine, acme: UUID
+) -> None:
     globex = register(store, settings, "Globex")
-    begun = {tenant_id: head_of(superuser, tenant_id) or 0 for tenant_id in (acme, globex)}
+    before = {tenant_id: head_of(superuser, tenant_id) or 0 for tenant_id in (acme, globex)}
     for tenant_id in (acme, globex, acme):
         record(store, tenant_id)
 
     assert [head_of(superuser, tenant_id) for tenant_id in (acme, globex)] == [
-        begun[acme] + 2,
-        begun[globex] + 1,
+        before[acme] + 2,
+        before[globex] + 1,
     ]
     assert has_no_gap(rows_of(superuser, acme)) and has_no_gap(rows_of(superuser, globex))
 
 
-def test_what_is_rolled_back_leaves_no_gap(store: Store, superuser: Engine, acme: UUID) -> None:
+def test_a_rolled_back_event_leaves_no_gap(store: Store, superuser: Engine, acme: UUID) -> None:
     with pytest.raises(ZeroDivisionError), store.tenant(acme) as tx:
         tx.events.record(TYPE, {"done": False}, now=NOW)
         raise ZeroDivisionError
     record(store, acme, done=True)
 
     rows = rows_of(superuser, acme)
-    assert told(rows) == [{"done": True}]
+    assert data_of(rows) == [{"done": True}]
     assert has_no_gap(rows)
 
 
-def test_twenty_transactions_at_once_make_one_sequence_though_some_are_rolled_back(
+def test_concurrent_transactions_leave_no_gap_though_some_are_rolled_back(
     settings: Settings, test_database: TestDatabase, superuser: Engine, store: Store, acme: UUID
 ) -> None:
     wide = Store(Vault(settings.encryption_keys), connections=THREADS)
@@ -150,7 +154,7 @@ def test_twenty_transactions_at_once_make_one_sequence_though_some_are_rolled_ba
         wide.close()
     kept = [(w, s) for w in range(THREADS) for s in range(3) if not is_rolled_back(w, s)]
     rows = rows_of(superuser, acme)
-    assert sorted((data["writer"], data["step"]) for data in told(rows)) == kept
+    assert sorted((data["writer"], data["step"]) for data in data_of(rows)) == kept
     assert has_no_gap(rows)
     assert head_of(superuser, acme) == len(rows)
     assert all(json.loads(row["body"])["sequence"] == row["sequence"] for row in rows)

@@ -1,4 +1,4 @@
-"""A tenant reaches its own rows alone: with both safeguards, and with either of them off."""
+"""A tenant reaches only its own rows: with both safeguards, and with either of them off."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ class House:
         self.store = store
         self.tokens = Tokens(settings.jwt_keys, settings.public_base_url)
         self.digests = KeyDigests(settings.key_peppers)
-        # First the one who will try: what a lost condition did to Acme's rows by now, no test would see.
+        # First the attacker: if a missing filter let its setup change Acme's rows, no test would notice.
         self.globex, _, _ = self.connect(self.register("Globex"))
         self.acme, self.state, self.connection = self.connect(self.register("Acme"))
-        # What the worker holds while it does it.
         self.arrived, self.pending = self.deliver(self.acme)
-        self.claim, self.kept = self.ask(self.acme, b"claimed"), self.ask(self.acme, b"kept")
+        self.claim, self.kept = self.claim_key(self.acme, b"claimed"), self.claim_key(self.acme, b"kept")
         with self.store.tenant(self.acme.tenant.id) as tx:
             assert tx.idempotency.keep(self.kept, ANSWER, until=LATER)
         with store.tenant(self.globex.tenant.id) as tx:
             self.head = tx.audit.head()
+        # As the worker holds it while processing it.
         subject = self.connection.account.id
         self.task = Task(self.acme.tenant.id, CHECK, self.connection.id, subject, "general", NOW, 0, 0)
 
@@ -72,7 +72,7 @@ class House:
             return made
 
     def connect(self, made: Registered) -> tuple[Registered, State, Connection]:
-        """A state, a connection, and the event and the task that come of it."""
+        """A state, a connection, and the event and the task that result."""
         account = Account(f"acct_{made.tenant.slug}")
         grant = Grant(account.id, "read_write", livemode=False)
         with self.store.tenant(made.tenant.id) as tx:
@@ -90,27 +90,27 @@ class House:
         return replace(made, tenant=connected.tenant), started, connected.connection
 
     def deliver(self, made: Registered) -> tuple[Delivery, Delivery]:
-        """A delivery that has arrived, and one that has not."""
+        """One delivery that has succeeded, and one that is pending."""
         with self.store.tenant(made.tenant.id) as tx:
             [begun] = tx.deliveries.begin(NOW, types=None, most=1)
             tx.deliveries.record_results([Settled(begun.id, 1, "delivered", None, 200, None, 1, NOW)])
             deliveries = {delivery.status: delivery for delivery in tx.deliveries.recent(100)}
         return deliveries["delivered"], deliveries["pending"]
 
-    def ask(self, made: Registered, name: bytes) -> Claim:
-        """The claim to answer a request of theirs."""
+    def claim_key(self, made: Registered, name: bytes) -> Claim:
+        """The tenant's claim of an idempotency key."""
         claim = Claim(made.tenant.id, name, new_id(), NOW)
         with self.store.tenant(made.tenant.id) as tx:
             assert tx.idempotency.take(claim, "asked", until=LATER)
         return claim
 
 
-WAYS = ["both", "filters off", "row security off"]
+SAFEGUARDS = ["both", "filters off", "row security off"]
 FILTER = re.compile(rf"\w+\.(tenant_id|id) = %\({OF_TENANT}\)s::UUID", re.IGNORECASE)
 
 
 def take_filters_off(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have each statement be what it would be, had nobody said whose rows it is about."""
+    """Send each statement without its filter by tenant."""
     defer = driver.Connection.defer
 
     @event.listens_for(store._engine, "before_cursor_execute", retval=True)
@@ -129,7 +129,7 @@ def without_filters(statement: str) -> str:
     return changed
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=SAFEGUARDS)
 def house(
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
@@ -144,7 +144,7 @@ def house(
     yield House(store, settings)
 
 
-# Everything that a shelf can be asked about a row of somebody else's: what comes back, if anything.
+# Every method of a shelf, on a row of another tenant: what it returns, which must be nothing.
 Attempt = Callable[[TenantTx, House], Any]
 ATTEMPTS: dict[str, Attempt] = {
     "users.find": lambda tx, h: tx.users.find(h.acme.owner.id),
@@ -231,9 +231,9 @@ ATTEMPTS: dict[str, Attempt] = {
     "idempotency.keep": lambda tx, h: tx.idempotency.keep(h.claim, ANSWER, until=LATER) or None,
     "idempotency.release": lambda tx, h: tx.idempotency.release(h.claim),
     "audit.head": lambda tx, h: [head for head in [tx.audit.head()] if head != h.head],
-    "audit.after": lambda tx, h: strange(tx, tx.audit.after(None, most=100)),
+    "audit.after": lambda tx, h: foreign_rows(tx, tx.audit.after(None, most=100)),
     "audit.beyond_head": lambda tx, h: tx.audit.beyond_head(),
-    "audit.recent": lambda tx, h: strange(tx, tx.audit.recent(AuditChoice(), most=100)),
+    "audit.recent": lambda tx, h: foreign_rows(tx, tx.audit.recent(AuditChoice(), most=100)),
     "secrets.counts": lambda tx, h: [count for count in tx.secrets.counts(NOW) if count[2] > 4],
     "users.add": lambda tx, h: tx.users.add(replace(h.acme.owner, id=new_id()), password_hash="-"),
 }
@@ -249,7 +249,7 @@ def renew_secret(tx: TenantTx) -> None:
 
 
 def event_of(tx: TenantTx) -> Any:
-    """The id of an event of one's own."""
+    """The id of one of the tenant's own events."""
     return tx.deliveries.recent(1)[0].event_id
 
 
@@ -266,7 +266,7 @@ def refused(ask: Callable[[], object]) -> object:
 
 
 def session_of(tx: TenantTx, house: House) -> Any:
-    """The id of Acme's session, which Globex cannot know and is told here."""
+    """The id of Acme's session, which Globex cannot know and is given here."""
     with house.store.tenant(house.acme.tenant.id) as theirs:
         query = text("SELECT id FROM sessions WHERE tenant_id = :id")
         return theirs.sessions._connection.scalars(query, {"id": house.acme.tenant.id}).one()
@@ -276,7 +276,7 @@ def foreign(tx: TenantTx, found: list[keys.ApiKey]) -> list[keys.ApiKey]:
     return [key for key in found if key.tenant_id != tx.tenant_id]
 
 
-def strange(tx: TenantTx, found: list[AuditRow]) -> list[AuditRow]:
+def foreign_rows(tx: TenantTx, found: list[AuditRow]) -> list[AuditRow]:
     return [row for row in found if row.tenant_id != tx.tenant_id]
 
 
@@ -305,7 +305,7 @@ def test_another_tenants_rows_are_neither_seen_nor_changed(
     assert rows_of(superuser, house.acme.tenant.id) == before
 
 
-def test_uses_of_many_tenants_keys_are_kept_with_whose_the_keys_are(house: House, superuser: Engine) -> None:
+def test_a_use_of_a_key_is_recorded_only_for_its_own_tenant(house: House, superuser: Engine) -> None:
     before = rows_of(superuser, house.acme.tenant.id)
     another = house.register("Initech")
     theirs, stolen = another.keys[0].key, house.acme.keys[0].key
@@ -316,7 +316,7 @@ def test_uses_of_many_tenants_keys_are_kept_with_whose_the_keys_are(house: House
     assert used == [theirs.id]
 
 
-def test_the_questions_before_a_tenant_is_known_find_the_right_one(house: House) -> None:
+def test_platform_lookups_find_the_right_tenant(house: House) -> None:
     acme, globex = house.acme, house.globex
     with house.store.platform() as platform:
         for made in (acme, globex):
@@ -326,9 +326,7 @@ def test_the_questions_before_a_tenant_is_known_find_the_right_one(house: House)
             assert platform.find_tenant(made.tenant.slug) == made.tenant
 
 
-def test_a_name_that_another_tenant_has_ends_the_transaction_that_adds_it(
-    house: House, superuser: Engine
-) -> None:
+def test_adding_another_tenants_name_rolls_the_transaction_back(house: House, superuser: Engine) -> None:
     acme, globex = house.acme.tenant.id, house.globex.tenant.id
     before = rows_of(superuser, acme), rows_of(superuser, globex)
     with pytest.raises(StorageError, match="UniqueViolation"), house.store.tenant(globex) as tx:
@@ -337,8 +335,8 @@ def test_a_name_that_another_tenant_has_ends_the_transaction_that_adds_it(
     assert (rows_of(superuser, acme), rows_of(superuser, globex)) == before
 
 
-def test_every_question_of_every_shelf_is_attempted() -> None:
-    about_oneself = {
+def test_every_method_of_every_shelf_is_attempted() -> None:
+    own_rows_only = {
         "tenants.get",
         "tenants.add",
         "api_keys.add",
@@ -347,17 +345,17 @@ def test_every_question_of_every_shelf_is_attempted() -> None:
         "webhooks.open",
     }
     shelves = vars(TenantTx(None, new_id(), None, None))  # type: ignore[arg-type]
-    questions = {
+    methods = {
         f"{noun}.{name}"
         for noun, shelf in shelves.items()
         if isinstance(shelf, Shelf)
         for name in vars(type(shelf))
         if not name.startswith("_")
     }
-    assert questions - about_oneself - ATTEMPTS.keys() == {"audit.record"}
+    assert methods - own_rows_only - ATTEMPTS.keys() == {"audit.record"}
 
 
-def test_with_both_safeguards_off_these_tests_would_see_it(
+def test_attempts_succeed_with_both_safeguards_off(
     store: Store,
     settings: Settings,
     test_database: TestDatabase,
@@ -381,7 +379,7 @@ def test_with_both_safeguards_off_these_tests_would_see_it(
     assert any(f"{MUCH_LATER:%Y-%m-%d}" in key for key in rows["api_keys"])
 
 
-# What the application's role may do at all -------------------------------------------------------
+# Privileges of the application's role ------------------------------------------------------------
 
 
 @pytest.fixture
@@ -403,7 +401,7 @@ def test_without_a_tenant_every_table_is_empty(two: House, app: Engine, table: s
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_with_a_tenant_a_table_has_its_rows_alone(two: House, app: Engine, table: str) -> None:
+def test_with_a_tenant_a_table_shows_only_its_rows(two: House, app: Engine, table: str) -> None:
     column = "id" if table == "tenants" else "tenant_id"
     with app.connect() as connection:
         become(connection, two.acme.tenant.id)
@@ -453,14 +451,14 @@ def test_a_key_cannot_refer_to_another_tenants_user(two: House, superuser: Engin
         "CREATE FUNCTION app.mine() RETURNS int LANGUAGE sql AS 'SELECT 1'",
     ],
 )
-def test_the_applications_role_may_not(two: House, app: Engine, statement: str) -> None:
+def test_the_applications_role_may_not_execute(two: House, app: Engine, statement: str) -> None:
     with app.connect() as connection:
         become(connection, two.acme.tenant.id)
         with pytest.raises(exc.ProgrammingError, match="denied|must be owner"):
             connection.execute(text(statement))
 
 
-def test_the_lookup_answers_exact_hits_alone(two: House, app: Engine) -> None:
+def test_the_lookup_finds_only_exact_names(two: House, app: Engine) -> None:
     find = text("SELECT id FROM app.find(:kind, :names)")
     with app.connect() as connection:
         assert connection.scalars(find, {"kind": "slug", "names": ["acme"]}).all() == [two.acme.tenant.id]
@@ -473,7 +471,7 @@ def test_a_pooled_connection_forgets_its_tenant(two: House) -> None:
         assert connection.scalar(text("SELECT app.current_tenant()")) is None
 
 
-def test_a_failed_transaction_leaves_nothing(two: House, superuser: Engine) -> None:
+def test_a_failed_transaction_changes_nothing(two: House, superuser: Engine) -> None:
     before = rows_of(superuser, two.acme.tenant.id)
     with pytest.raises(BillingError), two.store.tenant(two.acme.tenant.id) as tx:
         keys.revoke(tx, "all", reason=None, now=NOW)

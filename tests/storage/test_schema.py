@@ -1,4 +1,4 @@
-"""The schema: made by migrations as the queries think it is, and looked at before the server starts."""
+"""The schema: made by migrations as the queries expect it, and checked before the server starts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.conftest import TestDatabase, clone
 
 @pytest.fixture
 def spare(cluster: embedded.Cluster, worker_id: str) -> Iterator[TestDatabase]:
-    """A database that a test may spoil."""
+    """A database that a test may damage."""
     name = f"billing_spare_{worker_id}"
     clone(cluster, name)
     yield TestDatabase(
@@ -59,10 +59,10 @@ def run(url: str, statement: str) -> None:
     engine.dispose()
 
 
-def test_the_tables_are_as_the_migrations_make_them(spare: TestDatabase) -> None:
+def test_the_migrations_make_the_tables_that_the_queries_use(spare: TestDatabase) -> None:
     engine = create_engine(spare.owner_url)
     with engine.connect() as connection:
-        # SQLAlchemy fails to reflect one that is not.
+        # SQLAlchemy fails to reflect a constraint that is not valid.
         connection.execute(text(VALIDATE_ALL))
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
     engine.dispose()
@@ -80,13 +80,13 @@ $$;
 """
 
 
-def test_migrations_are_known_by_the_names_of_their_files() -> None:
+def test_migrations_are_known_by_their_file_names() -> None:
     scripts = ScriptDirectory(str(schema.MIGRATIONS))
     assert schema._known() == {script.revision for script in scripts.walk_revisions()}
     assert schema._head() == scripts.get_current_head()
 
 
-def test_every_table_is_isolated_and_none_is_forgotten(spare: TestDatabase, settings: Settings) -> None:
+def test_every_table_is_known_and_isolated(spare: TestDatabase, settings: Settings) -> None:
     engine = create_engine(spare.superuser_url)
     query = "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p', 'v')"
     with engine.connect() as connection:
@@ -96,7 +96,7 @@ def test_every_table_is_isolated_and_none_is_forgotten(spare: TestDatabase, sett
 
 
 @pytest.mark.parametrize("role", ["superuser_url", "owner_url"])
-def test_the_server_refuses_to_be_a_role_above_row_security(
+def test_the_server_refuses_a_role_above_row_security(
     spare: TestDatabase, settings: Settings, role: str
 ) -> None:
     with pytest.raises(schema.SchemaError, match="billing_app|ours to lift"):
@@ -122,10 +122,10 @@ def test_the_server_refuses_a_table_without_isolation(
 
 
 @pytest.mark.parametrize("grant", ["GRANT billing_lookup TO {us}", "ALTER ROLE {group} BYPASSRLS"])
-def test_the_server_refuses_to_be_a_member_of_a_role_above_row_security(
+def test_the_server_refuses_membership_in_a_role_above_row_security(
     spare: TestDatabase, settings: Settings, grant: str
 ) -> None:
-    # Roles are the whole cluster's, so ours are left alone: others use them meanwhile. A cloud's may have any name.
+    # Roles belong to the whole cluster, and others use ours: make new ones. A cloud's may have any name.
     us, group, password = (f"{kind}_{secrets.token_hex(4)}" for kind in ("Us at.acme", "group", "password"))
     url = (
         make_url(spare.superuser_url)
@@ -159,7 +159,7 @@ def test_the_server_refuses_a_schema_of_another_version(spare: TestDatabase, set
 @pytest.mark.parametrize(
     ("oldest", "serves"), [("0005", True), ("0001", True), ("9998", False), ("9999", False)]
 )
-def test_the_server_runs_on_a_newer_schema_that_says_so(
+def test_the_server_runs_on_a_newer_schema_that_supports_it(
     spare: TestDatabase, settings: Settings, oldest: str, serves: bool
 ) -> None:
     store = Store(Vault(settings.encryption_keys), connections=1)
@@ -177,7 +177,7 @@ def test_the_server_runs_on_a_newer_schema_that_says_so(
         store.close()
 
 
-def test_a_schema_of_this_version_is_left_without_alembic(spare: TestDatabase) -> None:
+def test_migrating_a_current_schema_does_not_import_alembic(spare: TestDatabase) -> None:
     code = "import sys; from billing.storage import schema; schema.migrate(sys.argv[1]); print(*sys.modules)"
     ran = [sys.executable, "-c", code, spare.owner_url]
     imported = subprocess.run(ran, capture_output=True, text=True, check=True).stdout.split()
@@ -191,7 +191,9 @@ def test_a_newer_schema_is_not_migrated(spare: TestDatabase) -> None:
         schema.migrate(spare.owner_url)
 
 
-def test_an_older_schema_is_refused_whatever_it_says(spare: TestDatabase, settings: Settings) -> None:
+def test_an_older_schema_is_refused_whatever_its_oldest_server(
+    spare: TestDatabase, settings: Settings
+) -> None:
     store = Store(Vault(settings.encryption_keys), connections=1)
     store.open(spare.app_url)
     run(spare.superuser_url, "UPDATE alembic_version SET version_num = '0003'")
@@ -202,21 +204,21 @@ def test_an_older_schema_is_refused_whatever_it_says(spare: TestDatabase, settin
 
 @pytest.fixture
 def new_name(cluster: embedded.Cluster, worker_id: str) -> str:
-    """Of a database that there is not."""
+    """The name of a database that does not exist."""
     name = f"billing_empty_{worker_id}"
     run_outside(cluster, f'DROP DATABASE IF EXISTS "{name}"')
     return name
 
 
 def run_outside(cluster: embedded.Cluster, statement: str) -> None:
-    """What no transaction may hold."""
+    """Run a statement that no transaction may contain."""
     engine = create_engine(cluster.url("postgres"), isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
         connection.exec_driver_sql(statement)
     engine.dispose()
 
 
-def test_six_migrations_at_once_all_succeed(cluster: embedded.Cluster, new_name: str) -> None:
+def test_six_simultaneous_migrations_all_succeed(cluster: embedded.Cluster, new_name: str) -> None:
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(lambda _: database.prepare(cluster, new_name), range(6)))
     engine = create_engine(database.url(cluster, database.OWNER, new_name))
@@ -225,8 +227,8 @@ def test_six_migrations_at_once_all_succeed(cluster: embedded.Cluster, new_name:
     engine.dispose()
 
 
-def test_a_migration_waits_for_nobodys_backup(cluster: embedded.Cluster, new_name: str) -> None:
-    """Everybody behind it would."""
+def test_a_migration_does_not_wait_for_a_backup(cluster: embedded.Cluster, new_name: str) -> None:
+    """Every query queued behind it would wait too."""
     at_revision(cluster, new_name, "0005")
     engine = create_engine(database.url(cluster, database.OWNER, new_name))
     with engine.connect() as backup:
@@ -249,7 +251,7 @@ def at_revision(cluster: embedded.Cluster, name: str, revision: str) -> None:
     engine.dispose()
 
 
-def test_the_roles_of_the_bootstrap_are_not_above_row_security(cluster: embedded.Cluster) -> None:
+def test_the_bootstraps_roles_are_not_above_row_security(cluster: embedded.Cluster) -> None:
     engine = create_engine(cluster.url("postgres"))
     with engine.connect() as connection:
         roles = connection.execute(
@@ -265,7 +267,7 @@ def test_the_roles_of_the_bootstrap_are_not_above_row_security(cluster: embedded
     ]
 
 
-def test_what_the_application_says_does_not_stand_in_postgresqls_log(cluster: embedded.Cluster) -> None:
+def test_the_applications_statements_are_not_in_postgresqls_log(cluster: embedded.Cluster) -> None:
     engine = create_engine(cluster.url("postgres"))
     with engine.connect() as connection:
         query = text("SELECT rolconfig FROM pg_roles WHERE rolname = 'billing_app'")
@@ -291,7 +293,7 @@ def test_what_the_application_says_does_not_stand_in_postgresqls_log(cluster: em
         "INSERT INTO audit_log VALUES (:tenant, 99, now(), 'a', 'system', NULL, NULL, NULL, '{}', NULL, NULL, '\\x00')",
     ],
 )
-def test_a_row_that_nothing_could_be_done_with_is_refused(
+def test_the_database_refuses_invalid_rows(
     store: Store, superuser: Engine, settings: Settings, wrong: str
 ) -> None:
     tenant_id, now = new_id(), utc_now()
@@ -311,7 +313,7 @@ def test_a_row_that_nothing_could_be_done_with_is_refused(
         assert changed.rowcount, "there was no such row"
 
 
-def test_an_index_whose_making_was_broken_off_is_made_again(cluster: embedded.Cluster, new_name: str) -> None:
+def test_an_index_left_invalid_is_rebuilt(cluster: embedded.Cluster, new_name: str) -> None:
     at_revision(cluster, new_name, "0007")
     broken = "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'api_keys_ending'::regclass"
     run(cluster.url(new_name), broken)
@@ -323,7 +325,7 @@ def test_an_index_whose_making_was_broken_off_is_made_again(cluster: embedded.Cl
     engine.dispose()
 
 
-def test_a_migration_does_not_wait_for_ever_for_its_turn(
+def test_a_migration_does_not_wait_indefinitely_for_its_turn(
     spare: TestDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(schema, "TURN_PATIENCE", "50ms")

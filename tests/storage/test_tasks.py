@@ -1,4 +1,4 @@
-"""Tasks: taken once each, of any tenant, by a worker that can reach nothing else of theirs."""
+"""Tasks: each is taken once, of any tenant, by a worker that can reach nothing else of that tenant."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def take(store: Store, now: datetime = NOW, *, queue: Queue = "general", most: i
 
 
 def rows_of(superuser: Engine, tenant_id: UUID) -> list[dict[str, Any]]:
-    """The tasks of these tests: registering leaves some of its own, for later."""
+    """The tasks of these tests only: registration adds others, due later."""
     ours = tasks.c.kind.startswith("test."), tasks.c.tenant_id == tenant_id
     query = select(tasks).where(*ours).order_by(tasks.c.id)
     with superuser.connect() as connection:
@@ -76,7 +76,7 @@ def rows_of(superuser: Engine, tenant_id: UUID) -> list[dict[str, Any]]:
 # Taking ------------------------------------------------------------------------------------------
 
 
-def test_what_is_due_is_taken_of_any_tenant_with_all_that_is_known_of_it(
+def test_due_tasks_of_any_tenant_are_taken_with_all_their_fields(
     store: Store, acme: UUID, globex: UUID
 ) -> None:
     first = add(store, acme, due_at=NOW - timedelta(seconds=1), subject="acct_acme")
@@ -88,14 +88,14 @@ def test_what_is_due_is_taken_of_any_tenant_with_all_that_is_known_of_it(
     ]
 
 
-def test_nothing_is_taken_before_its_time(store: Store, acme: UUID) -> None:
+def test_no_task_is_taken_before_it_is_due(store: Store, acme: UUID) -> None:
     task_id = add(store, acme)
 
     assert take(store, NOW - timedelta(microseconds=1)) == []
     assert [task.id for task in take(store, NOW)] == [task_id]
 
 
-def test_the_first_due_are_taken_first(store: Store, acme: UUID, globex: UUID) -> None:
+def test_the_tasks_due_earliest_are_taken_first(store: Store, acme: UUID, globex: UUID) -> None:
     # In no order, neither of time nor of tenants.
     added = {
         step: add(store, (acme, globex)[step % 2], due_at=NOW - timedelta(seconds=step))
@@ -106,19 +106,17 @@ def test_the_first_due_are_taken_first(store: Store, acme: UUID, globex: UUID) -
     assert {task.id for task in take(store, most=4)} == {added[step] for step in (1, 0)}
 
 
-def test_who_was_served_goes_to_the_back(store: Store, acme: UUID, globex: UUID) -> None:
+def test_a_task_added_again_and_postponed_goes_to_the_back(store: Store, acme: UUID, globex: UUID) -> None:
     first = add(store, acme, due_at=NOW - timedelta(hours=1))
     second = add(store, globex, due_at=NOW - timedelta(minutes=1))
     [task] = take(store, most=1)
-    add(store, acme, id=first)  # Asked for again meanwhile, so it is due at once.
+    add(store, acme, id=first)  # Added again meanwhile, so it is due at once.
     postpone(store, task, NOW)
 
     assert [task.id for task in take(store, most=1)] == [second]
 
 
-def test_who_is_asked_for_again_at_the_end_goes_to_the_back_too(
-    store: Store, acme: UUID, globex: UUID
-) -> None:
+def test_a_task_added_again_and_finished_goes_to_the_back(store: Store, acme: UUID, globex: UUID) -> None:
     first = add(store, acme, due_at=NOW - timedelta(hours=1), now=NOW - timedelta(days=1))
     second = add(store, globex, due_at=NOW - timedelta(minutes=1))
     [task] = take(store, most=1)
@@ -128,7 +126,7 @@ def test_who_is_asked_for_again_at_the_end_goes_to_the_back_too(
     assert [task.id for task in take(store, most=1)] == [second]
 
 
-def test_each_queue_is_taken_from_by_itself(store: Store, acme: UUID) -> None:
+def test_each_queue_is_taken_from_separately(store: Store, acme: UUID) -> None:
     general, hooks = add(store, acme), add(store, acme, queue="webhooks")
 
     assert take(store, queue="slow_webhooks") == []
@@ -136,7 +134,7 @@ def test_each_queue_is_taken_from_by_itself(store: Store, acme: UUID) -> None:
     assert [task.id for task in take(store)] == [general]
 
 
-def test_a_held_task_comes_again_when_its_lease_ends_and_not_before(store: Store, acme: UUID) -> None:
+def test_a_held_task_is_taken_again_only_when_its_lease_expires(store: Store, acme: UUID) -> None:
     task_id = add(store, acme)
 
     assert [task.attempts for task in take(store)] == [1]
@@ -145,7 +143,7 @@ def test_a_held_task_comes_again_when_its_lease_ends_and_not_before(store: Store
     assert take(store, NOW + LEASE) == []
 
 
-def test_what_another_worker_is_taking_is_passed_over(
+def test_a_task_that_another_worker_is_taking_is_skipped(
     store: Store, superuser: Engine, acme: UUID, globex: UUID
 ) -> None:
     being_taken, left = add(store, acme), add(store, globex)
@@ -155,7 +153,7 @@ def test_what_another_worker_is_taking_is_passed_over(
     assert [task.id for task in take(store)] == [being_taken]
 
 
-def test_what_is_taken_and_rolled_back_is_still_due(store: Store, acme: UUID, app: Engine) -> None:
+def test_a_task_whose_taking_is_rolled_back_is_still_due(store: Store, acme: UUID, app: Engine) -> None:
     task_id = add(store, acme)
     with app.connect() as connection:
         assert len(connection.execute(TAKE, {"at": NOW}).all()) == 1
@@ -220,7 +218,9 @@ def test_a_finished_task_is_gone(store: Store, superuser: Engine, acme: UUID) ->
     assert rows_of(superuser, acme) == []
 
 
-def test_a_postponed_task_comes_at_its_time_without_waiting_for_the_lease(store: Store, acme: UUID) -> None:
+def test_a_postponed_task_is_taken_at_its_time_without_waiting_for_the_lease(
+    store: Store, acme: UUID
+) -> None:
     add(store, acme)
     [task] = take(store)
     postpone(store, task, NOW + timedelta(seconds=5))
@@ -240,7 +240,7 @@ def test_a_postponed_task_may_change_its_queue(store: Store, acme: UUID) -> None
     assert [again.attempts for again in take(store, queue="slow_webhooks")] == [3]
 
 
-def test_who_lost_the_lease_changes_nothing(store: Store, superuser: Engine, acme: UUID) -> None:
+def test_a_worker_that_lost_the_lease_changes_nothing(store: Store, superuser: Engine, acme: UUID) -> None:
     add(store, acme)
     [lost] = take(store)
     [held] = take(store, NOW + LEASE)
@@ -253,7 +253,7 @@ def test_who_lost_the_lease_changes_nothing(store: Store, superuser: Engine, acm
     assert rows_of(superuser, acme) == []
 
 
-def test_who_lost_a_task_that_was_dropped_and_added_anew_changes_nothing(
+def test_a_worker_whose_task_was_dropped_and_added_anew_changes_nothing(
     store: Store, superuser: Engine, acme: UUID
 ) -> None:
     task_id = add(store, acme)
@@ -269,7 +269,7 @@ def test_who_lost_a_task_that_was_dropped_and_added_anew_changes_nothing(
     assert rows_of(superuser, acme) == before
 
 
-def test_another_task_of_the_tenant_is_left_alone(store: Store, acme: UUID) -> None:
+def test_finishing_leaves_other_tasks_of_the_tenant(store: Store, acme: UUID) -> None:
     add(store, acme, due_at=NOW - timedelta(seconds=1))
     other = add(store, acme)
     [task] = take(store, most=1)
@@ -300,7 +300,7 @@ def test_each_failure_doubles_the_pause(attempts: int, pause: timedelta) -> None
 
 
 @pytest.mark.parametrize("again", [timedelta(hours=-1), timedelta(hours=1)])
-def test_adding_again_keeps_the_earlier_time(
+def test_adding_a_task_again_keeps_the_earlier_due_time(
     store: Store, superuser: Engine, acme: UUID, again: timedelta
 ) -> None:
     task_id = add(store, acme, due_at=NOW)
@@ -311,7 +311,7 @@ def test_adding_again_keeps_the_earlier_time(
     assert rows_of(superuser, acme) == [before | {"due_at": due_at, "revision": 1}]
 
 
-def test_adding_again_while_it_is_done_lets_nobody_else_begin_it(store: Store, acme: UUID) -> None:
+def test_adding_a_held_task_again_does_not_release_it(store: Store, acme: UUID) -> None:
     task_id = add(store, acme)
     [first] = take(store)
     add(store, acme, id=task_id)
@@ -321,7 +321,7 @@ def test_adding_again_while_it_is_done_lets_nobody_else_begin_it(store: Store, a
     assert [(task.id, task.attempts) for task in take(store)] == [(task_id, 2)]
 
 
-def test_what_was_added_again_while_it_was_done_is_not_postponed(store: Store, acme: UUID) -> None:
+def test_a_held_task_that_was_added_again_is_not_postponed(store: Store, acme: UUID) -> None:
     task_id = add(store, acme)
     [first] = take(store)
     add(store, acme, id=task_id)
@@ -332,7 +332,7 @@ def test_what_was_added_again_while_it_was_done_is_not_postponed(store: Store, a
     assert take(store, NOW + timedelta(minutes=59)) == []
 
 
-def test_one_id_may_be_of_two_kinds_and_of_two_tenants(store: Store, acme: UUID, globex: UUID) -> None:
+def test_two_kinds_and_two_tenants_may_share_an_id(store: Store, acme: UUID, globex: UUID) -> None:
     task_id = add(store, acme)
     add(store, globex, id=task_id)
     with store.tenant(acme) as tx:
@@ -347,7 +347,7 @@ def test_one_id_may_be_of_two_kinds_and_of_two_tenants(store: Store, acme: UUID,
     assert {task.attempts for task in taken} == {1}
 
 
-def test_dropping_takes_every_task_of_a_kind_and_subject(store: Store, acme: UUID, globex: UUID) -> None:
+def test_dropping_removes_every_task_of_a_kind_and_subject(store: Store, acme: UUID, globex: UUID) -> None:
     for _ in range(2):
         add(store, acme, subject="acct_1")
     kept = {add(store, acme, subject="acct_2"), add(store, globex, subject="acct_1")}
@@ -360,9 +360,7 @@ def test_dropping_takes_every_task_of_a_kind_and_subject(store: Store, acme: UUI
     assert [task.subject for task in taken if task.kind == "test.other"] == ["acct_1"]
 
 
-def test_what_is_dropped_while_it_is_done_cannot_be_brought_back(
-    store: Store, superuser: Engine, acme: UUID
-) -> None:
+def test_a_held_task_that_was_dropped_is_not_restored(store: Store, superuser: Engine, acme: UUID) -> None:
     add(store, acme)
     [task] = take(store)
     with store.tenant(acme) as tx:
@@ -372,7 +370,7 @@ def test_what_is_dropped_while_it_is_done_cannot_be_brought_back(
     assert rows_of(superuser, acme) == []
 
 
-def test_what_is_rolled_back_was_never_to_be_done(store: Store, acme: UUID) -> None:
+def test_a_task_whose_adding_is_rolled_back_is_not_taken(store: Store, acme: UUID) -> None:
     with pytest.raises(ZeroDivisionError), store.tenant(acme) as tx:
         tx.tasks.add(KIND, new_id(), subject="-", due_at=NOW, now=NOW)
         raise ZeroDivisionError
@@ -380,7 +378,7 @@ def test_what_is_rolled_back_was_never_to_be_done(store: Store, acme: UUID) -> N
     assert take(store) == []
 
 
-# Who may what ------------------------------------------------------------------------------------
+# Privileges --------------------------------------------------------------------------------------
 
 TAKE = text("SELECT * FROM app.take_tasks('general', :at, :at + interval '1 minute', 10)")
 
@@ -396,7 +394,7 @@ def become(connection: Connection, tenant_id: UUID) -> None:
     connection.execute(text("SELECT set_config('app.tenant_id', :id, true)"), {"id": str(tenant_id)})
 
 
-def test_taking_is_all_that_the_application_may_across_tenants(
+def test_taking_is_the_applications_only_access_across_tenants(
     store: Store, superuser: Engine, app: Engine, acme: UUID, globex: UUID
 ) -> None:
     add(store, acme)
@@ -428,7 +426,7 @@ def test_a_task_cannot_be_added_for_another_tenant_nor_moved_there(
                 connection.execute(text(statement), {"tenant": acme, "id": new_id()})
 
 
-def test_another_tenants_task_can_be_told_and_still_not_be_changed(
+def test_another_tenants_task_cannot_be_changed_even_when_known(
     store: Store, superuser: Engine, acme: UUID, globex: UUID
 ) -> None:
     add(store, acme)
@@ -441,7 +439,7 @@ def test_another_tenants_task_can_be_told_and_still_not_be_changed(
     assert rows_of(superuser, acme) == before
 
 
-def test_the_door_belongs_to_the_role_of_lookups_and_opens_for_the_application_alone(
+def test_take_tasks_runs_as_the_lookup_role_and_only_the_application_may_call_it(
     superuser: Engine,
 ) -> None:
     query = text(
@@ -450,26 +448,26 @@ def test_the_door_belongs_to_the_role_of_lookups_and_opens_for_the_application_a
         "FROM pg_proc WHERE oid = 'app.take_tasks'::regproc"
     )
     with superuser.connect() as connection:
-        door = connection.execute(query).one()
+        function = connection.execute(query).one()
 
-    assert (door.owner, door.prosecdef) == ("billing_lookup", True)
-    assert door.proconfig == ["search_path=pg_catalog, pg_temp"]
+    assert (function.owner, function.prosecdef) == ("billing_lookup", True)
+    assert function.proconfig == ["search_path=pg_catalog, pg_temp"]
     # PUBLIC would be "-".
-    assert door.may == ["billing_app", "billing_lookup"]
+    assert function.may == ["billing_app", "billing_lookup"]
 
 
-def test_somebody_else_may_not_take_even_if_they_reach_the_schema(superuser: Engine) -> None:
-    somebody = f"somebody_{new_id().hex}"
+def test_another_role_may_not_take_tasks_even_with_access_to_the_schema(superuser: Engine) -> None:
+    role = f"somebody_{new_id().hex}"
     with superuser.connect() as connection:
-        connection.exec_driver_sql(f"CREATE ROLE {somebody}")
-        connection.exec_driver_sql(f"GRANT USAGE ON SCHEMA app TO {somebody}")
-        connection.exec_driver_sql(f"SET LOCAL ROLE {somebody}")
+        connection.exec_driver_sql(f"CREATE ROLE {role}")
+        connection.exec_driver_sql(f"GRANT USAGE ON SCHEMA app TO {role}")
+        connection.exec_driver_sql(f"SET LOCAL ROLE {role}")
         with pytest.raises(exc.ProgrammingError, match="permission denied for function take_tasks"):
             connection.execute(TAKE, {"at": NOW})
         connection.rollback()
 
 
-def test_the_role_of_lookups_may_no_more_than_its_functions_do(superuser: Engine) -> None:
+def test_the_lookup_role_has_only_the_privileges_its_functions_need(superuser: Engine) -> None:
     tables = text(
         "SELECT c.oid::regclass::text, a.privilege_type FROM pg_class c, aclexplode(c.relacl) a "
         "WHERE a.grantee = 'billing_lookup'::regrole"
@@ -494,11 +492,11 @@ def test_the_role_of_lookups_may_no_more_than_its_functions_do(superuser: Engine
         ("tasks.leased_until", "UPDATE"),
         ("tasks.attempts", "UPDATE"),
         ("tasks.due_at", "UPDATE"),
-        # To count what waits.
+        # To count the backlog.
         *((f"deliveries.{column}", "SELECT") for column in ("tenant_id", "status", "next_attempt_at")),
         *((f"webhook_endpoints.{column}", "SELECT") for column in ("tenant_id", "url", "disabled_reason")),
         ("webhook_endpoints.failing_since", "SELECT"),
-        # To move the head of an audit log to the next row that is in it.
+        # To advance the head of an audit log to its next row.
         ("audit_heads", "SELECT"),
         ("audit_heads", "INSERT"),
         *((f"audit_heads.{column}", "UPDATE") for column in ("sequence", "hash")),
@@ -527,7 +525,7 @@ def test_the_role_of_lookups_may_no_more_than_its_functions_do(superuser: Engine
         "CREATE FUNCTION app.mine() RETURNS int LANGUAGE sql AS 'SELECT 1'",
     ],
 )
-def test_the_role_of_lookups_may_not(superuser: Engine, statement: str) -> None:
+def test_the_lookup_role_may_not_execute(superuser: Engine, statement: str) -> None:
     with superuser.connect() as connection:
         connection.exec_driver_sql("SET LOCAL ROLE billing_lookup")
         with pytest.raises(exc.ProgrammingError, match="permission denied"):
