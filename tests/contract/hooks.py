@@ -1,8 +1,9 @@
-"""What a Schemathesis run is told beside `schemathesis.toml`: who calls, good values, checks of our own.
+"""What a Schemathesis run has beside `schemathesis.toml`: callers, valid values, checks of our own.
 
-`st run` loads it in a process of its own, and it reads `BILLING_FUZZ_URL`, `BILLING_FUZZ_AS`, `BILLING_FUZZ_STRIPE`,
-which is `sandbox` or `none`, `BILLING_FUZZ_RECEIVER`, the URL of somebody who takes every webhook,
-`BILLING_FUZZ_NEIGHBOURS`, a file that tells of other tenants, and `BILLING_FUZZ_LEDGER`, a file to write in the end.
+`st run` loads it in a process of its own, and it reads `BILLING_FUZZ_URL`, `BILLING_FUZZ_AS`,
+`BILLING_FUZZ_STRIPE`, which is `sandbox` or `none`, `BILLING_FUZZ_RECEIVER`, the URL of a receiver that
+accepts every webhook, `BILLING_FUZZ_NEIGHBOURS`, a file that describes other tenants, and
+`BILLING_FUZZ_LEDGER`, a file to write at the end.
 """
 
 from __future__ import annotations
@@ -39,17 +40,17 @@ CALLER = CALLERS[os.environ["BILLING_FUZZ_AS"]]
 HAS_STRIPE = os.environ["BILLING_FUZZ_STRIPE"] == "sandbox"
 RECEIVER = os.environ["BILLING_FUZZ_RECEIVER"]
 NEIGHBOURS = neighbours.read(Path(os.environ["BILLING_FUZZ_NEIGHBOURS"]))
-# As in the document's examples, so that they are right and not only well-formed.
+# As in the document's examples, so that those are valid and not only well-formed.
 PASSWORD = "SecurePass123!"
 STRONG_PASSWORD = "correct horse battery staple"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,64}")
-TELLING_LENGTH = 8
+DISTINCTIVE_LENGTH = 8
 KEY = "Idempotency-Key"
 
 Json = dict[str, Any]
 
 
-# Who calls ---------------------------------------------------------------------------------------
+# Callers -----------------------------------------------------------------------------------------
 
 
 def register() -> Json:
@@ -62,10 +63,10 @@ def register() -> Json:
 
 
 class FreshTenant:
-    """The credentials of a tenant of the run's own, and after a 401 those of another.
+    """The credentials of a tenant made for the run, and after a 401 those of another.
 
-    A changed password ends the session that the run uses. It goes on as somebody new, whose password is
-    `PASSWORD` again, so that nothing needs to be left out.
+    A changed password ends the session that the run uses. The run continues as a new tenant, whose password
+    is `PASSWORD` again, so that no operation has to be excluded.
     """
 
     def get(self, _case: Case, _context: AuthContext) -> dict[str, str]:
@@ -79,15 +80,15 @@ if CALLER.scheme is not None:
     schemathesis.auth(refresh_interval=600, retry_on=[401])(FreshTenant)
 
 
-# Good values -------------------------------------------------------------------------------------
+# Valid values ------------------------------------------------------------------------------------
 
 
 @schemathesis.hook
 def before_call(_context: HookContext, case: Case, _kwargs: Json) -> None:
-    """Make a body or a query that is only well-formed a right one, in the examples and half of the other cases.
+    """Make a merely well-formed body or query a valid one, in the examples and half of the other cases.
 
-    Nobody guesses a password or a state by chance, and hardly a strong password: the fuzzer would see refusals
-    alone. Which half is a matter of the case, so that it can be repeated.
+    Chance finds no password and no state, and hardly a strong password: the fuzzer would see only refusals.
+    The case itself decides which half, so that it can be repeated.
     """
     if not is_valid(case):
         return
@@ -95,13 +96,13 @@ def before_call(_context: HookContext, case: Case, _kwargs: Json) -> None:
     if is_example(case) or chance.random() < 0.5:
         correct(case)
     if NEIGHBOURS and chance.random() < 0.5:
-        send_what_is_told(case, chance)
+        send_neighbours_data(case, chance)
 
 
 def correct(case: Case) -> None:
     operation_id = operation_of(case)
     if case.headers and KEY in case.headers:
-        # All examples have one key, and most of them would be refused as another request's.
+        # All examples share one key, and most of them would be refused as another request's.
         case.headers = {**case.headers, KEY: uuid4().hex}
     if operation_id in CORRECTED_BODIES:
         case.body = CORRECTED_BODIES[operation_id](case.body)
@@ -123,7 +124,7 @@ def is_example(case: Case) -> bool:
     return case.meta is not None and case.meta.phase.name is TestPhase.EXAMPLES
 
 
-def as_somebody_new(body: Json) -> Json:
+def as_a_new_tenant(body: Json) -> Json:
     right = with_a_receiver(body) if "webhook_url" in body else body
     return {**right, "email": f"{uuid4().hex}@acme.example", "password": STRONG_PASSWORD}
 
@@ -132,12 +133,12 @@ def with_a_receiver(body: Json) -> Json:
     return {**body, "webhook_url": RECEIVER}
 
 
-def as_somebody_known(_body: Json) -> Json:
+def as_a_known_user(_body: Json) -> Json:
     return {"email": known_email(), "password": PASSWORD}
 
 
-def with_a_good_token(_body: Json) -> Json:
-    answer = requests.post(f"{API}/login/", json=as_somebody_known({}), timeout=10)
+def with_a_valid_token(_body: Json) -> Json:
+    answer = requests.post(f"{API}/login/", json=as_a_known_user({}), timeout=10)
     return {"refresh": answer.json()["tokens"]["refresh"]}
 
 
@@ -146,12 +147,12 @@ def with_the_right_password(_body: Json) -> Json:
 
 
 def with_an_allowed_origin(body: Any) -> Json:
-    # Allowed unless somebody says otherwise. Not our own: an error may say that, in its `type`.
+    # Allowed by default. Not our own: an error may contain that, in its `type`.
     return {**(body if isinstance(body, dict) else {}), "return_url": "http://localhost:3000/settings"}
 
 
-def as_stripe_sends_back(query: Json) -> Json:
-    """What the redirect brings after somebody new has begun to connect, and agreed at the sandbox."""
+def as_stripe_redirects(query: Json) -> Json:
+    """The query of the redirect after a new tenant has begun to connect, and agreed at the sandbox."""
     chance = random.Random(repr(query))
     body = {"flow": chance.choice(["oauth", "account_link"])}
     if chance.choice([True, False]):
@@ -164,14 +165,14 @@ def as_stripe_sends_back(query: Json) -> Json:
 
 
 CORRECTED_BODIES = {
-    "register_tenant": as_somebody_new,
-    "log_in": as_somebody_known,
-    "refresh_tokens": with_a_good_token,
+    "register_tenant": as_a_new_tenant,
+    "log_in": as_a_known_user,
+    "refresh_tokens": with_a_valid_token,
     "change_password": with_the_right_password,
     "start_stripe_connect": with_an_allowed_origin,
     "configure_webhook": with_a_receiver,
 }
-CORRECTED_QUERIES = {"complete_stripe_connect": as_stripe_sends_back} if HAS_STRIPE else {}
+CORRECTED_QUERIES = {"complete_stripe_connect": as_stripe_redirects} if HAS_STRIPE else {}
 
 
 @cache
@@ -181,11 +182,11 @@ def known_email() -> str:
     return email
 
 
-# Of other tenants --------------------------------------------------------------------------------
+# Data of other tenants ---------------------------------------------------------------------------
 
 
-def send_what_is_told(case: Case, chance: random.Random) -> None:
-    """Put what is known of a neighbour wherever the document lets it stand, in half of the places."""
+def send_neighbours_data(case: Case, chance: random.Random) -> None:
+    """Put values known of a neighbour wherever the document allows them, in half of the places."""
     if isinstance(case.body, dict):
         case.body = mixed(operation_of(case), "body", case.body, chance)
     if case.query:
@@ -197,15 +198,15 @@ def send_what_is_told(case: Case, chance: random.Random) -> None:
 def mixed(operation_id: str, place: str, sent: Json, chance: random.Random) -> Json:
     return {
         name: chance.choice(fitting)
-        if (fitting := told(operation_id, place, name)) and chance.random() < 0.5
+        if (fitting := allowed_values(operation_id, place, name)) and chance.random() < 0.5
         else value
         for name, value in sent.items()
     }
 
 
 @cache
-def told(operation_id: str, place: str, name: str) -> list[str]:
-    """What of the neighbours may stand there: theirs of the same name, or whatever is allowed."""
+def allowed_values(operation_id: str, place: str, name: str) -> list[str]:
+    """The neighbours' values allowed there: those of the same name, or else any."""
     schema = schema_of(operation_id, place, name)
     if schema is None:
         return []
@@ -224,17 +225,17 @@ def schema_of(operation_id: str, place: str, name: str) -> Json | None:
     return None
 
 
-# What came of it ---------------------------------------------------------------------------------
+# Results -----------------------------------------------------------------------------------------
 
 LEDGER = Ledger()
 atexit.register(LEDGER.write, Path(os.environ["BILLING_FUZZ_LEDGER"]))
-# Of what is known of the neighbours: what the API has taken from this tenant, and may tell it again.
+# Values known of the neighbours that the API has accepted from this tenant, and may return to it.
 LENT: set[str] = set()
 
 
 @schemathesis.hook
 def after_call(_context: HookContext, case: Case, response: Response) -> None:
-    """Note what the case has exercised. One of another method is about a path, not about its operation."""
+    """Record what the case has exercised. A case of another method tests the path, not its operation."""
     operation = document()[operation_of(case)]
     if response.request.method == operation.method:
         LEDGER.note(operation, sent_in(response), response.status_code)
@@ -272,22 +273,22 @@ def text_of(_context: DeserializationContext, response: Response) -> str:
     return response.text
 
 
-# What is no failure ------------------------------------------------------------------------------
+# Excused failures --------------------------------------------------------------------------------
 
-# Refusals of what matches the document, by their code, so that no other answer of the same status passes.
-# That excuses them from two checks only: the answer must still be listed, of its schema, and so on.
+# Refusals of requests that match the document, by code, so that no other answer of the same status passes.
+# They are excused from two checks only: the answer must still be listed, match its schema, and so on.
 EXCUSED = {
     # No schema can say which states there are.
     "complete_stripe_connect": {"state-missing", "state-unknown", "state-expired", "state-used"},
-    # A 5xx because it is the operator who can mend it, and in a run without Stripe there is no other answer. The
-    # statuses that `schemathesis.toml` could allow would let any 503 pass, one for a database that is away too.
+    # A 5xx because only the operator can fix it, and without Stripe there is no other answer. The statuses
+    # that `schemathesis.toml` could allow would let any 503 pass, also one for an unavailable database.
     "start_stripe_connect": set() if HAS_STRIPE else {"stripe-not-configured"},
 }
 
 
 @schemathesis.hook
 def filter_failure(_context: HookContext, failure: Failure, case: Case, response: Response) -> bool:
-    """Whether the failure is one; False drops it."""
+    """Whether the failure counts; False drops it."""
     if not isinstance(failure, ServerError | RejectedPositiveData):
         return True
     code = json.loads(response.content).get("code")
@@ -297,7 +298,7 @@ def filter_failure(_context: HookContext, failure: Failure, case: Case, response
 
 
 def has_nul_in_free_object(case: Case) -> bool:
-    """Whether NUL stands in the one object that no schema of OpenAPI 3.0 can keep it out of: the text says it."""
+    """Whether NUL is in the one object where no schema of OpenAPI 3.0 can forbid it: the description does."""
     is_test = operation_of(case) == "send_test_webhook" and isinstance(case.body, dict)
     return is_test and any("\0" in text for text in texts_in(case.body.get("test_data")))
 
@@ -306,19 +307,19 @@ def has_nul_in_free_object(case: Case) -> bool:
 
 
 @schemathesis.check
-def every_answer_is_named(_context: CheckContext, response: Response, _case: Case) -> None:
+def every_answer_has_a_request_id(_context: CheckContext, response: Response, _case: Case) -> None:
     names = response.headers.get("x-request-id", [])
     assert len(names) == 1 and REQUEST_ID.fullmatch(names[0]), f"X-Request-Id: {names}"
 
 
 @schemathesis.check
 def every_error_is_a_problem(_context: CheckContext, response: Response, _case: Case) -> None:
-    """Also where the document lists no status, as for 404 and 405, which the built-in checks pass over."""
+    """Also where the document lists no status, as for 404 and 405, which the built-in checks skip."""
     if is_error(response):
         assert response.headers.get("content-type") == ["application/problem+json"]
         said = json.loads(response.content)
         assert said["status"] == response.status_code
-        # What is said again is said byte for byte.
+        # A replayed answer is repeated byte for byte, with its first id.
         if "idempotent-replayed" not in response.headers:
             assert [said["request_id"]] == response.headers.get("x-request-id")
 
@@ -327,21 +328,23 @@ def every_error_is_a_problem(_context: CheckContext, response: Response, _case: 
 def no_error_repeats_what_was_sent(_context: CheckContext, response: Response, case: Case) -> None:
     if is_error(response):
         problem = json.loads(response.content)
-        # It begins with the server's own address, and `http://1` may be what was sent.
+        # It begins with the server's own address, and `http://1` may have been sent.
         problem["type"] = problem["type"].removeprefix(URL)
         said = " ".join(texts_in(problem))
-        assert not [text for text in texts_in([case.body, case.query]) if is_telling(text) and text in said]
+        assert not [
+            text for text in texts_in([case.body, case.query]) if is_distinctive(text) and text in said
+        ]
 
 
 @schemathesis.check
-def credentials_open_what_the_document_says(_context: CheckContext, response: Response, case: Case) -> None:
+def only_documented_credentials_are_accepted(_context: CheckContext, response: Response, case: Case) -> None:
     schemes = {name for alternative in case.operation.definition.raw["security"] for name in alternative}
     assert response.status_code >= 400 or not schemes or CALLER.scheme in schemes
 
 
 @schemathesis.check
-def nothing_of_a_neighbour_is_answered(_context: CheckContext, response: Response, _case: Case) -> None:
-    """Neither what nobody else was told, nor what is known of it but did not come from the caller."""
+def no_answer_holds_a_neighbours_data(_context: CheckContext, response: Response, _case: Case) -> None:
+    """Neither its mark, which no other tenant was given, nor known values that the caller did not send."""
     answer = f"{response.headers} {response.content.decode(errors='replace')}"
     own = text_of_request(response)
     found = neighbours.seen_in(answer, NEIGHBOURS, own=own, lent=LENT)
@@ -364,14 +367,14 @@ def texts_in(value: Any) -> Iterator[str]:
         yield from texts_in([*value.keys(), *value.values()])
 
 
-def is_telling(text: str) -> bool:
-    """Whether only the request can have brought the text: it is neither short nor a name in the document."""
-    return len(text) >= TELLING_LENGTH and text not in names_in_the_document()
+def is_distinctive(text: str) -> bool:
+    """Whether the text can come only from the request: it is neither short nor a name in the document."""
+    return len(text) >= DISTINCTIVE_LENGTH and text not in names_in_the_document()
 
 
 @cache
 def names_in_the_document() -> frozenset[str]:
-    """Members and parameters, which a pointer may say, and the values to choose from, which a message may."""
+    """Members and parameters, which a pointer may contain, and values of enums, which a message may."""
     components = requests.get(f"{URL}/openapi.json", timeout=10).json()["components"]
     schemas = components["schemas"].values()
     said = [name for schema in schemas for name in (*schema.get("properties", ()), *schema.get("enum", ()))]

@@ -1,4 +1,4 @@
-"""How much of everything there may be: the document's bounds are promises, and the server keeps to each exactly."""
+"""Bounds of lengths and numbers: those of the document are promises, and the server keeps each exactly."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tests.conftest import API, Account
 
 Json = dict[str, Any]
 Rows = list[tuple[str, Callable[[int], Json], int | None, int | None]]
-"""A path, how to make a body of so much, the least there may be, and the most."""
-# Of any length, and easy to guess at none.
+"""A path, how to make a body of a given size, the least allowed, and the most."""
+# Not easy to guess, at whatever length it is cut.
 STRONG = "correct horse battery staple " * 10
 
 
@@ -30,7 +30,7 @@ def webhook(**more: Any) -> Json:
 
 
 def email_of(length: int) -> str:
-    """An address of that many characters, no part of it longer than such a part may be."""
+    """An address of that many characters, no part of it longer than that part may be."""
     labels = ("b" * 60 + ".") * 4
     name, end = "a" * 64 + "@", ".example"
     return name + labels[: length - len(name) - len(end)] + end
@@ -64,20 +64,20 @@ def edges(rows: Rows, *, beyond: int) -> list[tuple[str, Json]]:
 
 
 @pytest.mark.parametrize(("path", "body"), edges(PUBLIC, beyond=0))
-def test_a_registration_at_its_bound_is_taken(client: TestClient, path: str, body: Json) -> None:
+def test_a_registration_at_a_bound_is_accepted(client: TestClient, path: str, body: Json) -> None:
     assert client.post(f"{API}{path}", json=body).status_code == 201
 
 
 @pytest.mark.parametrize(("path", "body"), edges(PUBLIC, beyond=1))
-def test_a_registration_beyond_it_is_400(client: TestClient, path: str, body: Json) -> None:
+def test_a_registration_beyond_a_bound_is_400(client: TestClient, path: str, body: Json) -> None:
     assert client.post(f"{API}{path}", json=body).status_code == 400
 
 
 @pytest.mark.parametrize(("path", "body"), edges(OWNERS, beyond=0))
-def test_an_owners_request_at_its_bound_is_taken(acme: Account, path: str, body: Json) -> None:
+def test_an_owners_request_at_a_bound_is_accepted(acme: Account, path: str, body: Json) -> None:
     assert acme.post(path, body).status_code == 200
 
 
 @pytest.mark.parametrize(("path", "body"), edges(OWNERS, beyond=1))
-def test_an_owners_request_beyond_it_is_400(acme: Account, path: str, body: Json) -> None:
+def test_an_owners_request_beyond_a_bound_is_400(acme: Account, path: str, body: Json) -> None:
     assert acme.post(path, body).status_code == 400

@@ -1,4 +1,4 @@
-"""What is counted of the document, on a document small enough to count by hand; and the table of gaps."""
+"""Which parts of a document count as exercised, shown on one small enough to count by hand; and the gaps."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def keywords(body: Any, status: int) -> set[str]:
     return {name.removeprefix("make keyword body") for name in done if " keyword body" in name}
 
 
-def test_each_thing_has_a_name() -> None:
+def test_each_item_has_a_unique_name() -> None:
     names = [name for operation in described(SMALL).values() for name in operation.items()]
     assert len(names) == len(set(names))
     assert set(described(SMALL)["look"].items()) == {"look operation", "look status 200"}
-    # Not that it is text, which every header is; not `minLength: 0`, which nothing breaks.
+    # Not `type: string`, which every header satisfies; not `minLength: 0`, which nothing breaks.
     assert {name for name in names if "Idempotency" in name or "minLength" in name} == {
         "make parameter header Idempotency-Key sent",
         "make parameter header Idempotency-Key left out",
@@ -58,7 +58,7 @@ def test_each_thing_has_a_name() -> None:
     }
 
 
-def test_what_is_sent_keeps_keywords() -> None:
+def test_an_accepted_body_keeps_keywords() -> None:
     assert keywords({"name": "abc", "kind": "old", "tags": [1]}, 201) == {
         " type kept",
         " additionalProperties kept",
@@ -84,16 +84,16 @@ def test_what_is_sent_keeps_keywords() -> None:
         ({"name": 1, "tags": [1, 0]}, {"/name type broken", "/tags/* minimum broken"}),
     ],
 )
-def test_what_is_malformed_breaks_keywords(body: Any, broken: set[str]) -> None:
+def test_a_refused_invalid_body_breaks_keywords(body: Any, broken: set[str]) -> None:
     assert keywords(body, 400) == broken
 
 
-def test_what_was_not_refused_breaks_none() -> None:
-    # That is for the checks to find.
+def test_an_accepted_invalid_body_breaks_no_keywords() -> None:
+    # The checks of a run report that.
     assert not [name for name in keywords({"name": "abcd"}, 201) if "broken" in name]
 
 
-def test_parameters_are_sent_or_left_out() -> None:
+def test_parameters_are_counted_as_sent_or_left_out() -> None:
     done = set(exercised(MAKE, Sent(query={"n": "9"}), 201))
     assert {
         "make parameter query n sent",
@@ -105,16 +105,16 @@ def test_parameters_are_sent_or_left_out() -> None:
 
 
 @pytest.mark.parametrize("status", [401, 403, 415, 429, 503])
-def test_who_is_turned_away_exercises_a_status_alone(status: int) -> None:
+def test_a_refusal_before_validation_exercises_only_a_status(status: int) -> None:
     assert list(exercised(MAKE, Sent(body=({"name": "a"},)), status)) == [f"make status {status}"]
 
 
-def test_a_keyword_that_cannot_be_counted_is_said() -> None:
+def test_a_keyword_that_cannot_be_counted_is_reported() -> None:
     schema = {"type": "object", "patternProperties": {}}
     body = {"content": {"application/json": {"schema": schema}}}
-    said = {"operationId": "put", "requestBody": body, "responses": {}, "security": []}
+    operation = {"operationId": "put", "requestBody": body, "responses": {}, "security": []}
     with pytest.raises(AssertionError, match="patternProperties"):
-        list(described({"paths": {"/": {"put": said}}})["put"].items())
+        list(described({"paths": {"/": {"put": operation}}})["put"].items())
 
 
 def test_all_of_our_document_can_be_counted() -> None:
@@ -132,20 +132,20 @@ def all_but(*names: str) -> set[str]:
 
 
 def test_a_gap_needs_a_reason() -> None:
-    told = account(SMALL, all_but("make status 400"), [])
-    assert told.complaints == ["not exercised, and without a reason: make status 400"]
-    assert told.counted["status"] == (2, 3)
+    report = account(SMALL, all_but("make status 400"), [])
+    assert report.complaints == ["not exercised, and without a reason: make status 400"]
+    assert report.counted["status"] == (2, 3)
     assert account(SMALL, all_but("make status 400"), [Reason("make status 4..", "-")]).complaints == []
 
 
 def test_a_reason_needs_a_gap() -> None:
     assert account(SMALL, all_but(), [Reason("make status 400", "-")]).complaints
-    # Part of what it covers is none.
+    # Part of what the reason covers is no gap.
     assert account(SMALL, all_but("make status 400"), [Reason("make status .*", "-")]).complaints
     assert account(SMALL, all_but(), [Reason("no such thing", "-", is_luck=True)]).complaints
 
 
-def test_luck_is_held_against_nobody() -> None:
+def test_a_reason_of_luck_is_accepted_with_or_without_a_gap() -> None:
     luck = [Reason("make status 400", "-", is_luck=True)]
     assert account(SMALL, all_but(), luck).complaints == []
     assert account(SMALL, all_but("make status 400"), luck).complaints == []
@@ -157,7 +157,7 @@ def test_the_reasons_in_the_table_cover_something() -> None:
     assert all(reason.why for reason in reasons())
 
 
-def test_a_ledger_can_be_kept_and_added_to(tmp_path: Any) -> None:
+def test_a_ledger_can_be_written_read_and_added_to(tmp_path: Any) -> None:
     ledger = Ledger()
     ledger.note(MAKE, Sent(), 201)
     ledger.write(tmp_path / "ledger")

@@ -1,4 +1,4 @@
-"""What watches over the tenants beside the one that fuzzes: it would see what came through, or changed."""
+"""The watch over the tenants beside the one that fuzzes: it reports leaked data and changed rows."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ GLOBEX = Neighbour("2", "mark-of-globex", {"id": ["id-of-globex-2"]})
         ('{"email": "ada@acme.example"}', []),
     ],
 )
-def test_an_answer_is_searched(answer: str, found: list[str]) -> None:
+def test_an_answer_is_searched_for_neighbours_data(answer: str, found: list[str]) -> None:
     own, lent = '{"first_name": "id-of-acme-1"}', {"ada@acme.example"}
     assert seen_in(answer, [ACME, GLOBEX], own=own, lent=lent) == found
 
 
-def test_no_request_lends_a_mark() -> None:
+def test_a_mark_is_reported_even_if_the_caller_sent_it() -> None:
     assert seen_in("mark-of-acme", [ACME], own="mark-of-acme", lent={"mark-of-acme"}) == ["mark-of-acme"]
 
 
-def test_they_can_be_written_and_read(tmp_path: Path) -> None:
+def test_neighbours_can_be_written_and_read(tmp_path: Path) -> None:
     write([ACME, GLOBEX], tmp_path / "neighbours")
     assert read(tmp_path / "neighbours") == [ACME, GLOBEX]
 
@@ -58,21 +58,21 @@ def receiver() -> Iterator[Receiver]:
 
 
 @pytest.mark.slow
-def test_what_changes_at_them_is_noticed(server: Server, receiver: Receiver) -> None:
-    street = Neighbourhood(server.url, server.superuser_url, server.stripe, receiver)
-    connected, connecting = street.neighbours
+def test_changes_at_neighbours_are_reported(server: Server, receiver: Receiver) -> None:
+    neighbourhood = Neighbourhood(server.url, server.superuser_url, server.stripe, receiver)
+    connected, connecting = neighbourhood.neighbours
     assert {"id", "key", "email", "account_id", "state", "Idempotency-Key"} <= connected.known.keys()
     assert "state" in connecting.known
     known = [one for texts in connected.known.values() for one in texts]
     assert not {"not_connected", "whsec", "access", "refresh"} & {*known, *connected.known}
-    assert street.complaints() == []
+    assert neighbourhood.complaints() == []
     engine = create_engine(server.superuser_url)
     with engine.begin() as connection:
         renamed = text("UPDATE users SET first_name = 'Eve' WHERE tenant_id = :id")
         connection.execute(renamed, {"id": connecting.id})
     engine.dispose()
     requests.post(f"http://localhost:{receiver.port}/{connected.mark}", json={}, timeout=10)
-    assert street.complaints() == [
+    assert neighbourhood.complaints() == [
         "changed at a neighbour: users",
         "changed at a neighbour: webhooks received",
     ]

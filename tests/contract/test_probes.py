@@ -1,7 +1,7 @@
-"""What no well-behaved client sends, byte by byte, to the server as it is run.
+"""Requests that no well-behaved client sends, byte by byte, to the server as it is run.
 
-Whatever it is, the answer is no 500; an error is a problem with a name, and repeats nothing of what was sent;
-and the connection is either closed or good for the next request.
+The answer is never a 5xx; an error is a problem with a request id, and repeats nothing of what was sent;
+and the connection is either closed or usable for the next request.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from billing.tokens import ACCESS, REFRESH
 from tests.conftest import API, PASSWORD
 from tests.rawhttp import Address, Answer, Connection, chunked, request
 
-# Part of whatever is sent, and never of what is answered.
+# Part of what is sent, and never of an answer.
 MARK = "hunter2hunter2"
 JSON = "Content-Type: application/json"
 PROBLEM = "application/problem+json"
@@ -29,7 +29,7 @@ MAX_BODY = 64 * 1024
 CREDENTIALS = {"email": f"{MARK}@acme.example", "password": MARK}
 LOGIN = json.dumps(CREDENTIALS).encode()
 
-ARRIVED = (401, "invalid-credentials")  # The body was read and understood; nobody has these credentials.
+ARRIVED = (401, "invalid-credentials")  # The body was read and understood; no user has these credentials.
 MALFORMED = (400, "malformed-body")
 INVALID = (400, "invalid-request")
 NOT_FOUND = (404, "not-found")
@@ -74,11 +74,11 @@ def bearer(owner: dict[str, Any]) -> str:
 
 
 def probe(address: Address, *packets: bytes) -> Answer:
-    """Send the packets; the answer, once it is proven to be a decent one on a decent connection."""
+    """Send the packets; return the answer, once it and its connection are checked."""
     with Connection(address) as connection:
         connection.send(*packets)
         answer = connection.receive(to_head=packets[0].startswith(b"HEAD "))
-        require_decent(answer)
+        require_sound(answer)
         if answer["connection"] == "close":
             assert connection.is_closed_by_server()
         else:
@@ -87,8 +87,8 @@ def probe(address: Address, *packets: bytes) -> Answer:
         return answer
 
 
-def require_decent(answer: Answer) -> None:
-    """What is true of every answer."""
+def require_sound(answer: Answer) -> None:
+    """Check what is true of every answer."""
     assert answer.status < 500
     assert answer["x-request-id"]
     assert MARK.encode() not in answer.body + str(answer.headers).encode()
@@ -118,7 +118,7 @@ def padded(size: int) -> bytes:
 
 
 def with_email(raw: bytes) -> bytes:
-    """The body of a login with this, as it is, for an email."""
+    """The body of a login with these raw bytes as its email."""
     return b'{"email": %b, "password": "%b"}' % (raw, MARK.encode())
 
 
@@ -127,7 +127,7 @@ BODIES: dict[str, tuple[bytes, Expected]] = {
     "65,536 bytes": (padded(MAX_BODY), ARRIVED),
     "65,537 bytes": (padded(MAX_BODY + 1), TOO_LARGE),
     "a member twice": (b'{"email": "x@y.example", ' + LOGIN[1:], ARRIVED),
-    "no UTF-8": (with_email(b'"\xff"'), MALFORMED),
+    "invalid UTF-8": (with_email(b'"\xff"'), MALFORMED),
     "an overlong slash": (with_email(b'"\xc0\xaf"'), MALFORMED),
     "a surrogate in UTF-8": (with_email(b'"\xed\xa0\x80"'), MALFORMED),
     "a byte order mark": (b"\xef\xbb\xbf" + LOGIN, MALFORMED),
@@ -157,14 +157,16 @@ BODIES: dict[str, tuple[bytes, Expected]] = {
 
 
 @pytest.mark.parametrize(("body", "expected"), BODIES.values(), ids=BODIES)
-def test_a_body_of(address: Address, body: bytes, expected: Expected) -> None:
+def test_a_body_gets_the_expected_answer(address: Address, body: bytes, expected: Expected) -> None:
     assert outcome(probe(address, log_in(JSON, body=body))) == expected
 
 
 @pytest.mark.parametrize(
     "number", [b"1" * 5_000, b"-" + b"9" * 400, b"1e400", b"-0.5", b"1e3", b"18446744073709551616", b"true"]
 )
-def test_a_number_that_is_no_number_of_seconds(address: Address, bearer: str, number: bytes) -> None:
+def test_400_for_a_grace_period_that_is_not_a_whole_number(
+    address: Address, bearer: str, number: bytes
+) -> None:
     body = b'{"key_type": "test", "confirm": true, "grace_period_seconds": %b}' % number
     answer = probe(address, request("POST", f"{API}/api-keys/regenerate/", JSON, bearer, body=body))
     assert answer.status == 400 or (answer.status == 200 and float(number).is_integer())
@@ -182,19 +184,23 @@ CONTENT_TYPES: dict[str, tuple[list[str], Expected]] = {
     "a form": (["Content-Type: application/x-www-form-urlencoded"], UNSUPPORTED),
     "a form of parts": ([f"Content-Type: multipart/form-data; boundary={MARK}"], UNSUPPORTED),
     "other JSON": (["Content-Type: application/merge-patch+json"], UNSUPPORTED),
-    "no type at all": (["Content-Type: \xff\xfe"], UNSUPPORTED),
-    "packed": ([JSON, "Content-Encoding: gzip"], UNSUPPORTED),
+    "an invalid type": (["Content-Type: \xff\xfe"], UNSUPPORTED),
+    "packed with gzip": ([JSON, "Content-Encoding: gzip"], UNSUPPORTED),
 }
 
 
 @pytest.mark.parametrize(("headers", "expected"), CONTENT_TYPES.values(), ids=CONTENT_TYPES)
-def test_a_content_type_of(address: Address, headers: list[str], expected: Expected) -> None:
+def test_a_content_type_gets_the_expected_answer(
+    address: Address, headers: list[str], expected: Expected
+) -> None:
     assert outcome(probe(address, log_in(*headers))) == expected
 
 
 @pytest.mark.parametrize("path", ["/stripe/connect/", "/webhooks/test/"])
 @pytest.mark.parametrize("content_type", [None, "application/x-www-form-urlencoded", "text/plain"])
-def test_an_empty_body_is_none(address: Address, bearer: str, path: str, content_type: str | None) -> None:
+def test_an_empty_body_counts_as_no_body(
+    address: Address, bearer: str, path: str, content_type: str | None
+) -> None:
     headers = [f"Content-Type: {content_type}"] if content_type else []
     with Connection(address) as connection:
         connection.send(request("POST", f"{API}{path}", bearer, "Content-Length: 0", *headers))
@@ -216,7 +222,7 @@ FRAMINGS: dict[str, tuple[bytes, Expected]] = {
         ARRIVED,
     ),
     "more chunks than 64 KiB": (log_in(JSON, CHUNKED, body=chunked(*[b" " * 8_192] * 9)), TOO_LARGE),
-    "a chunk of no size": (log_in(JSON, CHUNKED, body=b"hunter2\r\n"), INVALID),
+    "a chunk of an invalid size": (log_in(JSON, CHUNKED, body=b"hunter2\r\n"), INVALID),
     "a chunk of endless size": (log_in(JSON, CHUNKED, body=b"f" * 20 + b"\r\n"), INVALID),
     "a chunk longer than it says": (log_in(JSON, CHUNKED, body=b"2\r\n{}{}\r\n0\r\n\r\n"), INVALID),
     "chunks inside of gzip": (
@@ -243,17 +249,17 @@ FRAMINGS: dict[str, tuple[bytes, Expected]] = {
 
 
 @pytest.mark.parametrize(("sent", "expected"), FRAMINGS.values(), ids=FRAMINGS)
-def test_a_message_with(address: Address, sent: bytes, expected: Expected) -> None:
+def test_a_framing_gets_the_expected_answer(address: Address, sent: bytes, expected: Expected) -> None:
     assert outcome(probe(address, sent)) == expected
 
 
-def test_a_wish_for_http_2_is_ignored_and_the_body_read(address: Address) -> None:
+def test_an_upgrade_to_http_2_is_ignored_and_the_body_read(address: Address) -> None:
     """As Java's HttpClient sends every POST."""
-    wish = ["Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAEAAEAAAAIAAAAB"]
-    assert outcome(probe(address, log_in(JSON, *wish))) == ARRIVED
+    upgrade = ["Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAEAAEAAAAIAAAAB"]
+    assert outcome(probe(address, log_in(JSON, *upgrade))) == ARRIVED
 
 
-def test_100_comes_before_the_body(address: Address) -> None:
+def test_100_is_sent_before_the_body(address: Address) -> None:
     with Connection(address) as connection:
         connection.send(log_in(JSON, "Expect: 100-continue", f"Content-Length: {len(LOGIN)}", body=b""))
         assert connection.receive().status == 100
@@ -261,7 +267,7 @@ def test_100_comes_before_the_body(address: Address) -> None:
         assert outcome(connection.receive()) == ARRIVED
 
 
-def test_413_comes_instead_of_100(address: Address) -> None:
+def test_413_is_sent_instead_of_100(address: Address) -> None:
     sent = log_in(JSON, "Expect: 100-continue", f"Content-Length: {MAX_BODY + 1}", body=b"")
     with Connection(address) as connection:
         connection.send(sent)
@@ -273,7 +279,7 @@ def test_a_body_of_a_gigabyte_is_refused_unread(address: Address) -> None:
     with Connection(address) as connection:
         connection.send(log_in(JSON, "Content-Length: 1000000000", body=b""))
         answer = connection.receive()
-    require_decent(answer)
+    require_sound(answer)
     assert outcome(answer) == TOO_LARGE
 
 
@@ -298,7 +304,7 @@ def test_a_slow_body_is_waited_for(address: Address) -> None:
         assert outcome(connection.receive()) == ARRIVED
 
 
-def test_a_client_that_leaves_disturbs_nobody(address: Address) -> None:
+def test_a_client_that_disconnects_does_not_disturb_others(address: Address) -> None:
     for sent in (log_in(JSON)[:-5], log_in(JSON)[:30], log_in(JSON)):
         with Connection(address) as connection:
             connection.send(sent)
@@ -323,7 +329,7 @@ TARGETS: dict[str, tuple[str, Expected]] = {
     "a letter, encoded": (ME.replace("me", "%6De"), MISSING),
     "a semicolon": (f"{ME};{MARK}", NOT_FOUND),
     "NUL": (f"{ME}%00", NOT_FOUND),
-    "no UTF-8": (f"{ME}%ff", NOT_FOUND),
+    "invalid UTF-8": (f"{ME}%ff", NOT_FOUND),
     "a surrogate": (f"{ME}%ED%A0%80", NOT_FOUND),
     "bad percent-encoding": (f"{ME}%zz%", NOT_FOUND),
     "a backslash": (f"{ME}\\..", NOT_FOUND),
@@ -332,13 +338,15 @@ TARGETS: dict[str, tuple[str, Expected]] = {
     "40,000 letters": (f"/{'a' * 40_000}", HEADERS_TOO_LARGE),
     "a query of 40,000 letters": (f"{ME}?{'a' * 40_000}", HEADERS_TOO_LARGE),
     "a query with NUL": (f"{ME}?a=%00{MARK}", INVALID),
-    "a query of no UTF-8": (f"{ME}?a=%ff{MARK}", INVALID),
+    "a query of invalid UTF-8": (f"{ME}?a=%ff{MARK}", INVALID),
     "a query with a surrogate": (f"{ME}?a=%ED%A0%80{MARK}", INVALID),
 }
 
 
 @pytest.mark.parametrize(("target", "expected"), TARGETS.values(), ids=TARGETS)
-def test_a_target_with(address: Address, target: str, expected: Expected) -> None:
+def test_a_target_gets_the_expected_answer_and_no_redirect(
+    address: Address, target: str, expected: Expected
+) -> None:
     answer = probe(address, get(target))
     assert outcome(answer) == expected
     assert answer["location"] is None
@@ -347,13 +355,13 @@ def test_a_target_with(address: Address, target: str, expected: Expected) -> Non
 @pytest.mark.parametrize(
     "query", ["a=1", "a=1&a=2", MARK, "", "&", "&&==", "%zz", "a[]=1", f"X-API-Key={MARK}", "a=%F0%9F%94%91"]
 )
-def test_a_query_that_nobody_asked_for(address: Address, bearer: str, query: str) -> None:
+def test_400_for_an_unknown_query_parameter(address: Address, bearer: str, query: str) -> None:
     answer = probe(address, get(f"{ME}?{query}", bearer))
     assert answer.status == (200 if query in ("", "&") else 400)
 
 
 @pytest.mark.parametrize("query", ["state=a&state=b", "state=a&st%61te=a", "state=%00", f"state={MARK * 20}"])
-def test_a_query_that_is_not_as_asked_for(address: Address, query: str) -> None:
+def test_400_for_an_invalid_query_parameter(address: Address, query: str) -> None:
     assert outcome(probe(address, get(f"{API}/stripe/callback/?{query}"))) == INVALID
 
 
@@ -372,14 +380,14 @@ def test_no_redirect_is_made_from_a_forged_host(address: Address, host: str) -> 
 @pytest.mark.parametrize(
     "method", ["PUT", "PATCH", "POST", "DELETE", "OPTIONS", "TRACE", "PROPFIND", "PURGE"]
 )
-def test_405_says_what_is_allowed(address: Address, method: str) -> None:
+def test_405_lists_the_allowed_methods(address: Address, method: str) -> None:
     answer = probe(address, request(method, ME, f"X-Other: {MARK}"))
     assert outcome(answer) == NOT_ALLOWED
     assert answer["allow"] == "GET, HEAD"
 
 
 @pytest.mark.parametrize("method", ["HUNTER2HUNTER2", "get", "G\0T", "G{T", "CONNECT"])
-def test_400_for_what_is_no_method(address: Address, method: str) -> None:
+def test_400_for_an_invalid_method(address: Address, method: str) -> None:
     answer = probe(address, request(method, ME))
     assert outcome(answer) == INVALID
     assert answer["connection"] == "close"
@@ -399,9 +407,9 @@ HEADERS: dict[str, tuple[list[str], Expected]] = {
     "one of 40,000 letters": (["X-Other: " + "a" * 40_000], HEADERS_TOO_LARGE),
     "a name of 40,000 letters": (["X-" + "a" * 40_000 + ": a"], HEADERS_TOO_LARGE),
     "bytes": (["X-Other: \xff\xfe"], MISSING),
-    "an id that is none": ([f"X-Request-Id: {MARK} {MARK}"], MISSING),
-    "two ids": ([f"X-Request-Id: {MARK}", f"X-Request-Id: {MARK}"], MISSING),
-    "a long id": ([f"X-Request-Id: {MARK * 9}"], MISSING),
+    "an invalid request id": ([f"X-Request-Id: {MARK} {MARK}"], MISSING),
+    "two request ids": ([f"X-Request-Id: {MARK}", f"X-Request-Id: {MARK}"], MISSING),
+    "a long request id": ([f"X-Request-Id: {MARK * 9}"], MISSING),
     "two tokens": (["Authorization: Bearer a", "Authorization: Bearer b"], BAD_TOKEN),
     "an empty token": (["Authorization: Bearer "], BAD_TOKEN),
     "no token": (["Authorization: "], BAD_TOKEN),
@@ -412,13 +420,13 @@ HEADERS: dict[str, tuple[list[str], Expected]] = {
     "a token of dots": ([f"Authorization: Bearer {'.' * 4_000}"], BAD_TOKEN),
     "a password": (["Authorization: Basic aHVudGVyMmh1bnRlcjI6"], BAD_TOKEN),
     "an unknown scheme": ([f"Authorization: {MARK}"], BAD_TOKEN),
-    "a key that is none": ([f"Authorization: Bearer sk_live_{MARK}"], BAD_KEY),
+    "a malformed key": ([f"Authorization: Bearer sk_live_{MARK}"], BAD_KEY),
     "a key of bytes": (["Authorization: Bearer sk_live_\xff"], BAD_KEY),
 }
 
 
 @pytest.mark.parametrize(("headers", "expected"), HEADERS.values(), ids=HEADERS)
-def test_headers_with(address: Address, headers: list[str], expected: Expected) -> None:
+def test_headers_get_the_expected_answer(address: Address, headers: list[str], expected: Expected) -> None:
     assert outcome(probe(address, get(ME, *headers))) == expected
 
 
@@ -432,25 +440,25 @@ KEYS: dict[str, list[str]] = {
 
 
 @pytest.mark.parametrize("headers", KEYS.values(), ids=KEYS)
-def test_a_key_that_is(address: Address, headers: list[str]) -> None:
+def test_401_for_a_malformed_key(address: Address, headers: list[str]) -> None:
     assert outcome(probe(address, get(f"{API}/verify/", *headers))) == BAD_KEY
 
 
-def test_two_good_keys_are_none(address: Address, owner: dict[str, Any]) -> None:
+def test_two_valid_keys_are_refused(address: Address, owner: dict[str, Any]) -> None:
     key = f"X-API-Key: {owner['tenant']['api_key_secret']}"
     assert probe(address, get(f"{API}/verify/", key)).status == 200
     assert outcome(probe(address, get(f"{API}/verify/", key, key))) == BAD_KEY
 
 
-def test_a_good_token_among_two_is_none(address: Address, bearer: str) -> None:
+def test_two_valid_tokens_are_refused(address: Address, bearer: str) -> None:
     assert outcome(probe(address, get(ME, bearer, bearer))) == BAD_TOKEN
 
 
-# Tokens: signed as ours are, and yet not ours -----------------------------------------------------
+# Forged tokens, signed with the server's key ------------------------------------------------------
 
 
 class Forger:
-    """Makes tokens with the server's own key, so that nothing but their strange part can be refused."""
+    """Makes tokens with the server's own key, so that only their altered part can be refused."""
 
     def __init__(self, keys: Keyring, tokens: Mapping[str, str]) -> None:
         self.kid, self.key = keys.first
@@ -482,14 +490,14 @@ def forger(owner: dict[str, Any], settings: Settings) -> Forger:
 
 
 def ask(address: Address, typ: str, token: str) -> Answer:
-    """Use the token for what its kind is for."""
+    """Use the token for the purpose of its type."""
     if typ == ACCESS:
         return probe(address, get(ME, f"Authorization: Bearer {token}"))
     body = json.dumps({"refresh": token}).encode()
     return probe(address, request("POST", f"{API}/token/refresh/", JSON, body=body))
 
 
-def strange_headers() -> Iterator[dict[str, Any]]:
+def invalid_headers() -> Iterator[dict[str, Any]]:
     for value in (
         None,
         1,
@@ -514,7 +522,7 @@ def strange_headers() -> Iterator[dict[str, Any]]:
     yield {"crit": ["b64"], "b64": False}
 
 
-def strange_claims() -> Iterator[dict[str, Any]]:
+def invalid_claims() -> Iterator[dict[str, Any]]:
     for name in ("iss", "aud", "sub", "tid", "sid", "ver", "jti", "iat", "exp"):
         yield {name: None}
     for name in ("sub", "tid", "sid"):
@@ -534,28 +542,28 @@ def named(members: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {ascii(value)[:20]}" for name, value in members.items())
 
 
-def test_the_forger_can_make_good_tokens(address: Address, forger: Forger) -> None:
+def test_an_unaltered_token_of_the_forger_is_accepted(address: Address, forger: Forger) -> None:
     assert ask(address, ACCESS, forger.token(ACCESS, {}, {})).status == 200
     assert ask(address, REFRESH, forger.token(REFRESH, {}, {})).status == 200
 
 
 @pytest.mark.parametrize("typ", [ACCESS, REFRESH])
-@pytest.mark.parametrize("header", list(strange_headers()), ids=named)
-def test_401_for_a_token_with_a_header_of(
+@pytest.mark.parametrize("header", list(invalid_headers()), ids=named)
+def test_401_for_a_token_with_an_invalid_header(
     address: Address, forger: Forger, typ: str, header: dict[str, Any]
 ) -> None:
     assert outcome(ask(address, typ, forger.token(typ, header, {}))) == BAD_TOKEN
 
 
 @pytest.mark.parametrize("typ", [ACCESS, REFRESH])
-@pytest.mark.parametrize("claims", list(strange_claims()), ids=named)
-def test_401_for_a_token_with_a_claim_of(
+@pytest.mark.parametrize("claims", list(invalid_claims()), ids=named)
+def test_401_for_a_token_with_an_invalid_claim(
     address: Address, forger: Forger, typ: str, claims: dict[str, Any]
 ) -> None:
     assert ask(address, typ, forger.token(typ, {}, claims)).status == 401
 
 
 @pytest.mark.parametrize("payload", [[], MARK, 1, None, {}, [{}]], ids=ascii)
-def test_401_for_a_token_that_holds(address: Address, forger: Forger, payload: Any) -> None:
+def test_401_for_a_token_with_an_invalid_payload(address: Address, forger: Forger, payload: Any) -> None:
     header = {"typ": ACCESS, "kid": forger.kid, "alg": "HS256"}
     assert outcome(ask(address, ACCESS, signed(header, payload, forger.key))) == BAD_TOKEN

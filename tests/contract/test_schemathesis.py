@@ -1,6 +1,6 @@
-"""The running server against its document, by Schemathesis: `schemathesis.toml` says how, `hooks.py` as whom.
+"""The running server against its document, by Schemathesis: configured by `schemathesis.toml` and `hooks.py`.
 
-Few cases, always the same: `make fuzz` takes more time, and new ones.
+A few cases, always the same: `make fuzz` takes more time, and new cases.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def server_without_stripe(cluster: embedded.Cluster, database: str) -> Iterator[
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
-def test_the_server_does_what_its_document_says(
+def test_the_server_conforms_to_its_document(
     run: Run, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = request.getfixturevalue("server" if run.has_stripe else "server_without_stripe")
@@ -50,12 +50,12 @@ def test_the_server_does_what_its_document_says(
     assert not outcome.complaints, "\n".join([outcome.output, *outcome.complaints])
 
 
-# What is left out --------------------------------------------------------------------------------
+# Nothing is disabled -----------------------------------------------------------------------------
 
 CONFIG = tomllib.loads((ROOT / "schemathesis.toml").read_text(encoding="utf-8"))
 
 
-def test_nothing_is_left_out() -> None:
+def test_no_operation_check_or_phase_is_disabled() -> None:
     assert "operations" not in CONFIG
     assert all(check.get("enabled", True) for check in CONFIG["checks"].values())
     assert {phase["enabled"] for phase in CONFIG["phases"].values()} == {True}

@@ -1,8 +1,9 @@
 """Compiled operations and Connexion's own stack: the same request, the same answer.
 
-Two servers run side by side, one of them with `COMPILED_OPERATIONS=off`, and are sent the same. What differs between
-any two answers (ids, times, secrets, the servers' addresses) is masked, and the rest has to be the same: status,
-headers, body. `BILLING_STACK_EXAMPLES` sends more made-up cases than 40 an operation.
+Two servers run side by side, one of them with `COMPILED_OPERATIONS=off`, and are sent the same requests. What
+differs between any two answers (ids, times, secrets, the servers' addresses) is masked, and the rest has to
+be the same: status, headers, body. `BILLING_STACK_EXAMPLES` sets the number of generated cases an operation
+instead of 40.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ from tests.rawhttp import Address, Connection, request
 EXAMPLES = int(os.environ.get("BILLING_STACK_EXAMPLES", "40"))
 LISTED = operations(DOCUMENT)
 SCHEMA = schemathesis.openapi.from_dict(DOCUMENT, config=SchemathesisConfig())
-MADE_UP = {found.ok().definition.raw["operationId"]: found.ok() for found in SCHEMA.get_all_operations()}
+GENERATED = {found.ok().definition.raw["operationId"]: found.ok() for found in SCHEMA.get_all_operations()}
 
-# What no two answers have in common, by its form.
-UNLIKE = [
+# What differs between any two answers, by pattern.
+MASKS = [
     (re.compile(form), mask)
     for form, mask in [
         (r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", "<id>"),
@@ -52,12 +53,12 @@ UNLIKE = [
         (r'("response_time_ms": ?)\d+', r"\1<ms>"),
     ]
 ]
-PASSED_OVER = {"date", "x-request-id", "content-length"}
+IGNORED_HEADERS = {"date", "x-request-id", "content-length"}
 
 
 @dataclass(frozen=True)
 class Server:
-    """One of the two, and the answer to whoever registered there."""
+    """One of the two, and its answer to a registration."""
 
     url: str
     registered: dict[str, Any]
@@ -91,8 +92,8 @@ CALLERS = (
     "token and bad key",
     "bad token and key",
 )
-# Those whose credentials are good; the examples that come before leave them so.
-GOOD = ("owner", "secret key", "publishable key", "key as a token", "token and bad key")
+# Callers with valid credentials; the examples that come before leave them valid.
+WITH_VALID_CREDENTIALS = ("owner", "secret key", "publishable key", "key as a token", "token and bad key")
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,7 @@ def both(cluster: embedded.Cluster, worker_id: str) -> Iterator[tuple[Server, Se
     """The server with compiled operations, and the one without."""
 
     def environ(compiled: str) -> dict[str, str]:
-        # A database each: what one of them has done must not be there for the other.
+        # A database each: neither may see what the other has done.
         name = f"billing_stacks_{compiled}_{worker_id}"
         clone(cluster, name)
         address = database.url(cluster, database.APP, name)
@@ -121,35 +122,37 @@ def registered(url: str) -> Server:
 
 
 @dataclass(frozen=True)
-class Said:
-    """What an answer says, as far as two can say the same."""
+class Comparable:
+    """An answer without what differs between any two."""
 
     status: int
     headers: list[tuple[str, str]]
     body: str
 
 
-def said(status: int, headers: Any, body: bytes) -> Said:
+def comparable(status: int, headers: Any, body: bytes) -> Comparable:
     named = sorted((name.lower(), masked(value)) for name, value in headers.items())
-    return Said(status, [pair for pair in named if pair[0] not in PASSED_OVER], masked(body.decode()))
+    return Comparable(
+        status, [pair for pair in named if pair[0] not in IGNORED_HEADERS], masked(body.decode())
+    )
 
 
 def masked(text: str) -> str:
-    for form, mask in UNLIKE:
+    for form, mask in MASKS:
         text = form.sub(mask, text)
     return text
 
 
-def asked(server: Server, packets: bytes) -> Said:
+def sent_raw(server: Server, packets: bytes) -> Comparable:
     with Connection(server.address, timeout_seconds=15) as connection:
         connection.send(packets)
         answer = connection.receive(to_head=packets.startswith(b"HEAD "))
-    return said(answer.status, answer.headers, answer.body)
+    return comparable(answer.status, answer.headers, answer.body)
 
 
-def called(server: Server, method: str, path: str, **options: Any) -> Said:
+def sent(server: Server, method: str, path: str, **options: Any) -> Comparable:
     answer = requests.request(method, f"{server.url}{path}", timeout=15, allow_redirects=False, **options)
-    return said(answer.status_code, answer.headers, answer.content)
+    return comparable(answer.status_code, answer.headers, answer.content)
 
 
 # Every probe -------------------------------------------------------------------------------------
@@ -175,12 +178,12 @@ PROBES: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("packets", PROBES.values(), ids=PROBES)
-def test_a_probe_gets_one_answer(both: tuple[Server, Server], packets: bytes) -> None:
+def test_both_stacks_answer_a_probe_alike(both: tuple[Server, Server], packets: bytes) -> None:
     compiled, stock = both
-    assert asked(compiled, packets) == asked(stock, packets)
+    assert sent_raw(compiled, packets) == sent_raw(stock, packets)
 
 
-# Every operation, as everybody -------------------------------------------------------------------
+# Every operation, as every caller ----------------------------------------------------------------
 
 
 def example_of(operation: Operation) -> Any:
@@ -196,11 +199,11 @@ def example_of(operation: Operation) -> Any:
 
 @pytest.mark.parametrize("who", CALLERS)
 @pytest.mark.parametrize("operation", LISTED, ids=lambda operation: operation.operation_id)
-def test_an_operation_gives_everybody_one_answer(
+def test_both_stacks_answer_every_caller_alike(
     both: tuple[Server, Server], operation: Operation, who: str
 ) -> None:
     compiled, stock = both
-    # With a key of its own a body stays wrong: a session that ended would not be comparable.
+    # The body of change_password stays invalid: it would end the session, and nothing could be compared then.
     for body in (
         None,
         {},
@@ -208,33 +211,33 @@ def test_an_operation_gives_everybody_one_answer(
         [] if operation.operation_id == "change_password" else example_of(operation),
     ):
         first, second = (
-            called(server, operation.method, operation.path, json=body, headers=server.credentials(who))
+            sent(server, operation.method, operation.path, json=body, headers=server.credentials(who))
             for server in (compiled, stock)
         )
         assert first == second
         if operation.operation_id == "verify_api_key" and body is None:
-            assert (first.status == 200) == (who in GOOD)
+            assert (first.status == 200) == (who in WITH_VALID_CREDENTIALS)
 
 
-# Cases that are made up --------------------------------------------------------------------------
+# Generated cases ---------------------------------------------------------------------------------
 
 
 def cases(operation_id: str) -> st.SearchStrategy[Case]:
     """Requests that match the document, and requests that do not."""
-    made_up = MADE_UP[operation_id]
+    generated = GENERATED[operation_id]
     modes = [GenerationMode.POSITIVE, GenerationMode.NEGATIVE]
-    return st.one_of([made_up.as_strategy(generation_mode=mode) for mode in modes])
+    return st.one_of([generated.as_strategy(generation_mode=mode) for mode in modes])
 
 
-def repeated(server: Server, case: Case) -> Said:
+def repeated(server: Server, case: Case) -> Comparable:
     options = case.as_transport_kwargs(base_url=server.url)
     options["headers"] = {**options["headers"], **server.credentials("owner")}
     answer = requests.request(timeout=15, allow_redirects=False, **options)
-    return said(answer.status_code, answer.headers, answer.content)
+    return comparable(answer.status_code, answer.headers, answer.content)
 
 
-@pytest.mark.parametrize("operation_id", MADE_UP)
-def test_a_made_up_request_gets_one_answer(both: tuple[Server, Server], operation_id: str) -> None:
+@pytest.mark.parametrize("operation_id", GENERATED)
+def test_both_stacks_answer_a_generated_request_alike(both: tuple[Server, Server], operation_id: str) -> None:
     compiled, stock = both
 
     @settings(
