@@ -1,4 +1,4 @@
-"""Breaking changes are named, and harmless ones are not."""
+"""Breaking changes are reported, and harmless ones are not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contract.breaking import breaks_between
 from contract.programs import BIN, DOCUMENT
 
 Edit = tuple[str, str, str]
-"""Behind which text, what becomes what."""
+"""The text before the edit, the text to replace, and its replacement."""
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ BREAKS: dict[str, tuple[Edit, str]] = {
         ),
         "Properties of `RevokeKeysRequest` became required: `reason`.",
     ),
-    "a member of an answer is no longer sure": (
+    "a member of an answer is no longer required": (
         ("    KeyVerification:", "required: [valid, tenant]", "required: [tenant]"),
         "Properties of `KeyVerification` are no longer required: `valid`.",
     ),
@@ -72,7 +72,7 @@ BREAKS: dict[str, tuple[Edit, str]] = {
         ("    CompanyName:", "maxLength: 255", "maxLength: 200"),
         "`maxLength` of `company_name` changed from '255' to '200'.",
     ),
-    "an answer has a word that nobody knows": (
+    "an answer has a new enum value": (
         (
             "",
             "enum: [active, expiring, revoked, expired]",
@@ -80,7 +80,7 @@ BREAKS: dict[str, tuple[Edit, str]] = {
         ),
         "Enum of `status` gained values: 'suspended'.",
     ),
-    "an operation is elsewhere": (
+    "an operation has moved": (
         ("", "/api/v1/auth/tenants/me/:", "/api/v1/auth/tenants/whoami/:"),
         "was removed.",
     ),
@@ -117,14 +117,14 @@ def changed(edits: list[Edit], place: Path) -> Path:
     return revision
 
 
-def test_each_breaking_change_is_named(tmp_path: Path) -> None:
-    # At once, because the tool takes five seconds to start.
+def test_each_breaking_change_is_reported(tmp_path: Path) -> None:
+    # All in one run, because the tool takes five seconds to start.
     found = breaks_between(DOCUMENT, changed([edit for edit, _ in BREAKS.values()], tmp_path))
     missing = [name for name, (_, sentence) in BREAKS.items() if not any(sentence in one for one in found)]
     assert missing == [], found
 
 
-def test_harmless_changes_break_nothing(tmp_path: Path) -> None:
+def test_harmless_changes_are_not_reported(tmp_path: Path) -> None:
     assert breaks_between(DOCUMENT, changed(list(HARMLESS), tmp_path)) == []
 
 
@@ -134,7 +134,7 @@ def test_the_command_needs_a_revision(capsys: pytest.CaptureFixture[str]) -> Non
     assert "no-such-revision" in capsys.readouterr().err
 
 
-def test_nothing_breaks_between_the_document_and_itself(
+def test_the_document_has_no_breaking_changes_from_itself(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(breaking, "document_of", lambda _: DOCUMENT.read_bytes())

@@ -1,4 +1,4 @@
-"""What we ask of our document beyond linters: each rule once for each place, so that a failure names it."""
+"""Rules for our document beyond linters: each is checked at each place, so that a failure names the place."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ OPERATIONS = {
 FOR_KEYS = {"verify_api_key", "get_tenant_details"}
 
 
-# Where the rules look ----------------------------------------------------------------------------
+# Places that the rules apply to ------------------------------------------------------------------
 
 
 def nodes(node: Any, place: str = "") -> Iterator[tuple[str, Node]]:
@@ -70,7 +70,7 @@ def nodes(node: Any, place: str = "") -> Iterator[tuple[str, Node]]:
 
 
 def nested(schema: Node, place: str) -> Iterator[tuple[str, Node]]:
-    """A schema and all that stands in it."""
+    """A schema and all schemas inside it."""
     yield place, schema
     for name, part in schema.get("properties", {}).items():
         yield from nested(part, f"{place}/{name}")
@@ -97,14 +97,14 @@ PROPERTIES = {
     for name, part in schema.get("properties", {}).items()
 }
 LISTED = {operation.operation_id: operation for operation in operations(DOCUMENT)}
-SAID: dict[str, Node] = {
-    said["operationId"]: said
+DECLARED: dict[str, Node] = {
+    declared["operationId"]: declared
     for item in DOCUMENT["paths"].values()
-    for method, said in item.items()
+    for method, declared in item.items()
     if method in METHODS
 }
 CLOSED_COMPONENTS = closed(as_json_schema(COMPONENTS))
-ANSWERS = [(name, status) for name, said in SAID.items() for status in said["responses"]]
+ANSWERS = [(name, status) for name, declared in DECLARED.items() for status in declared["responses"]]
 ERRORS = [(name, status) for name, status in ANSWERS if status >= "400"]
 SECURED = [name for name, operation in LISTED.items() if operation.schemes]
 
@@ -114,7 +114,7 @@ def of_type(*types: str) -> list[str]:
 
 
 def answer(operation_id: str, status: str) -> Node:
-    return resolve(DOCUMENT, SAID[operation_id]["responses"][status])
+    return resolve(DOCUMENT, DECLARED[operation_id]["responses"][status])
 
 
 def objects_in(node: Any) -> Iterator[str]:
@@ -128,32 +128,32 @@ def objects_in(node: Any) -> Iterator[str]:
         yield from objects_in(target)
 
 
-SENT = {name for said in SAID.values() for name in objects_in(said.get("requestBody", {}))}
+SENT = {name for declared in DECLARED.values() for name in objects_in(declared.get("requestBody", {}))}
 
 
 def faults(schema: Node, value: Any) -> list[str]:
-    """What is wrong with the value, in words; a member that is not listed is."""
+    """The errors of the value, as messages; a member that is not listed is one."""
     whole = {**closed(as_json_schema(schema)), "components": CLOSED_COMPONENTS}
     return [error.message for error in Draft4Validator(whole, validate_formats=True).iter_errors(value)]
 
 
-def test_the_rules_have_something_to_look_at() -> None:
+def test_the_rules_apply_to_enough_places() -> None:
     assert len(INLINE) > 200
     assert len(PROPERTIES) > 200
     assert len(EXAMPLES) > 200
     assert len(ERRORS) > 100
 
 
-# The whole ---------------------------------------------------------------------------------------
+# The whole document ------------------------------------------------------------------------------
 
 
-def test_it_is_openapi_3_0_3() -> None:
+def test_the_document_is_valid_openapi_3_0_3() -> None:
     assert DOCUMENT["openapi"] == "3.0.3"
     openapi_spec_validator.validate(DOCUMENT)
 
 
-def test_it_says_that_no_answer_is_for_a_cache() -> None:
-    # Once for all, not at each answer; `tests.answers` looks for the header at each of them.
+def test_the_description_says_that_no_answer_may_be_cached() -> None:
+    # Once for all answers; `tests.answers` checks the header of each of them.
     assert "`Cache-Control: no-store`" in DOCUMENT["info"]["description"]
 
 
@@ -166,11 +166,11 @@ def test_servers_are_origins_and_the_first_is_https() -> None:
 @pytest.mark.parametrize(
     "unwanted",
     [
-        # Connexion would run it if it read the file itself.
+        # Connexion would run it as a template if it read the file itself.
         r"\{\{|\{%|\{#",
-        # The server's own names.
+        # Internal names of the server.
         r"x-openapi-router-controller|x-body-name|\bbilling\.(http|handlers|storage)\b|\.py\b",
-        # What scanners take for a secret, and people for one to try.
+        # What scanners mistake for a secret, and people might try as one.
         r"\b[sp]k_(live|test)_[0-9A-Za-z]{20,}",
         r"\bwhsec_[0-9A-Za-z+/=]{24,}",
         r"\b(ac|acct|ca|rt)_[0-9A-Za-z]{20,}",
@@ -178,7 +178,7 @@ def test_servers_are_origins_and_the_first_is_https() -> None:
         r"\bAKIA[0-9A-Z]{12,}|BEGIN [A-Z ]*PRIVATE KEY",
     ],
 )
-def test_it_holds_no(unwanted: str) -> None:
+def test_the_document_contains_no(unwanted: str) -> None:
     assert not re.findall(unwanted, TEXT)
 
 
@@ -190,17 +190,17 @@ def test_the_operations_are_the_eighteen() -> None:
 
 
 @pytest.mark.parametrize("operation_id", OPERATIONS)
-def test_an_operation_is_where_clients_know_it(operation_id: str) -> None:
+def test_an_operation_keeps_its_method_path_and_roles(operation_id: str) -> None:
     method, path, roles = OPERATIONS[operation_id]
     operation = LISTED[operation_id]
     assert (operation.method, operation.path, operation.roles) == (method, API + path, roles)
 
 
 @pytest.mark.parametrize("operation_id", OPERATIONS)
-def test_security_is_said_outright(operation_id: str) -> None:
+def test_security_is_declared_explicitly(operation_id: str) -> None:
     _, _, roles = OPERATIONS[operation_id]
     for_keys = [{"apiKeyAuth": []}] if operation_id in FOR_KEYS else []
-    assert SAID[operation_id]["security"] == ([{"bearerAuth": []}, *for_keys] if roles else [])
+    assert DECLARED[operation_id]["security"] == ([{"bearerAuth": []}, *for_keys] if roles else [])
 
 
 @pytest.mark.parametrize("operation", LISTED.values(), ids=LISTED)
@@ -211,11 +211,11 @@ def test_an_operation_has_a_handler_of_its_own(operation: Operation) -> None:
 
 
 @pytest.mark.parametrize("operation_id", OPERATIONS)
-def test_an_operation_is_explained(operation_id: str) -> None:
-    said = SAID[operation_id]
-    assert [tag for tag in DOCUMENT["tags"] if [tag["name"]] == said["tags"]]
-    assert said["summary"]
-    assert "call it" in said["description"]
+def test_an_operation_has_a_tag_a_summary_and_a_description(operation_id: str) -> None:
+    declared = DECLARED[operation_id]
+    assert [tag for tag in DOCUMENT["tags"] if [tag["name"]] == declared["tags"]]
+    assert declared["summary"]
+    assert "call it" in declared["description"]
 
 
 @pytest.mark.parametrize("path", DOCUMENT["paths"])
@@ -225,26 +225,26 @@ def test_a_path_ends_in_a_slash(path: str) -> None:
 
 
 @pytest.mark.parametrize("operation_id", SECURED)
-def test_a_secured_operation_says_who_may_call(operation_id: str) -> None:
+def test_a_secured_operation_declares_its_roles(operation_id: str) -> None:
     known = COMPONENTS["schemas"]["Role"]["enum"]
-    assert SAID[operation_id]["x-roles"]
-    assert set(SAID[operation_id]["x-roles"]) <= set(known)
-    assert SAID[operation_id]["responses"].keys() >= {"401", "403"}
+    assert DECLARED[operation_id]["x-roles"]
+    assert set(DECLARED[operation_id]["x-roles"]) <= set(known)
+    assert DECLARED[operation_id]["responses"].keys() >= {"401", "403"}
 
 
 @pytest.mark.parametrize("operation_id", OPERATIONS)
-def test_an_operation_lists_what_can_always_happen(operation_id: str) -> None:
+def test_an_operation_lists_the_statuses_that_can_always_occur(operation_id: str) -> None:
     with_body = {"415"} if LISTED[operation_id].request else set()
-    assert SAID[operation_id]["responses"].keys() >= {"400", "413", "429", "500", "503"} | with_body
+    assert DECLARED[operation_id]["responses"].keys() >= {"400", "413", "429", "500", "503"} | with_body
 
 
 @pytest.mark.parametrize("operation_id", OPERATIONS)
-def test_an_operation_has_one_kind_of_success(operation_id: str) -> None:
-    assert len([status for status in SAID[operation_id]["responses"] if status.startswith("2")]) == 1
+def test_an_operation_has_one_success_status(operation_id: str) -> None:
+    assert len([status for status in DECLARED[operation_id]["responses"] if status.startswith("2")]) == 1
 
 
 @pytest.mark.parametrize("place", [place for place in NODES if re.search(r"/links/\w+$", place)])
-def test_a_link_leads_somewhere_and_sends_no_body(place: str) -> None:
+def test_a_link_names_an_operation_and_sends_no_body(place: str) -> None:
     assert NODES[place]["operationId"] in OPERATIONS
     assert "requestBody" not in NODES[place]
 
@@ -253,7 +253,7 @@ def test_a_link_leads_somewhere_and_sends_no_body(place: str) -> None:
 
 
 @pytest.mark.parametrize(("operation_id", "status"), ANSWERS)
-def test_an_answer_is_named(operation_id: str, status: str) -> None:
+def test_an_answer_has_a_request_id(operation_id: str, status: str) -> None:
     assert "X-Request-Id" in answer(operation_id, status)["headers"]
 
 
@@ -261,10 +261,10 @@ PAGES = {"400", "403", "409", "422", "502", "503"}
 
 
 @pytest.mark.parametrize(("operation_id", "status"), ERRORS)
-def test_an_error_is_a_shared_problem(operation_id: str, status: str) -> None:
-    assert SAID[operation_id]["responses"][status].keys() == {"$ref"}
+def test_an_error_is_a_shared_response_with_a_problem(operation_id: str, status: str) -> None:
+    assert DECLARED[operation_id]["responses"][status].keys() == {"$ref"}
     content = answer(operation_id, status)["content"]
-    # A browser comes back from Stripe, and the person at it gets a page.
+    # A browser that returns from Stripe is shown a page.
     is_page = operation_id == "complete_stripe_connect" and status in PAGES
     assert content.keys() == ({PROBLEM, "text/html"} if is_page else {PROBLEM})
     assert content[PROBLEM]["schema"] == {"$ref": "#/components/schemas/Problem"}
@@ -280,7 +280,7 @@ def test_an_error_names_the_codes_of_its_status(operation_id: str, status: str) 
 
 
 @pytest.mark.parametrize("operation_id", SECURED)
-def test_401_and_403_challenge(operation_id: str) -> None:
+def test_401_and_403_have_a_challenge(operation_id: str) -> None:
     assert "WWW-Authenticate" in answer(operation_id, "401")["headers"]
     if "insufficient-scope" in codes_of(answer(operation_id, "403")):
         assert "WWW-Authenticate" in answer(operation_id, "403")["headers"]
@@ -303,7 +303,7 @@ def test_the_codes_are_those_of_the_catalogue() -> None:
     assert CODE["x-extensible-enum"] == list(CATALOGUE)
 
 
-def test_the_table_says_what_the_catalogue_says() -> None:
+def test_the_table_of_codes_matches_the_catalogue() -> None:
     rows = re.findall(r"^\| `([a-z-]+)` \| (\d+) \| (.+) \|$", CODE["description"], re.MULTILINE)
     assert rows == [
         (code, str(STATUSES[code]), error.title().removesuffix(".")) for code, error in CATALOGUE.items()
@@ -311,7 +311,7 @@ def test_the_table_says_what_the_catalogue_says() -> None:
 
 
 @pytest.mark.parametrize("code", CATALOGUE)
-def test_a_code_can_be_met(code: str) -> None:
+def test_a_code_belongs_to_a_response(code: str) -> None:
     named = {code for error in COMPONENTS["responses"].values() for code in codes_of(error)}
     assert code in named or STATUSES[code] in IMPLIED
 
@@ -320,7 +320,7 @@ def test_a_code_can_be_met(code: str) -> None:
 
 
 @pytest.mark.parametrize("place", PROPERTIES)
-def test_a_property_is_explained_and_shown(place: str) -> None:
+def test_a_property_has_a_description_and_an_example(place: str) -> None:
     schema = resolve(DOCUMENT, PROPERTIES[place])
     assert schema["description"]
     assert {"example", "enum", "properties"} & schema.keys() or "$ref" in schema["items"]
@@ -344,7 +344,7 @@ def test_a_number_has_bounds(place: str) -> None:
 
 
 @pytest.mark.parametrize("place", of_type("object"))
-def test_only_requests_are_closed_to_members_not_listed(place: str) -> None:
+def test_only_requests_forbid_additional_members(place: str) -> None:
     schema = INLINE[place]
     if "properties" not in schema:
         assert schema["maxProperties"] > 0
@@ -356,35 +356,37 @@ def test_only_requests_are_closed_to_members_not_listed(place: str) -> None:
 
 def test_requests_and_answers_share_no_object() -> None:
     assert len(SENT) >= 9
-    assert SENT.isdisjoint(name for said in SAID.values() for name in objects_in(said["responses"]))
+    assert SENT.isdisjoint(
+        name for declared in DECLARED.values() for name in objects_in(declared["responses"])
+    )
 
 
 @pytest.mark.parametrize("place", of_type("object"))
-def test_what_is_required_is_listed(place: str) -> None:
+def test_a_required_member_is_a_listed_property(place: str) -> None:
     assert set(INLINE[place].get("required", ())) <= INLINE[place].get("properties", {}).keys()
 
 
 @pytest.mark.parametrize("place", UNNAMED)
-def test_no_object_and_no_enum_stands_inline(place: str) -> None:
+def test_no_object_and_no_enum_is_inline(place: str) -> None:
     schema = UNNAMED[place]
     assert schema["type"] != "object"
     assert not {"enum", "oneOf", "anyOf", "allOf", "properties"} & schema.keys()
 
 
 @pytest.mark.parametrize("place", [place for place, node in NODES.items() if "nullable" in node])
-def test_null_stands_only_where_every_generator_reads_it(place: str) -> None:
+def test_nullable_is_used_only_where_every_generator_supports_it(place: str) -> None:
     schema = NODES[place]
     assert not {"$ref", "enum", "allOf", "oneOf", "anyOf", "properties"} & schema.keys()
     assert schema["type"] in ("string", "integer", "number", "boolean", "array")
     assert not re.fullmatch("/components/schemas/[^/]+", place)
 
 
-def test_a_reference_stands_alone() -> None:
+def test_a_reference_has_no_siblings() -> None:
     assert [place for place, node in NODES.items() if "$ref" in node and len(node) > 1] == []
 
 
 @pytest.mark.parametrize("place", [place for place, schema in INLINE.items() if "pattern" in schema])
-def test_a_pattern_is_read_alike_everywhere(place: str) -> None:
+def test_a_pattern_uses_only_portable_syntax(place: str) -> None:
     pattern = INLINE[place]["pattern"]
     assert pattern.startswith("^")
     assert pattern.endswith("$")
@@ -397,7 +399,7 @@ def test_a_pattern_admits_no_nul(place: str) -> None:
     assert [text for text in ("\0", "a\0", "\0a", "a\0a\n") if not faults(schema, text)] == []
 
 
-# By name, what nobody but its holder may see; by place, what is masked although its name says so.
+# By name, what only its holder may see; by place, what is masked although its name says secret.
 SECRET_NAME = re.compile(r"(password|secret|token)$|^(access|refresh|state|key)$|^api_key_(?!.*public)")
 MASKED = ("ApiKey/key", "WebhookConfig/webhook_secret")
 
@@ -410,7 +412,7 @@ def test_a_secret_is_marked(place: str) -> None:
 
 
 @pytest.mark.parametrize("place", MASKED)
-def test_what_is_masked_is_no_secret(place: str) -> None:
+def test_a_masked_property_is_not_marked_as_secret(place: str) -> None:
     assert "x-secret" not in PROPERTIES[place]
     assert r"\*{4}" in PROPERTIES[place]["pattern"]
 
@@ -431,13 +433,13 @@ RESERVED = {"date", "set", "list", "error", "response", "file", "map", "object",
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_no_two_names_become_one(group: str) -> None:
+def test_names_differ_in_more_than_case_and_separators(group: str) -> None:
     folded = Counter(re.sub("[_-]", "", name).lower() for name in GROUPS[group])
     assert [name for name, times in folded.items() if times > 1] == []
 
 
 @pytest.mark.parametrize("name", COMPONENTS["schemas"])
-def test_a_schema_has_a_name_of_its_own(name: str) -> None:
+def test_a_schema_has_an_unreserved_name_and_a_description(name: str) -> None:
     assert re.fullmatch("([A-Z][a-z0-9]+)+", name)
     assert name.lower() not in RESERVED
     assert COMPONENTS["schemas"][name]["description"]
@@ -471,10 +473,10 @@ EXAMPLES = {place: (schema, value) for place, schema, value in all_examples()}
 
 
 @pytest.mark.parametrize("place", EXAMPLES)
-def test_an_example_is_right(place: str) -> None:
+def test_an_example_matches_its_schema(place: str) -> None:
     assert faults(*EXAMPLES[place]) == []
 
 
 @pytest.mark.parametrize("place", [place for place in NODES if re.search(r"/content/[^/]+$", place)])
-def test_a_body_is_shown_by_an_example(place: str) -> None:
+def test_a_body_has_an_example(place: str) -> None:
     assert {"example", "examples"} & NODES[place].keys()

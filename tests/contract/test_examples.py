@@ -1,4 +1,4 @@
-"""The document's examples are what the server really takes and answers."""
+"""The document's examples are what the server really accepts and answers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LISTED = {operation.operation_id: operation for operation in operations(DOCUMENT
 JSON = "application/json"
 
 
-def said(operation_id: str) -> dict[str, Any]:
+def declared(operation_id: str) -> dict[str, Any]:
     operation = LISTED[operation_id]
     found: dict[str, Any] = DOCUMENT["paths"][operation.path][operation.method.lower()]
     return found
@@ -32,12 +32,12 @@ def example_of(content: dict[str, Any], name: str | None) -> Json:
     return content[JSON]["examples"][name]["value"] if name else content[JSON]["example"]
 
 
-def sent(operation_id: str, name: str | None = None) -> Json:
-    return example_of(said(operation_id)["requestBody"]["content"], name)
+def example_request(operation_id: str, name: str | None = None) -> Json:
+    return example_of(declared(operation_id)["requestBody"]["content"], name)
 
 
-def answered(operation_id: str, name: str | None = None) -> Json:
-    responses = said(operation_id)["responses"]
+def example_answer(operation_id: str, name: str | None = None) -> Json:
+    responses = declared(operation_id)["responses"]
     success = next(status for status in responses if status.startswith("2"))
     return example_of(responses[success]["content"], name)
 
@@ -54,9 +54,9 @@ def performed(client: TestClient, operation_id: str, body: Json = None, **header
 
 
 def differences(example: Json, real: Json, place: str = "") -> list[str]:
-    """Where the two are not of one shape, or not of the same words for people.
+    """Where the two differ in shape, or in texts for people.
 
-    What may be null may be so in one of them; whether it may, the schemas say.
+    A value may be null in only one of them; the schemas say where null is allowed.
     """
     if example is None or real is None:
         return []
@@ -68,8 +68,8 @@ def differences(example: Json, real: Json, place: str = "") -> list[str]:
         longer = [f"{place} holds {len(real)}, not {len(example)}"] if len(example) != len(real) else []
         pairs = enumerate(zip(example, real, strict=False))
         return longer + [text for n, (a, b) in pairs for text in differences(a, b, f"{place}/{n}")]
-    in_words = place.endswith(("/message", "/warning", "/type", "/mode", "/status"))
-    return [f"{place} says {real!r}"] if in_words and example != real else []
+    is_fixed_text = place.endswith(("/message", "/warning", "/type", "/mode", "/status"))
+    return [f"{place} says {real!r}"] if is_fixed_text and example != real else []
 
 
 def differing_members(example: dict[str, Json], real: dict[str, Json], place: str) -> list[str]:
@@ -89,60 +89,60 @@ def as_user(acme: Account) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", ["minimal", "complete"])
 def test_register_tenant(client: TestClient, name: str) -> None:
-    real = performed(client, "register_tenant", sent("register_tenant", name))
-    assert differences(answered("register_tenant"), real) == []
+    real = performed(client, "register_tenant", example_request("register_tenant", name))
+    assert differences(example_answer("register_tenant"), real) == []
 
 
 def test_log_in(acme: Account) -> None:
-    real = performed(acme.client, "log_in", sent("log_in"))
-    assert differences(answered("log_in"), real) == []
+    real = performed(acme.client, "log_in", example_request("log_in"))
+    assert differences(example_answer("log_in"), real) == []
 
 
 def test_refresh_tokens(acme: Account) -> None:
-    assert sent("refresh_tokens").keys() == {"refresh"}
+    assert example_request("refresh_tokens").keys() == {"refresh"}
     real = performed(acme.client, "refresh_tokens", {"refresh": acme.tokens["refresh"]})
-    assert differences(answered("refresh_tokens"), real) == []
+    assert differences(example_answer("refresh_tokens"), real) == []
 
 
 def test_get_current_user(acme: Account) -> None:
     real = performed(acme.client, "get_current_user", **as_user(acme))
-    assert differences(answered("get_current_user"), real) == []
+    assert differences(example_answer("get_current_user"), real) == []
 
 
 def test_change_password(acme: Account) -> None:
-    real = performed(acme.client, "change_password", sent("change_password"), **as_user(acme))
-    assert differences(answered("change_password"), real) == []
+    real = performed(acme.client, "change_password", example_request("change_password"), **as_user(acme))
+    assert differences(example_answer("change_password"), real) == []
 
 
 @pytest.mark.parametrize("operation_id", ["verify_api_key", "get_tenant_details"])
 @pytest.mark.parametrize(
     ("name", "member"), [("secret_key", "api_key_secret"), ("publishable_key", "api_key_test_public")]
 )
-def test_what_a_key_may_see(acme: Account, operation_id: str, name: str, member: str) -> None:
+def test_a_key_sees_what_the_example_shows(acme: Account, operation_id: str, name: str, member: str) -> None:
     real = performed(acme.client, operation_id, **{"X-API-Key": acme.tenant[member]})
-    assert differences(answered(operation_id, name), real) == []
+    assert differences(example_answer(operation_id, name), real) == []
 
 
 def test_list_api_keys(acme: Account) -> None:
-    # The example is what an owner sees who has replaced the live keys and left the old ones a day.
-    with_grace = sent("regenerate_api_keys", "with_grace")
+    # The example is what an owner sees after replacing the live keys with a day of grace for the old ones.
+    with_grace = example_request("regenerate_api_keys", "with_grace")
     performed(acme.client, "regenerate_api_keys", with_grace, **as_user(acme))
     real = performed(acme.client, "list_api_keys", **as_user(acme))
-    assert differences(answered("list_api_keys"), real) == []
+    assert differences(example_answer("list_api_keys"), real) == []
 
 
 def test_regenerate_api_keys(acme: Account) -> None:
-    at_once = sent("regenerate_api_keys", "at_once")
+    at_once = example_request("regenerate_api_keys", "at_once")
     real = performed(acme.client, "regenerate_api_keys", at_once, **as_user(acme))
-    assert differences(answered("regenerate_api_keys"), real) == []
+    assert differences(example_answer("regenerate_api_keys"), real) == []
 
 
 def test_revoke_api_keys(acme: Account) -> None:
-    real = performed(acme.client, "revoke_api_keys", sent("revoke_api_keys"), **as_user(acme))
-    assert real == answered("revoke_api_keys")
+    real = performed(acme.client, "revoke_api_keys", example_request("revoke_api_keys"), **as_user(acme))
+    assert real == example_answer("revoke_api_keys")
 
 
-def test_differences_are_seen() -> None:
+def test_differences_are_detected() -> None:
     example = {"keys": [{"id": "1", "mode": "live"}], "at": None, "message": "Done."}
     assert differences(example, {**example, "at": "now"}) == []
     assert differences(example, {**example, "message": "Made."}) == ["/message says 'Made.'"]
@@ -161,22 +161,22 @@ PROBLEMS = {
     if "content" in response
 }
 CATALOGUE = {error.code(): error for error in catalogue()}
-# Their detail is found when they happen: the number of faults, the roles it takes, the variable to set.
-SAID_AT_RUN_TIME = {"invalid-request", "insufficient-scope", "stripe-not-configured"}
+# Their detail is known only when they occur: the number of faults, the roles required, the variable to set.
+DETAILED_AT_RUN_TIME = {"invalid-request", "insufficient-scope", "stripe-not-configured"}
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_a_problem_is_what_the_server_makes_of_the_error(name: str) -> None:
+def test_a_problem_example_matches_the_rendered_error(name: str) -> None:
     example = PROBLEMS[name]
     faults = [Fault(**fault) for fault in example.get("errors", ())]
-    detail = example["detail"] if example["code"] in SAID_AT_RUN_TIME else None
+    detail = example["detail"] if example["code"] in DETAILED_AT_RUN_TIME else None
     error = CATALOGUE[example["code"]](detail, faults=faults)
     made = orjson.loads(render(error, request_id=example["request_id"]).body)
     assert without_origin(made) == without_origin(example)
 
 
-def test_a_missing_member_is_answered_as_the_example_says(client: TestClient) -> None:
-    whole = sent("register_tenant", "minimal")
+def test_a_missing_member_is_answered_as_in_the_example(client: TestClient) -> None:
+    whole = example_request("register_tenant", "minimal")
     body = {name: value for name, value in whole.items() if name != "company_name"}
     real = perform(client, "register_tenant", body).json()
     assert [real[name] for name in ("detail", "errors")] == [
@@ -185,6 +185,6 @@ def test_a_missing_member_is_answered_as_the_example_says(client: TestClient) ->
 
 
 def without_origin(problem: dict[str, Any]) -> dict[str, Any]:
-    """All but what each server, and each occurrence, has of its own."""
+    """The problem without what differs by server and by occurrence."""
     _, _, path = problem["type"].partition("/problems/")
     return {**problem, "type": path, "instance": ""}

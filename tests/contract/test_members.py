@@ -1,4 +1,4 @@
-"""Which members there must be: what clients may leave out of a request, and rely on in an answer."""
+"""Required members: what clients may leave out of a request, and rely on in an answer."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tests.conftest import API, Account
 
 SCHEMAS = DOCUMENT["components"]["schemas"]
 
-# What each operation cannot do without, said here once more: whoever loosens the document has to mean it.
-NEEDED: dict[str, dict[str, Any]] = {
+# The members that each operation requires, repeated here so that nobody loosens the document by accident.
+REQUIRED: dict[str, dict[str, Any]] = {
     "/register/": {
         "company_name": "Acme Inc.",
         "email": "grace@acme.example",
@@ -29,7 +29,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "/webhooks/config/": {"webhook_url": "https://hooks.acme.example/billing"},
 }
 # What an answer may lack, and when: no other member of any answer is optional.
-ABSENT = {
+OPTIONAL = {
     "KeyVerification": {"mode", "key"},  # for a user's token
     "TenantDetails": {"mode"},  # for a user's token
     "TenantView": {  # for a publishable key
@@ -43,22 +43,26 @@ ABSENT = {
     },
     "NewKeys": {"live_public", "live_secret", "test_public", "test_secret"},  # those not asked for
     "WebhookConfigured": {"webhook_secret", "warning"},  # where none was made
-    "Problem": {"errors"},  # but for 400
+    "Problem": {"errors"},  # except for 400
 }
 
 
-@pytest.mark.parametrize(("path", "member"), [(path, name) for path, body in NEEDED.items() for name in body])
-def test_400_without_what_is_needed(acme: Account, path: str, member: str) -> None:
-    answer = acme.post(path, {name: value for name, value in NEEDED[path].items() if name != member})
+@pytest.mark.parametrize(
+    ("path", "member"), [(path, name) for path, body in REQUIRED.items() for name in body]
+)
+def test_400_without_a_required_member(acme: Account, path: str, member: str) -> None:
+    answer = acme.post(path, {name: value for name, value in REQUIRED[path].items() if name != member})
     assert answer.status_code == 400
     assert [fault["pointer"] for fault in answer.json()["errors"]] == [f"/{member}"]
 
 
-def test_all_else_may_be_left_out() -> None:
+def test_no_other_member_of_a_request_is_required() -> None:
     operations = {
         path.removeprefix(API): item["post"] for path, item in DOCUMENT["paths"].items() if "post" in item
     }
-    bodies = {path: said["requestBody"] for path, said in operations.items() if "requestBody" in said}
+    bodies = {
+        path: declared["requestBody"] for path, declared in operations.items() if "requestBody" in declared
+    }
     references = {
         path: body["content"]["application/json"]["schema"]["$ref"] for path, body in bodies.items()
     }
@@ -66,22 +70,24 @@ def test_all_else_may_be_left_out() -> None:
         path: SCHEMAS[name.rpartition("/")[2]].get("required", []) for path, name in references.items()
     }
     assert {path: set(names) for path, names in required.items() if names} == {
-        path: set(body) for path, body in NEEDED.items()
+        path: set(body) for path, body in REQUIRED.items()
     }
 
 
-def test_an_answer_lacks_nothing_but_these() -> None:
+def test_no_other_member_of_an_answer_is_optional() -> None:
     answered = answered_schemas()
     optional = {
         name: set(s.get("properties", {})) - set(s.get("required", ())) for name, s in answered.items()
     }
-    assert {name: members for name, members in optional.items() if members} == ABSENT
+    assert {name: members for name, members in optional.items() if members} == OPTIONAL
 
 
 def answered_schemas() -> dict[str, dict[str, Any]]:
-    """The schemas that answers lead to."""
+    """The schemas that answers refer to."""
     found: set[str] = set()
-    waiting: list[Any] = [said["responses"] for item in DOCUMENT["paths"].values() for said in item.values()]
+    waiting: list[Any] = [
+        declared["responses"] for item in DOCUMENT["paths"].values() for declared in item.values()
+    ]
     while waiting:
         node = waiting.pop()
         waiting += node.values() if isinstance(node, dict) else node if isinstance(node, list) else []

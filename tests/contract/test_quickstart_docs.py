@@ -19,7 +19,7 @@ def callers(operation: Operation) -> str:
     return ", ".join([*operation.roles, *(["API key"] if API_KEY in operation.schemes else [])])
 
 
-def test_its_table_lists_every_operation_as_it_is() -> None:
+def test_the_table_lists_every_operation_as_declared() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \| `(/.*)` \| (.+) \|$", PAGE, re.MULTILINE)
     assert rows == [
         (each.operation_id, each.method.upper(), each.path.removeprefix(API), callers(each))
@@ -27,7 +27,7 @@ def test_its_table_lists_every_operation_as_it_is() -> None:
     ]
 
 
-def test_it_says_how_many_there_are_and_where() -> None:
+def test_the_page_states_the_number_and_paths_of_operations() -> None:
     assert f"## The {len(OPERATIONS)} operations\n" in PAGE
     assert f"Their paths begin with `{API}`." in PAGE
     assert all(each.path.startswith(API) for each in OPERATIONS)

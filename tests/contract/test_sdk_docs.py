@@ -1,4 +1,4 @@
-"""What docs/sdk.md shows is what runs."""
+"""docs/sdk.md shows the code and the options that are really used."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ FLOWS = {"python": "flow.py", "ts": "flow.mts"}
 
 
 def pieces(language: str) -> list[str]:
-    """What stands between empty lines in the page's blocks of that language."""
+    """The parts between empty lines in the page's code blocks of that language."""
     blocks = re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
     return [piece.strip() for block in blocks for piece in block.split("\n\n")]
 
 
 @pytest.mark.parametrize("language", FLOWS)
-def test_its_snippets_are_parts_of_the_flows(language: str) -> None:
+def test_snippets_are_parts_of_the_flows(language: str) -> None:
     flow = (ROOT / "contract/sdk_flows" / FLOWS[language]).read_text(encoding="utf-8").split("\n\n")
     whole = [piece.strip() for piece in flow]
     shown = pieces(language)
@@ -32,7 +32,7 @@ def test_its_snippets_are_parts_of_the_flows(language: str) -> None:
     assert [piece for piece in shown if not any(part.startswith(piece) for part in whole)] == []
 
 
-def test_its_table_lists_what_is_made() -> None:
+def test_the_table_lists_the_generated_sdks() -> None:
     rows = re.findall(r"^\| `([^`]+)` \| .+ \| `([^`]+)`(.*) \|$", PAGE, re.MULTILINE)
     assert [(name, judge + more) for name, judge, more in rows] == [(sdk.name, sdk.judged_by) for sdk in SDKS]
 
@@ -40,21 +40,21 @@ def test_its_table_lists_what_is_made() -> None:
 @pytest.mark.parametrize(
     "option", ["--default-non-nullable false", "enumClassPrefix=true", "useJakartaEe=true"]
 )
-def test_its_options_are_those_we_use(option: str) -> None:
+def test_documented_options_are_those_we_use(option: str) -> None:
     assert option in PAGE
-    said = (ROOT / "contract/sdks.py").read_text(encoding="utf-8")
-    assert all(word in said for word in re.split(r"[ =]", option))
+    source = (ROOT / "contract/sdks.py").read_text(encoding="utf-8")
+    assert all(word in source for word in re.split(r"[ =]", option))
 
 
-def test_typescript_is_of_the_version_it_says() -> None:
+def test_the_pinned_typescript_has_the_documented_version() -> None:
     pinned = json.loads((ROOT / "contract/node/package.json").read_text(encoding="utf-8"))["dependencies"]
-    said = re.search(r"Pin TypeScript (\d+\.\d+)", PAGE)
-    assert said
-    assert pinned["typescript"].startswith(f"{said[1]}.")
+    documented = re.search(r"Pin TypeScript (\d+\.\d+)", PAGE)
+    assert documented
+    assert pinned["typescript"].startswith(f"{documented[1]}.")
 
 
 @pytest.mark.parametrize("lock", ["contract/node/package-lock.json", "requirements-contract.lock"])
-def test_locks_name_no_place_to_download_from(lock: str) -> None:
+def test_locks_contain_no_download_urls(lock: str) -> None:
     # `npm install --omit-lockfile-registry-resolved` writes none but those of `funding`, which can be deleted.
     text = (ROOT / lock).read_text(encoding="utf-8")
     assert '"resolved"' not in text
@@ -63,7 +63,7 @@ def test_locks_name_no_place_to_download_from(lock: str) -> None:
     assert "https://" not in text
 
 
-def test_the_generators_are_apart_from_the_product() -> None:
+def test_generators_are_not_locked_with_the_product() -> None:
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"]
     locked = (ROOT / "requirements-dev.lock").read_text(encoding="utf-8")
     assert any(one.startswith("openapi-generator-cli") for one in groups["contract"])
