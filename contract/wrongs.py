@@ -277,7 +277,7 @@ IN_THE_ANSWERS = (
         "billing/http/application.py",
         '", ".join(sorted(methods))',
         "sorted(methods)[0]",
-        ("tests/contract/test_probes.py::test_405_says_what_is_allowed",),
+        ("tests/contract/test_probes.py::test_405_lists_the_allowed_methods",),
     ),
     Wrong(
         "401 has no WWW-Authenticate",
@@ -504,7 +504,7 @@ IN_STORAGE = (
         "billing/storage/tasks.py",
         'tasks.c.attempts == bindparam("taken")',
         'tasks.c.attempts >= bindparam("taken")',
-        ("tests/storage/test_tasks.py::test_who_lost_the_lease_changes_nothing",),
+        ("tests/storage/test_tasks.py::test_a_worker_that_lost_the_lease_changes_nothing",),
     ),
     Wrong(
         "a late attempt settles a delivery",
@@ -542,7 +542,7 @@ IN_STORAGE = (
         "billing/http/idempotency.py",
         "idempotency.name_of(key, caller.id)",
         "idempotency.name_of(key, None)",
-        (f"{IDEMPOTENCY}::test_another_user_of_the_tenant_gets_an_answer_of_their_own",),
+        (f"{IDEMPOTENCY}::test_another_user_of_the_tenant_may_use_the_same_key",),
     ),
     Wrong(
         "a secret opens in another place",
@@ -559,7 +559,7 @@ IN_STRIPE_AND_WEBHOOKS = (
         "billing/stripe_connect.py",
         "        tx.stripe.consume_state(id, now)\n",
         "",
-        (f"{STRIPE}::test_400_state_used",),
+        (f"{STRIPE}::test_400_for_a_used_state",),
     ),
     Wrong(
         "a state lasts for ever",
@@ -573,7 +573,7 @@ IN_STRIPE_AND_WEBHOOKS = (
         "billing/sessions.py",
         "    tx.stripe.end_states_of(user.id)\n",
         "",
-        (f"{STRIPE}::test_what_a_session_began_ends_with_it",),
+        (f"{STRIPE}::test_a_state_ends_with_the_session_that_started_it",),
     ),
     Wrong(
         "a change is made for a session that has ended while it waited",
@@ -594,21 +594,21 @@ IN_STRIPE_AND_WEBHOOKS = (
         "billing/stripe_connections.py",
         "        chapter.require_return_url(return_url, self._return_origins)\n",
         "",
-        (f"{STRIPE}::test_connect_422_for_a_page_of_somebody_else",),
+        (f"{STRIPE}::test_connect_422_for_a_return_url_of_another_origin",),
     ),
     Wrong(
         "an account may belong to two tenants",
         "billing/stripe_connect.py",
         "return claimed or tx.directory.owns(ACCOUNT_NAME, account_id)",
         "return True",
-        (f"{STRIPE}::test_409_stripe_account_taken",),
+        (f"{STRIPE}::test_409_for_an_account_of_another_tenant",),
     ),
     Wrong(
         "test mode is taken for live",
         "billing/stripe_connect.py",
         "if grant.livemode != livemode:",
         "if grant.livemode is None:",
-        (f"{STRIPE}::test_a_grant_that_does_not_serve_is_given_back",),
+        (f"{STRIPE}::test_an_unsuitable_grant_is_revoked_at_stripe",),
     ),
     Wrong(
         "Stripe being away is an error of status",
@@ -616,7 +616,7 @@ IN_STRIPE_AND_WEBHOOKS = (
         "        except (StripeUnavailable, StripeNotConfigured):\n"
         "            return StatusView(known, is_live=False)\n",
         "        except StripeNotConfigured:\n            return StatusView(known, is_live=False)\n",
-        (f"{STRIPE}::test_status_is_what_was_last_known_if_stripe_does_not_say",),
+        (f"{STRIPE}::test_status_comes_from_the_cache_if_stripe_fails",),
     ),
     Wrong(
         "other bytes are signed than are sent",
