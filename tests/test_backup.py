@@ -1,4 +1,4 @@
-"""A backup is one when it has been restored: dumped, put into a new server with its roles, verified, and used."""
+"""A backup is proved by restoring it: dumped, restored into a new server with its roles, verified, and used."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.conftest import API, PASSWORD, VOLATILE
 
 
 @pytest.fixture
-def place() -> Iterator[Callable[[str], Path]]:
+def directory() -> Iterator[Callable[[str], Path]]:
     """Directories by name, in memory where possible."""
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     made = Path(tempfile.mkdtemp(prefix="billing-backup-", dir=memory))
@@ -53,29 +53,29 @@ def call(url: str, method: str, path: str, **more: Any) -> Any:
     return answer.json()
 
 
-def billing(state_dir: Path, *arguments: str) -> str:
+def run_billing(state_dir: Path, *arguments: str) -> str:
     ended = CliRunner().invoke(main, arguments, env={"BILLING_STATE_DIR": str(state_dir), "DATABASE_URL": ""})
     assert ended.exit_code == 0, ended.output
     return ended.stdout
 
 
-def test_what_was_dumped_works_where_it_is_restored(place: Callable[[str], Path]) -> None:
-    old, new, dump = place("old"), place("new"), str(place("billing.dump"))
+def test_a_restored_dump_works_on_a_new_server(directory: Callable[[str], Path]) -> None:
+    old, new, dump = directory("old"), directory("new"), str(directory("billing.dump"))
     ada = {"email": "ada@acme.example", "password": PASSWORD}
     with closing(database.open_embedded(old, options=VOLATILE)) as opened:
         with live.serving({"BILLING_STATE_DIR": str(old), "DATABASE_URL": ""}, "--no-worker") as url:
             made = call(url, "POST", "/register/", json={"company_name": "Acme", **ada})
             call(url, "POST", "/login/", json=ada)
-        heads = billing(old, "audit", "verify", "--all")
+        heads = run_billing(old, "audit", "verify", "--all")
         run(opened, "pg_dump", "--format=custom", f"--file={dump}", "billing")
 
-    # Opened once, a new state directory has its server, the roles and an empty database.
+    # Opening a new state directory creates its server, the roles and an empty database.
     new.mkdir(mode=0o700)
     shutil.copy2(old / "secrets.env", new)
     with closing(database.open_embedded(new, options=VOLATILE)) as opened:
         run(opened, "dropdb", "billing")
         run(opened, "pg_restore", "--exit-on-error", "--create", "--dbname=postgres", dump)
-        assert billing(new, "audit", "verify", "--all") == heads
+        assert run_billing(new, "audit", "verify", "--all") == heads
         with live.serving({"BILLING_STATE_DIR": str(new), "DATABASE_URL": ""}, "--no-worker") as url:
             back = call(url, "POST", "/login/", json=ada)
             assert back["tenant"]["id"] == made["tenant"]["id"]
@@ -85,4 +85,4 @@ def test_what_was_dumped_works_where_it_is_restored(place: Callable[[str], Path]
             assert call(
                 url, "POST", "/api-keys/revoke/", headers=bearer, json={"key_type": "all", "confirm": True}
             )
-        assert billing(new, "audit", "verify", "--all").startswith("acme: whole, 5:")
+        assert run_billing(new, "audit", "verify", "--all").startswith("acme: whole, 5:")

@@ -1,4 +1,4 @@
-"""The command line: a server that starts, drains and ends as it should, and what an operator does."""
+"""The command line: how a server starts, drains and stops, and the commands of an operator."""
 
 from __future__ import annotations
 
@@ -51,29 +51,29 @@ BILLING = (sys.executable, "-m", "billing.cli")
 APP = (sys.executable, str(ROOT / "app.py"))
 
 
-# What is started -----------------------------------------------------------------------------------
+# Processes -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def state_dir() -> Iterator[Path]:
-    """A state directory, in memory where possible; anybody may pass, since root gives PostgreSQL away."""
+    """A state directory, in memory where possible; any user may enter it, as root runs PostgreSQL as another."""
     memory = Path("/dev/shm")
     made = Path(tempfile.mkdtemp(prefix="billing-cli-", dir=memory if memory.is_dir() else None))
     made.chmod(0o711)
     yield made
-    eventually(lambda: is_removed(made))  # PostgreSQL ends soon after its last user, not at once.
+    eventually(lambda: is_removed(made))  # PostgreSQL stops soon after its last user, not at once.
 
 
 @pytest.fixture(scope="module")
 def embedded(state_dir: Path) -> Iterator[Database]:
-    """Its database, which everything below shares."""
+    """The database there, which all tests below share."""
     with contextlib.closing(database.open_embedded(state_dir, options=VOLATILE)) as opened:
         yield opened
 
 
 @pytest.fixture(scope="module")
 def environ(state_dir: Path, embedded: Database) -> dict[str, str]:
-    """All that a command knows."""
+    """The whole environment of a command."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     ours = {"BILLING_STATE_DIR": str(state_dir), "PASSWORD_COST": "4", "RATE_LIMITS": "off"}
     loopback = {"WEBHOOK_ALLOW_CIDRS": "127.0.0.0/8,::1/128", "WEBHOOK_ALLOW_HTTP": "on"}
@@ -85,12 +85,12 @@ class Server:
     """A `billing serve`: its process, its address, its log."""
 
     process: subprocess.Popen[str]
-    said: dict[str, str]
+    banner: dict[str, str]
     log: Path
 
     @property
     def url(self) -> str:
-        return self.said["Docs"].removesuffix("/docs/")
+        return self.banner["Docs"].removesuffix("/docs/")
 
     @property
     def address(self) -> tuple[str, int]:
@@ -108,11 +108,11 @@ class Server:
         eventually(lambda: len(self.events(started)) >= workers, seconds=START_SECONDS)
 
     def companions(self) -> list[int]:
-        """The processes that work beside it."""
+        """The processes of its companion."""
         return companions_of(self.process.pid)
 
     def await_companion(self, *, other_than: int = 0) -> int:
-        """The one that works beside it, once it does."""
+        """The companion, once it runs."""
         eventually(lambda: any(pid != other_than for pid in self.companions()))
         [companion] = self.companions()
         return companion
@@ -135,7 +135,7 @@ class Server:
 def serving(
     environ: dict[str, str], *options: str, command: tuple[str, ...] = (*BILLING, "serve")
 ) -> Iterator[Server]:
-    """A server on a free port, ended with the block."""
+    """A server on a free port, stopped at the end of the block."""
     with (
         tempfile.NamedTemporaryFile("w", suffix=".log") as log,
         subprocess.Popen(
@@ -162,12 +162,12 @@ def serving(
 
 def banner_of(process: subprocess.Popen[str], log: Path) -> dict[str, str]:
     assert process.stdout
-    said: dict[str, str] = {}
+    banner: dict[str, str] = {}
     for line in process.stdout:
         if line.startswith("Ctrl-C"):
-            return said
+            return banner
         name, _, what = line.rstrip().partition("  ")
-        said[name] = what.strip()
+        banner[name] = what.strip()
     raise AssertionError(f"the server did not start: {log.read_text()}")
 
 
@@ -180,7 +180,7 @@ def server(environ: dict[str, str]) -> Iterator[Server]:
 def eventually(holds: Callable[[], bool], *, seconds: float = PATIENCE_SECONDS) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < deadline, "It never came about."
+        assert time.monotonic() < deadline, "the condition was never met"
         time.sleep(0.05)
 
 
@@ -194,14 +194,14 @@ def is_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    # A container's first process may never reap it.
+    # A container's first process may never reap a zombie.
     with suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return True
 
 
 def companions_of(server: int) -> list[int]:
-    """The workers that are children of this process."""
+    """The `billing worker`s that are children of this process."""
     processes = (directory.name for directory in Path("/proc").iterdir() if directory.name.isdigit())
     return [int(pid) for pid in processes if parent_of(pid) == server and "worker" in command_of(pid)]
 
@@ -213,18 +213,18 @@ def parent_of(pid: str) -> int | None:
 
 
 def command_of(pid: str) -> list[str]:
-    """Empty for one that has ended, even if nobody has asked for its exit code yet."""
+    """Empty for a process that has ended, even if it has not been waited for yet."""
     with suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
     return []
 
 
-# What is run ---------------------------------------------------------------------------------------
+# Commands ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody's `.env` is in the current directory, and nothing is in the environment that a test did not put there."""
+def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No `.env` is in the current directory, and no setting in the environment that the test did not set."""
     monkeypatch.chdir(tmp_path)
     for name in ("BILLING_STATE_DIR", "DATABASE_URL", "MIGRATION_DATABASE_URL", "ENVIRONMENT"):
         monkeypatch.delenv(name, raising=False)
@@ -273,24 +273,24 @@ def commands(command: click.Command, name: str = "billing") -> Iterator[tuple[st
 
 
 @pytest.mark.parametrize(("name", "command"), [pytest.param(*each, id=each[0]) for each in commands(main)])
-def test_help_says_how_to_call_it_with_an_example(name: str, command: click.Command) -> None:
-    said = CliRunner().invoke(main, [*name.split()[1:], "--help"]).stdout
+def test_help_shows_usage_and_an_example(name: str, command: click.Command) -> None:
+    output = CliRunner().invoke(main, [*name.split()[1:], "--help"]).stdout
 
-    assert said.startswith(f"Usage: {name} ")
-    assert "Example:\n" in said and name in said.partition("Example:\n")[2]
+    assert output.startswith(f"Usage: {name} ")
+    assert "Example:\n" in output and name in output.partition("Example:\n")[2]
 
 
 @pytest.mark.parametrize(("hard", "allowed"), [(8192, 4096), (4096, 4096), (512, 512)])
-def test_a_process_takes_the_descriptors_that_it_may_have(hard: int, allowed: int) -> None:
+def test_the_descriptor_limit_is_raised_as_far_as_allowed(hard: int, allowed: int) -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most != resource.RLIM_INFINITY and most < hard:
         pytest.skip(f"This process may have {most} descriptors, and only root may raise that.")
-    told = (
+    script = (
         f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, {hard})); "
         "from billing.cli.console import allow_descriptors; allow_descriptors(); "
         "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
     )
-    ran = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert int(ran.stdout) == allowed
 
 
@@ -298,7 +298,7 @@ def test_version() -> None:
     assert CliRunner().invoke(main, ["--version"]).stdout.startswith("billing, version ")
 
 
-def test_generated_secrets_are_all_that_production_asks_for() -> None:
+def test_generated_secrets_are_all_that_production_requires() -> None:
     made = CliRunner().invoke(main, ["secrets", "generate"])
     given = {name: value or "" for name, value in dotenv_values(stream=io.StringIO(made.stdout)).items()}
     rest = {"DATABASE_URL": "postgresql://db/billing", "PUBLIC_BASE_URL": "https://billing.example"}
@@ -316,12 +316,12 @@ def test_generated_secrets_differ_each_time() -> None:
 
 
 def test_bootstrap_sql_needs_no_settings() -> None:
-    said = CliRunner().invoke(main, ["migrate", "--bootstrap-sql"], env={"PORT": "none"})
+    result = CliRunner().invoke(main, ["migrate", "--bootstrap-sql"], env={"PORT": "none"})
 
-    assert said.exit_code == 0
+    assert result.exit_code == 0
     assert (
-        "CREATE ROLE billing_app" in said.stdout
-        and "CREATE DATABASE billing OWNER billing_owner" in said.stdout
+        "CREATE ROLE billing_app" in result.stdout
+        and "CREATE DATABASE billing OWNER billing_owner" in result.stdout
     )
 
 
@@ -360,7 +360,7 @@ def test_bootstrap_sql_needs_no_settings() -> None:
         ),
     ],
 )
-def test_what_is_wrong_is_one_sentence(
+def test_an_invalid_setup_is_a_one_line_error(
     tmp_path: Path, settings: dict[str, str], arguments: str, expected: str
 ) -> None:
     environ = {"BILLING_STATE_DIR": str(tmp_path), **settings}
@@ -390,14 +390,14 @@ def test_2_for_wrong_usage(arguments: str) -> None:
 # Serving -------------------------------------------------------------------------------------------
 
 
-def test_serve_says_where_everything_is(server: Server, state_dir: Path) -> None:
-    assert server.said["Environment"] == "development"
-    assert server.said["State"] == str(state_dir)
-    assert server.said["Database"] == f"embedded PostgreSQL in {state_dir}"
-    assert requests.get(server.said["Docs"], timeout=10).status_code == 200
+def test_serve_prints_its_addresses_and_locations(server: Server, state_dir: Path) -> None:
+    assert server.banner["Environment"] == "development"
+    assert server.banner["State"] == str(state_dir)
+    assert server.banner["Database"] == f"embedded PostgreSQL in {state_dir}"
+    assert requests.get(server.banner["Docs"], timeout=10).status_code == 200
     # The base URL follows the port.
-    assert requests.get(server.said["Document"], timeout=10).json()["servers"][0]["url"] == server.url
-    assert requests.post(f"{server.said['API']}login/", timeout=10).status_code == 400
+    assert requests.get(server.banner["Document"], timeout=10).json()["servers"][0]["url"] == server.url
+    assert requests.post(f"{server.banner['API']}login/", timeout=10).status_code == 400
 
 
 @pytest.mark.parametrize(
@@ -408,11 +408,11 @@ def test_serve_says_where_everything_is(server: Server, state_dir: Path) -> None
         ("postgresql://me:hunter2@/billing?host=one:5432&host=two:5432", "one:5432,two:5432/billing"),
     ],
 )
-def test_another_database_is_named_without_its_password(url: str, place: str) -> None:
+def test_an_external_database_is_shown_without_its_password(url: str, place: str) -> None:
     assert Database(url, None).place == place
 
 
-def test_serve_names_date_but_no_software(server: Server) -> None:
+def test_responses_have_a_date_but_no_server_header(server: Server) -> None:
     answer = requests.get(f"{server.url}/healthz", headers={"X-Forwarded-For": "1.2.3.4"}, timeout=10)
 
     assert answer.status_code == 200
@@ -448,7 +448,7 @@ def refuses_connections(server: Server) -> bool:
     return False
 
 
-def test_app_py_serves_too_until_sigint(environ: dict[str, str]) -> None:
+def test_app_py_serves_until_sigint(environ: dict[str, str]) -> None:
     with serving(environ, command=(*APP,)) as server:
         server.await_started(workers=1)
         server.await_companion()
@@ -458,12 +458,12 @@ def test_app_py_serves_too_until_sigint(environ: dict[str, str]) -> None:
         assert len(server.workers()) == 1
 
 
-def test_a_signal_before_it_serves_ends_it(environ: dict[str, str]) -> None:
+def test_a_signal_during_startup_ends_the_server(environ: dict[str, str]) -> None:
     with serving(environ) as server:
         assert server.end() == 0
 
 
-def test_a_port_in_use_is_one_sentence(server: Server, environ: dict[str, str]) -> None:
+def test_a_port_in_use_is_a_one_line_error(server: Server, environ: dict[str, str]) -> None:
     port = server.address[1]
 
     ended = run_process(environ, "serve", "--port", str(port))
@@ -472,7 +472,9 @@ def test_a_port_in_use_is_one_sentence(server: Server, environ: dict[str, str]) 
     assert sentence(ended.stderr).startswith(f"Port {port} of 127.0.0.1 is in use")
 
 
-def test_a_role_that_may_too_much_is_one_sentence(environ: dict[str, str], embedded: Database) -> None:
+def test_an_overprivileged_database_role_is_a_one_line_error(
+    environ: dict[str, str], embedded: Database
+) -> None:
     assert embedded.server
     url = embedded.server.cluster.url(database.NAME)
 
@@ -482,7 +484,7 @@ def test_a_role_that_may_too_much_is_one_sentence(environ: dict[str, str], embed
     assert sentence(ended.stderr).endswith("connect as billing_app.")
 
 
-def test_a_database_that_is_away_is_one_sentence(environ: dict[str, str]) -> None:
+def test_an_unreachable_database_is_a_one_line_error(environ: dict[str, str]) -> None:
     url = "postgresql://me:hunter2@127.0.0.1:1/x"
 
     ended = run_process(environ, "serve", "--port", "0", DATABASE_URL=url)
@@ -492,7 +494,7 @@ def test_a_database_that_is_away_is_one_sentence(environ: dict[str, str]) -> Non
     assert "hunter2" not in ended.stdout + ended.stderr
 
 
-def test_a_database_without_tables_is_one_sentence(run: Run, embedded: Database) -> None:
+def test_a_database_without_tables_is_a_one_line_error(run: Run, embedded: Database) -> None:
     assert embedded.server
     url = database.url(embedded.server.cluster, database.APP, "postgres")
 
@@ -501,7 +503,7 @@ def test_a_database_without_tables_is_one_sentence(run: Run, embedded: Database)
     assert sentence(ended.stderr).endswith("run `billing migrate`.")
 
 
-def test_a_killed_worker_is_replaced_and_all_end_with_the_supervisor(environ: dict[str, str]) -> None:
+def test_a_killed_server_process_is_replaced_and_all_end_with_the_supervisor(environ: dict[str, str]) -> None:
     with serving(environ, "--workers", "2") as server:
         server.await_started(workers=2)
         os.kill(server.workers()[0], signal.SIGKILL)
@@ -514,7 +516,7 @@ def test_a_killed_worker_is_replaced_and_all_end_with_the_supervisor(environ: di
         assert refuses_connections(server)
 
 
-def test_two_servers_share_what_is_in_the_state_directory(server: Server, environ: dict[str, str]) -> None:
+def test_two_servers_can_share_a_state_directory(server: Server, environ: dict[str, str]) -> None:
     tokens = register(server, "Shared Ltd.")["tokens"]
     with serving(environ, "--workers", "2") as other:
         other.await_started(workers=2)
@@ -527,12 +529,12 @@ def test_two_servers_share_what_is_in_the_state_directory(server: Server, enviro
     assert server.call("GET", "/me/", tokens["access"]).status_code == 200
 
 
-# Working beside requests ---------------------------------------------------------------------------
+# Worker and companion ------------------------------------------------------------------------------
 
 
 @contextmanager
-def working(environ: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    """A `billing worker` that runs, ended with the block."""
+def running_worker(environ: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """A running `billing worker`, killed at the end of the block."""
     command = [*BILLING, "worker"]
     with subprocess.Popen(
         command, env=environ, cwd="/", stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -547,14 +549,14 @@ def working(environ: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_worker_runs_until_a_signal(environ: dict[str, str], number: signal.Signals) -> None:
-    with working(environ) as process:
+    with running_worker(environ) as process:
         process.send_signal(number)
 
         assert process.wait(PATIENCE_SECONDS) == 0
         assert process.stderr and process.stderr.read() == ""
 
 
-def test_a_worker_without_a_database_is_one_sentence(environ: dict[str, str]) -> None:
+def test_a_worker_without_a_database_is_a_one_line_error(environ: dict[str, str]) -> None:
     ended = run_process(environ, "worker", DATABASE_URL="postgresql://me:hunter2@127.0.0.1:1/x")
 
     assert ended.returncode == 1
@@ -573,13 +575,13 @@ def test_a_killed_companion_is_replaced_and_ends_with_the_server(environ: dict[s
         assert not is_alive(second)
 
 
-def test_ctrl_c_leaves_the_companion_to_the_server(environ: dict[str, str]) -> None:
+def test_ctrl_c_does_not_stop_the_companion_before_the_server(environ: dict[str, str]) -> None:
     head = request("POST", f"{API}/login/", "Content-Length: 2", "Expect: 100-continue")
     with serving(environ) as server, Connection(server.address, timeout_seconds=10) as slow:
         slow.send(head)
         assert slow.receive().status == 100
         companion = server.await_companion()
-        # A terminal tells all of its foreground.
+        # A terminal signals its whole foreground process group.
         os.killpg(server.process.pid, signal.SIGINT)
         eventually(lambda: refuses_connections(server))
         time.sleep(0.5)
@@ -591,7 +593,7 @@ def test_ctrl_c_leaves_the_companion_to_the_server(environ: dict[str, str]) -> N
         assert server.events("the worker ended") == []
 
 
-def test_a_companion_that_is_not_needed_after_all_ends_soon(
+def test_a_companion_stops_quickly_right_after_its_start(
     environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in environ.items():
@@ -604,7 +606,7 @@ def test_a_companion_that_is_not_needed_after_all_ends_soon(
     assert companions_of(os.getpid()) == []
 
 
-def test_a_companion_that_could_not_be_started_is_tried_again(
+def test_a_companion_that_failed_to_start_is_started_again(
     environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in environ.items():
@@ -619,7 +621,7 @@ def test_a_companion_that_could_not_be_started_is_tried_again(
     assert events[0]["cause"] == "No such file or directory"
 
 
-def test_a_companion_that_waits_to_be_tried_again_is_renewed_at_once(
+def test_renewing_a_companion_skips_the_pause_before_a_retry(
     environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in environ.items():
@@ -634,7 +636,7 @@ def test_a_companion_that_waits_to_be_tried_again_is_renewed_at_once(
         eventually(lambda: bool(companions_of(os.getpid())))
 
 
-def test_a_companion_is_of_the_same_code_wherever_it_is_started(
+def test_a_companion_runs_the_servers_code_in_any_directory(
     environ: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name, value in environ.items():
@@ -644,13 +646,11 @@ def test_a_companion_is_of_the_same_code_wherever_it_is_started(
     monkeypatch.chdir(tmp_path)
     with structlog.testing.capture_logs() as events, Companion():
         eventually(lambda: bool(companions_of(os.getpid())))
-        time.sleep(1)  # Time enough to end.
+        time.sleep(1)  # Enough time to exit.
     assert events == []
 
 
-def test_when_the_code_changes_both_the_server_and_its_companion_start_anew(
-    environ: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_code_change_restarts_the_server_and_its_companion(environ: dict[str, str], tmp_path: Path) -> None:
     for part in ("billing", "openapi"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "app.py", tmp_path)
@@ -667,18 +667,18 @@ def test_when_the_code_changes_both_the_server_and_its_companion_start_anew(
         assert not is_alive(second)
 
 
-def test_no_worker_runs_if_none_is_wanted(environ: dict[str, str]) -> None:
+def test_serve_without_a_worker_starts_no_companion(environ: dict[str, str]) -> None:
     with serving(environ, "--no-worker") as server:
         server.await_started(workers=1)
 
         assert server.companions() == []
 
 
-def test_the_help_of_serve_tells_of_the_worker() -> None:
-    said = CliRunner().invoke(main, ["serve", "--help"]).stdout
+def test_the_help_of_serve_mentions_the_worker() -> None:
+    output = CliRunner().invoke(main, ["serve", "--help"]).stdout
 
-    assert "--worker / --no-worker" in said
-    assert "A worker runs beside the API" in " ".join(said.split())
+    assert "--worker / --no-worker" in output
+    assert "A worker runs beside the API" in " ".join(output.split())
 
 
 # Tenants -------------------------------------------------------------------------------------------
@@ -693,7 +693,7 @@ def register(server: Server, company_name: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def numbered() -> Iterator[int]:
+def numbers() -> Iterator[int]:
     return iter(range(1000))
 
 
@@ -708,14 +708,14 @@ class Tenant:
 
 
 @pytest.fixture
-def tenant(server: Server, numbered: Iterator[int]) -> Tenant:
-    made = register(server, f"Acme{next(numbered)} Inc.")
+def tenant(server: Server, numbers: Iterator[int]) -> Tenant:
+    made = register(server, f"Acme{next(numbers)} Inc.")
     tenant = made["tenant"]
     return Tenant(tenant["slug"], made["user"]["email"], made["tokens"]["access"], tenant["api_key_secret"])
 
 
 def audited(embedded: Database, slug: str) -> list[tuple[str, str | None]]:
-    """What the operator is said to have done to this tenant, and to whom."""
+    """The operator's actions in this tenant's audit log, with their subjects."""
     assert embedded.server
     engine = create_engine(embedded.server.cluster.url(database.NAME))
     query = (
@@ -732,16 +732,16 @@ def test_migrate_prints_the_revision(run: Run) -> None:
     assert run("migrate").stdout.strip().isalnum()
 
 
-def test_migrate_reaches_another_database_as_its_owner(run: Run, embedded: Database) -> None:
+def test_migrate_connects_to_an_external_database_as_its_owner(run: Run, embedded: Database) -> None:
     urls = {"DATABASE_URL": embedded.app_url, "MIGRATION_DATABASE_URL": embedded.owner_url or ""}
 
     assert run("migrate", **urls).stdout == run("migrate").stdout
 
 
 def test_tenants_list_shows_every_tenant(
-    run: Run, tenant: Tenant, numbered: Iterator[int], server: Server
+    run: Run, tenant: Tenant, numbers: Iterator[int], server: Server
 ) -> None:
-    register(server, f"Globex{next(numbered)} Ltd.")
+    register(server, f"Globex{next(numbers)} Ltd.")
 
     listed = json.loads(run("tenants", "list", "--json").stdout)
     lines = run("tenants", "list").stdout.splitlines()
@@ -749,12 +749,14 @@ def test_tenants_list_shows_every_tenant(
     assert next(each for each in listed if each["slug"] == tenant.slug)["subscription_tier"] == "free"
     assert len(listed) >= 2 and len(lines) == len(listed) + 1
     assert lines[0].split()[:2] == ["SLUG", "COMPANY"]
-    # Each column begins where its name does.
+    # Each column begins below the start of its name.
     assert len({line.index("free") for line in lines[1:]} | {lines[0].index("SUBSCRIPTION TIER")}) == 1
 
 
-def test_a_terminal_obeys_no_company_name(run: Run, server: Server, numbered: Iterator[int]) -> None:
-    register(server, f"Evil{next(numbered)} \x9b31m Ltd.")
+def test_a_company_name_cannot_send_terminal_control_codes(
+    run: Run, server: Server, numbers: Iterator[int]
+) -> None:
+    register(server, f"Evil{next(numbers)} \x9b31m Ltd.")
 
     assert "\x9b" not in run("tenants", "list").stdout
 
@@ -790,13 +792,13 @@ def test_a_disabled_tenant_is_refused_until_it_is_enabled(
         "webhooks replay nobody --failed",
     ],
 )
-def test_an_unknown_tenant_is_one_sentence(run: Run, arguments: str) -> None:
+def test_an_unknown_tenant_is_a_one_line_error(run: Run, arguments: str) -> None:
     assert sentence(run(*arguments.split(), code=1).stderr).startswith("There is no tenant with this slug")
 
 
 @contextmanager
 def locked(embedded: Database, tenant: Tenant) -> Iterator[None]:
-    """Somebody holds the tenant's lock."""
+    """Hold the tenant's lock in another transaction."""
     engine = create_engine(embedded.server.cluster.url(database.NAME))
     with engine.begin() as connection:
         query = text("SELECT FROM tenants WHERE slug = :slug FOR NO KEY UPDATE")
@@ -814,7 +816,7 @@ def locked(embedded: Database, tenant: Tenant) -> Iterator[None]:
         "users disable --tenant {slug} {owner}",
     ],
 )
-def test_what_rests_on_how_a_tenant_is_waits_for_its_lock(
+def test_commands_that_depend_on_a_tenants_state_wait_for_its_lock(
     run: Run, tenant: Tenant, embedded: Database, arguments: str
 ) -> None:
     with locked(embedded, tenant):
@@ -870,16 +872,16 @@ def test_an_added_admin_may_see_keys(run: Run, server: Server, tenant: Tenant) -
     assert server.call("GET", "/api-keys/", access).status_code == 200
 
 
-def test_a_generated_password_is_all_of_stdout_and_works(run: Run, server: Server, tenant: Tenant) -> None:
+def test_a_generated_password_is_printed_alone_and_works(run: Run, server: Server, tenant: Tenant) -> None:
     email = email_of(tenant)
-    said = run(
+    result = run(
         "users", "add", "--tenant", tenant.slug, "--email", email, "--role", "owner", "--generate-password"
     )
 
-    assert server.log_in(email, said.stdout.removesuffix("\n")).status_code == 200
+    assert server.log_in(email, result.stdout.removesuffix("\n")).status_code == 200
 
 
-def test_the_password_is_asked_for_twice_unseen(
+def test_the_password_prompt_repeats_without_echo(
     server: Server, tenant: Tenant, environ: dict[str, str]
 ) -> None:
     email = email_of(tenant)
@@ -891,7 +893,7 @@ def test_the_password_is_asked_for_twice_unseen(
         ) as process:
             os.close(end)
             shown = type_at(screen, b"Password: ") + type_at(screen, b"Again: ")
-            with suppress(OSError):  # Linux ends a terminal so.
+            with suppress(OSError):  # Linux reports a closed terminal like this.
                 while more := screen.read(1000):
                     shown += more
         assert process.returncode == 0, shown
@@ -904,17 +906,17 @@ def type_at(screen: io.FileIO | Any, prompt: bytes) -> bytes:
     shown = b""
     while not shown.endswith(prompt):
         shown += screen.read(1)
-    time.sleep(0.1)  # What is typed before the echo is off is thrown away.
+    time.sleep(0.1)  # Input typed before the echo is off is discarded.
     screen.write(f"{OTHER_PASSWORD}\n".encode())
     return bytes(shown)
 
 
 def test_without_a_terminal_the_password_must_come_from_an_option(run: Run, tenant: Tenant) -> None:
-    said = run(
+    result = run(
         "users", "add", "--tenant", tenant.slug, "--email", email_of(tenant), "--role", "admin", code=2
     )
 
-    assert "--password-stdin" in said.stderr
+    assert "--password-stdin" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -932,18 +934,18 @@ def test_without_a_terminal_the_password_must_come_from_an_option(run: Run, tena
         ([], "password1234", "The password is too easy to guess."),
     ],
 )
-def test_what_register_refuses_is_refused(
+def test_users_add_refuses_what_registration_refuses(
     run: Run, tenant: Tenant, options: list[str], password: str, expected: str
 ) -> None:
     named = ["--tenant", tenant.slug, "--email", email_of(tenant), "--role", "admin", "--password-stdin"]
 
-    said = run("users", "add", *named, *options, input=f"{password}\n", code=1)
+    result = run("users", "add", *named, *options, input=f"{password}\n", code=1)
 
-    assert sentence(said.stderr).startswith(expected)
+    assert sentence(result.stderr).startswith(expected)
     assert len(json.loads(run("users", "list", "--tenant", tenant.slug, "--json").stdout)) == 1
 
 
-def test_a_taken_email_is_one_sentence(run: Run, tenant: Tenant, bob: Bob) -> None:
+def test_a_taken_email_is_a_one_line_error(run: Run, tenant: Tenant, bob: Bob) -> None:
     assert sentence(add(run, tenant, code=1).stderr).startswith("The email is in use.")
 
 
@@ -959,7 +961,9 @@ def test_users_list(run: Run, tenant: Tenant, bob: Bob) -> None:
     assert lines[0].startswith("EMAIL") and lines[2].startswith(bob.email)
 
 
-def test_a_role_counts_from_the_next_request(run: Run, server: Server, tenant: Tenant, bob: Bob) -> None:
+def test_a_role_change_applies_from_the_next_request(
+    run: Run, server: Server, tenant: Tenant, bob: Bob
+) -> None:
     run("users", "set-role", "--tenant", tenant.slug, bob.email.upper(), "admin")
 
     assert server.call("GET", "/api-keys/", bob.access).status_code == 200
@@ -984,39 +988,39 @@ def test_disabling_a_user_ends_their_sessions_for_good(
 
 
 def test_resetting_a_password_ends_every_session(run: Run, server: Server, tenant: Tenant, bob: Bob) -> None:
-    said = run("users", "reset-password", "--tenant", tenant.slug, bob.email, "--generate-password")
+    result = run("users", "reset-password", "--tenant", tenant.slug, bob.email, "--generate-password")
 
     assert server.call("GET", "/me/", bob.access).json()["code"] == "session-ended"
     assert server.call("POST", "/token/refresh/", refresh=bob.tokens["refresh"]).status_code == 401
     assert server.log_in(bob.email, OTHER_PASSWORD).status_code == 401
-    assert server.log_in(bob.email, said.stdout.strip()).status_code == 200
+    assert server.log_in(bob.email, result.stdout.strip()).status_code == 200
 
 
-def test_a_password_made_of_own_words_is_no_reset(run: Run, server: Server, tenant: Tenant, bob: Bob) -> None:
+def test_a_password_equal_to_the_email_is_refused(run: Run, server: Server, tenant: Tenant, bob: Bob) -> None:
     named = ("--tenant", tenant.slug, bob.email, "--password-stdin")
 
-    said = run("users", "reset-password", *named, input=f"{bob.email}\n", code=1)
+    result = run("users", "reset-password", *named, input=f"{bob.email}\n", code=1)
 
-    assert sentence(said.stderr).startswith("The password is too easy to guess.")
+    assert sentence(result.stderr).startswith("The password is too easy to guess.")
     assert server.call("GET", "/me/", bob.access).status_code == 200
 
 
-def test_a_password_that_is_no_utf8_is_refused(run: Run, tenant: Tenant, bob: Bob) -> None:
+def test_a_password_that_is_not_utf8_is_refused(run: Run, tenant: Tenant, bob: Bob) -> None:
     named = ("--tenant", tenant.slug, bob.email, "--password-stdin")
 
-    said = run("users", "reset-password", *named, input=b"a long caf\xe9 phrase\n", code=1)
+    result = run("users", "reset-password", *named, input=b"a long caf\xe9 phrase\n", code=1)
 
-    assert sentence(said.stderr).endswith("must be text in UTF-8, without NUL.")
+    assert sentence(result.stderr).endswith("must be text in UTF-8, without NUL.")
 
 
 @pytest.mark.parametrize("command", [["disable"], ["set-role"]])
-def test_the_last_active_owner_stays(
+def test_the_last_active_owner_cannot_be_removed(
     run: Run, server: Server, tenant: Tenant, bob: Bob, command: list[str]
 ) -> None:
     rest = ["--tenant", tenant.slug, tenant.owner, *(["admin"] if command == ["set-role"] else [])]
 
-    said = run("users", *command, *rest, code=1)
-    assert sentence(said.stderr).startswith("A tenant keeps at least one active owner")
+    result = run("users", *command, *rest, code=1)
+    assert sentence(result.stderr).startswith("A tenant keeps at least one active owner")
     assert server.call("GET", "/api-keys/", tenant.access).status_code == 200
 
     run("users", "set-role", "--tenant", tenant.slug, bob.email, "owner")
@@ -1025,12 +1029,12 @@ def test_the_last_active_owner_stays(
 
 
 @pytest.mark.parametrize("command", ["disable", "enable", "reset-password --generate-password"])
-def test_an_unknown_user_is_one_sentence(run: Run, tenant: Tenant, server: Server, command: str) -> None:
+def test_an_unknown_user_is_a_one_line_error(run: Run, tenant: Tenant, server: Server, command: str) -> None:
     name, *options = command.split()
 
-    said = run("users", name, "--tenant", tenant.slug, "ada@shared.example", *options, code=1)
+    result = run("users", name, "--tenant", tenant.slug, "ada@shared.example", *options, code=1)
 
-    assert sentence(said.stderr) == "The tenant has no user with this email."
+    assert sentence(result.stderr) == "The tenant has no user with this email."
 
 
 # Webhooks ------------------------------------------------------------------------------------------
@@ -1040,7 +1044,7 @@ REGISTERED, REGENERATED, DISABLED = "tenant.registered", "api_key.regenerated", 
 
 @pytest.fixture
 def receiver() -> Iterator[Receiver]:
-    """One that takes what it gets."""
+    """A receiver that accepts everything."""
     with receiving(answers(204, b"")) as receiver:
         yield receiver
 
@@ -1067,9 +1071,9 @@ def await_statuses(run: Run, tenant: Tenant, *expected: str) -> list[dict[str, A
 
 
 def replay_of(run: Run, tenant: Tenant, *options: str) -> str:
-    said = run("webhooks", "replay", tenant.slug, *options)
-    assert said.stdout == ""
-    return said.stderr
+    result = run("webhooks", "replay", tenant.slug, *options)
+    assert result.stdout == ""
+    return result.stderr
 
 
 def refusal_of(run: Run, tenant: Tenant, *options: str) -> str:
@@ -1102,7 +1106,7 @@ def test_webhooks_list_without_a_url(run: Run, tenant: Tenant) -> None:
     )
 
 
-def test_what_was_delivered_is_sent_again_with_the_same_id_and_body(
+def test_a_delivered_event_is_replayed_with_the_same_id_and_body(
     run: Run, server: Server, tenant: Tenant, receiver: Receiver, embedded: Database
 ) -> None:
     configure(server, tenant, receiver)
@@ -1121,7 +1125,7 @@ def test_what_was_delivered_is_sent_again_with_the_same_id_and_body(
     assert audited(embedded, tenant.slug) == [("webhook.replayed", None)]
 
 
-def test_what_happened_while_there_was_no_url_is_sent_since_a_time(
+def test_replay_since_sends_events_from_before_a_url_was_configured(
     run: Run, server: Server, tenant: Tenant, receiver: Receiver
 ) -> None:
     regenerate(server, tenant)
@@ -1135,7 +1139,7 @@ def test_what_happened_while_there_was_no_url_is_sent_since_a_time(
     assert replay_of(run, tenant, "--since", "2999-01-15T09:30:00Z").startswith("0 events ")
 
 
-def test_what_failed_is_sent_again_once_the_endpoint_is_back(
+def test_failed_deliveries_are_replayed_to_a_working_endpoint(
     run: Run, server: Server, tenant: Tenant, receiver: Receiver
 ) -> None:
     with receiving(answers(410)) as gone:
@@ -1153,10 +1157,10 @@ def test_what_failed_is_sent_again_once_the_endpoint_is_back(
     assert replay_of(run, tenant, "--failed").startswith("0 events ")
 
 
-def test_what_waits_for_its_next_attempt_is_sent_now(
+def test_replay_sends_deliveries_that_wait_for_a_retry(
     run: Run, server: Server, tenant: Tenant, receiver: Receiver
 ) -> None:
-    with receiving(answers(429)) as tired:  # It is left alone for a minute.
+    with receiving(answers(429)) as tired:  # It is not retried for a minute.
         configure(server, tenant, tired)
         regenerate(server, tenant)
         eventually(lambda: [one["http_status"] for one in listed(run, tenant)["deliveries"]] == [429])
@@ -1170,7 +1174,7 @@ def test_what_waits_for_its_next_attempt_is_sent_now(
 
 
 @pytest.mark.parametrize("event_types", [[REGENERATED], ["webhook.test"]])
-def test_types_that_are_not_asked_for_and_tests_are_not_replayed(
+def test_unsubscribed_types_and_test_events_are_not_replayed(
     run: Run, server: Server, tenant: Tenant, receiver: Receiver, event_types: list[str]
 ) -> None:
     configure(server, tenant, receiver, event_types=event_types)
@@ -1181,7 +1185,7 @@ def test_types_that_are_not_asked_for_and_tests_are_not_replayed(
     assert refusal_of(run, tenant, "--event", test["event_id"]).startswith("The tenant has no such event")
 
 
-def test_a_long_replay_goes_chunk_by_chunk_once_over_each_event(
+def test_a_replay_in_chunks_sends_each_event_once(
     run: Run, server: Server, tenant: Tenant, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(replay, "CHUNK", 2)
@@ -1201,9 +1205,9 @@ def test_a_dry_run_sends_nothing(
 ) -> None:
     configure(server, tenant, receiver)
 
-    said = replay_of(run, tenant, "--since", "1h", "--dry-run")
+    output = replay_of(run, tenant, "--since", "1h", "--dry-run")
 
-    assert said == f"1 event would be sent to {tenant.slug}.\n"
+    assert output == f"1 event would be sent to {tenant.slug}.\n"
     assert listed(run, tenant)["deliveries"] == []
     assert audited(embedded, tenant.slug) == []
 
@@ -1212,14 +1216,14 @@ def test_a_replay_needs_a_url(run: Run, tenant: Tenant) -> None:
     assert refusal_of(run, tenant, "--failed").startswith("The tenant has no webhook URL")
 
 
-def test_an_unknown_event_is_one_sentence(
+def test_an_unknown_event_is_a_one_line_error(
     run: Run, server: Server, tenant: Tenant, receiver: Receiver
 ) -> None:
     configure(server, tenant, receiver)
 
-    said = refusal_of(run, tenant, "--event", "01900000-0000-7000-8000-000000000000")
+    output = refusal_of(run, tenant, "--event", "01900000-0000-7000-8000-000000000000")
 
-    assert said.startswith("The tenant has no such event")
+    assert output.startswith("The tenant has no such event")
 
 
 @pytest.mark.parametrize(
@@ -1235,11 +1239,11 @@ def test_an_unknown_event_is_one_sentence(
         "--since yesterday",
     ],
 )
-def test_2_for_a_replay_of_nothing_in_particular(run: Run, options: str) -> None:
+def test_2_for_a_replay_without_a_valid_selection(run: Run, options: str) -> None:
     run("webhooks", "replay", "acme", *options.split(), code=2)
 
 
-def test_a_time_is_absolute_or_so_long_ago() -> None:
+def test_a_moment_is_an_absolute_time_or_an_age() -> None:
     absolute = Moment().convert("2026-01-15T10:30:00+01:00", None, None)
     ago = datetime.now(UTC) - Moment().convert("3d", None, None)
 

@@ -1,4 +1,4 @@
-"""`billing audit` on a real log: shown, exported, and verified after somebody laid hands on it."""
+"""`billing audit` on a real log: listed, exported, and verified after tampering."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def change(superuser: Engine, statement: str) -> None:
 # list --------------------------------------------------------------------------------------------
 
 
-def test_list_shows_the_last_rows_first(run: Run, acme: Registered) -> None:
+def test_list_shows_the_newest_rows_first(run: Run, acme: Registered) -> None:
     head, *rows = run("list", "acme").stdout.splitlines()
     assert head.split() == ["ROW", "AT", "ACTION", "ACTOR", "SUBJECT", "REASON", "ADDRESS", "REQUEST", "ID"]
     assert [row.split()[3] for row in rows] == ACTIONS[::-1]
@@ -111,7 +111,7 @@ def test_list_shows_the_last_rows_first(run: Run, acme: Registered) -> None:
         (["--actor", "anonymous", "--action", "tenant.registered"], [1]),
     ],
 )
-def test_list_shows_what_is_asked_for(
+def test_list_shows_the_rows_that_match_its_options(
     run: Run, acme: Registered, options: list[str], expected: list[int]
 ) -> None:
     assert [row["sequence"] for row in lines(run("list", "acme", "--json", *options))] == expected
@@ -123,14 +123,14 @@ def test_list_finds_an_actor_by_id(run: Run, acme: Registered) -> None:
     assert rows[0]["details"]["revoked"][0]["type"] == "live_public"
 
 
-def test_an_unknown_actor_is_one_sentence(run: Run, acme: Registered) -> None:
+def test_an_unknown_actor_is_a_one_line_error(run: Run, acme: Registered) -> None:
     assert "no user with this email" in run("list", "acme", "--actor", "eve@acme.example", code=1).stderr
 
 
 # export ------------------------------------------------------------------------------------------
 
 
-def test_export_can_be_verified_without_us(
+def test_export_can_be_verified_independently(
     run: Run, acme: Registered, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(command, "CHUNK", 2)
@@ -147,14 +147,14 @@ def test_export_can_be_verified_without_us(
     assert run("verify", "acme").stdout == f"acme: whole, 5:{previous.hex()}\n"
 
 
-def test_export_goes_on_behind_a_row(run: Run, acme: Registered) -> None:
+def test_export_continues_after_a_row(run: Run, acme: Registered) -> None:
     assert [row["sequence"] for row in lines(run("export", "acme", "--after", "3"))] == [4, 5]
     assert run("export", "acme", "--after", "5").stdout == ""
 
 
 # verify ------------------------------------------------------------------------------------------
 
-HANDS_ON = {
+TAMPERINGS = {
     "UPDATE audit_log SET reason = 'x' WHERE sequence = 3": "Row 3 is not what was written",
     "UPDATE audit_log SET hash = sha256('x') WHERE sequence = 2": "Row 2 is not what was written",
     "DELETE FROM audit_log WHERE sequence = 3": "Row 3 is missing: row 4 stands there",
@@ -177,25 +177,25 @@ HANDS_ON = {
 
 
 @pytest.mark.parametrize("chunk", [2, 2000])
-@pytest.mark.parametrize(("statement", "said"), HANDS_ON.items(), ids=HANDS_ON.values())
-def test_verify_names_the_first_row_that_is_wrong(
+@pytest.mark.parametrize(("statement", "message"), TAMPERINGS.items(), ids=TAMPERINGS.values())
+def test_verify_names_the_first_wrong_row(
     run: Run,
     acme: Registered,
     superuser: Engine,
     monkeypatch: pytest.MonkeyPatch,
     statement: str,
-    said: str,
+    message: str,
     chunk: int,
 ) -> None:
     monkeypatch.setattr(command, "CHUNK", chunk)
     run("verify", "acme")
     change(superuser, statement)
     ended = run("verify", "acme", code=1)
-    assert ended.stdout.startswith(f"acme: broken. {said}")
+    assert ended.stdout.startswith(f"acme: broken. {message}")
     assert ended.stderr == "Error: An audit log is broken.\n"
 
 
-def test_a_log_made_anew_from_end_to_end_is_found_by_the_head_that_was_noted(
+def test_a_rewritten_log_is_detected_by_a_noted_head(
     run: Run, acme: Registered, store: Store, superuser: Engine
 ) -> None:
     noted = run("verify", "acme").stdout.split()[-1]
@@ -216,7 +216,7 @@ def test_a_log_made_anew_from_end_to_end_is_found_by_the_head_that_was_noted(
     assert "Row 5 has another hash" in run("verify", "acme", "--expect", noted, code=1).stdout
 
 
-def test_verify_all_goes_on_behind_a_broken_one(
+def test_verify_all_continues_after_a_broken_log(
     run: Run, acme: Registered, store: Store, settings: Settings, superuser: Engine
 ) -> None:
     register(store, settings, "Globex")
@@ -236,7 +236,7 @@ def test_2_for_wrong_usage(run: Run, arguments: str) -> None:
     run("verify", *arguments.split(), code=2)
 
 
-def test_rows_written_meanwhile_are_no_finding(
+def test_rows_written_during_verification_are_not_reported(
     run: Run, acme: Registered, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = command.chunks

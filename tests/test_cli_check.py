@@ -1,4 +1,4 @@
-"""`billing check` against servers of ours, against ours spoilt on the way, and against something else."""
+"""`billing check` against our servers, against our servers behind a tampering proxy, and against other servers."""
 
 from __future__ import annotations
 
@@ -49,19 +49,19 @@ def environ(cluster: embedded.Cluster, worker_id: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def server_url(environ: dict[str, str]) -> Iterator[str]:
-    """A server that takes the sandbox for Stripe, and sends webhooks to this machine."""
+    """A server that uses the sandbox as Stripe, and may send webhooks to this machine."""
     with Sandbox() as stripe, live.serving({**environ, **stripe.environ}, "--no-worker") as url:
         yield url
 
 
-# Ours --------------------------------------------------------------------------------------------
+# Our server --------------------------------------------------------------------------------------
 
 
-def test_every_operation_of_the_document_has_its_line() -> None:
+def test_every_documented_operation_has_a_step() -> None:
     assert {step.__name__ for step in STEPS} == {o.operation_id for o in operations(DOCUMENT)}
 
 
-def test_all_pass(server_url: str) -> None:
+def test_every_operation_passes(server_url: str) -> None:
     with receiving(answers(204)) as receiver:
         done = check(server_url, "--webhook-url", f"http://localhost:{receiver.port}/in")
     assert (done.exit_code, done.stdout.splitlines()[-1]) == (0, "18 passed, 0 failed, 0 skipped")
@@ -69,7 +69,7 @@ def test_all_pass(server_url: str) -> None:
     assert not SECRET.search(done.output)
 
 
-def test_without_stripe_what_cannot_be_done_is_skipped(environ: dict[str, str]) -> None:
+def test_stripe_operations_are_skipped_where_stripe_is_not_configured(environ: dict[str, str]) -> None:
     nothing = {"STRIPE_SECRET_KEY": "", "STRIPE_CONNECT_CLIENT_ID": ""}
     with live.serving({**environ, **nothing}, "--no-worker") as url:
         done = check(f"{url}/", "--json")
@@ -80,39 +80,39 @@ def test_without_stripe_what_cannot_be_done_is_skipped(environ: dict[str, str]) 
     assert not SECRET.search(done.output)
 
 
-def test_a_receiver_that_was_named_must_be_reached(server_url: str) -> None:
+def test_a_given_webhook_url_must_accept_the_test_event(server_url: str) -> None:
     with receiving(answers(500)) as receiver:
         done = check(server_url, "--webhook-url", f"http://localhost:{receiver.port}/in")
     assert done.exit_code == 1
     assert re.search(r"^FAIL +send_test_webhook +200 .*\(bad_status\)$", done.stdout, re.MULTILINE)
 
 
-# Ours, spoilt ------------------------------------------------------------------------------------
+# A tampering proxy -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Said:
-    """An answer on its way."""
+class Answer:
+    """An answer on its way through the proxy."""
 
     status: int
     headers: dict[str, str]
     body: bytes
 
-    def with_member(self, name: str, value: object) -> Said:
+    def with_member(self, name: str, value: object) -> Answer:
         return replace(self, body=json.dumps({**json.loads(self.body), name: value}).encode())
 
-    def without(self, header: str) -> Said:
+    def without(self, header: str) -> Answer:
         return replace(self, headers={k: v for k, v in self.headers.items() if k.lower() != header.lower()})
 
 
-Spoil = Callable[[Said], Said]
+Tamper = Callable[[Answer], Answer]
 
 
-class Meddler(BaseHTTPRequestHandler):
-    """Hands everything on, and spoils some of what comes back."""
+class TamperingProxy(BaseHTTPRequestHandler):
+    """Forwards every request, and changes some of the answers."""
 
     upstream: str
-    spoil: Callable[[str, str, Said], Said]
+    tamper: Callable[[str, str, Answer], Answer]
 
     def do_GET(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"] or 0))
@@ -126,12 +126,12 @@ class Meddler(BaseHTTPRequestHandler):
             for name, value in got.headers.items()
             if name.lower() not in ("content-length", "date", "connection", "keep-alive")
         }
-        said = type(self).spoil(self.command, self.path, Said(got.status_code, kept, got.content))
-        self.send_response_only(said.status)
-        for name, value in {**said.headers, "Content-Length": str(len(said.body))}.items():
+        answer = type(self).tamper(self.command, self.path, Answer(got.status_code, kept, got.content))
+        self.send_response_only(answer.status)
+        for name, value in {**answer.headers, "Content-Length": str(len(answer.body))}.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(said.body)
+        self.wfile.write(answer.body)
 
     do_POST = do_DELETE = do_GET  # noqa: N815
 
@@ -149,47 +149,54 @@ def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
         thread.join()
 
 
-def spoilt(upstream: str, action: str, spoil: Spoil, *, only: int) -> type[Meddler]:
-    """Spoils the answers of one operation that have this status."""
+def tampering(upstream: str, action: str, tamper: Tamper, *, only: int) -> type[TamperingProxy]:
+    """Change the answers of one operation that have this status."""
     method, path = action.split()
 
-    def meddle(command: str, target: str, said: Said) -> Said:
-        is_it = (command, target.partition("?")[0], said.status) == (method, f"{API}{path}", only)
-        return spoil(said) if is_it else said
+    def tamper_with_one(command: str, target: str, answer: Answer) -> Answer:
+        is_it = (command, target.partition("?")[0], answer.status) == (method, f"{API}{path}", only)
+        return tamper(answer) if is_it else answer
 
-    return type("Spoilt", (Meddler,), {"upstream": upstream, "spoil": staticmethod(meddle)})
+    return type(
+        "Tampered", (TamperingProxy,), {"upstream": upstream, "tamper": staticmethod(tamper_with_one)}
+    )
 
 
 @pytest.mark.parametrize(
-    ("action", "only", "spoil", "failed"),
+    ("action", "only", "tamper", "failed"),
     [
-        ("GET /details/", 401, lambda said: said.without("WWW-Authenticate"), "get_tenant_details"),
-        ("GET /details/", 401, lambda said: replace(said, status=200), "get_tenant_details"),
-        ("GET /me/", 200, lambda said: said.with_member("user", None), "get_current_user"),
+        ("GET /details/", 401, lambda answer: answer.without("WWW-Authenticate"), "get_tenant_details"),
+        ("GET /details/", 401, lambda answer: replace(answer, status=200), "get_tenant_details"),
+        ("GET /me/", 200, lambda answer: answer.with_member("user", None), "get_current_user"),
         (
             "GET /api-keys/",
             401,
-            lambda said: replace(said, headers={**said.headers, "Content-Type": "application/json"}),
+            lambda answer: replace(answer, headers={**answer.headers, "Content-Type": "application/json"}),
             "list_api_keys",
         ),
-        ("GET /api-keys/", 401, lambda said: said.with_member("code", "key-unknown"), "list_api_keys"),
-        ("GET /api-keys/", 200, lambda said: replace(said, status=206), "list_api_keys"),
-        ("GET /stripe/status/", 200, lambda said: said.without("X-Request-Id"), "get_stripe_status"),
-        ("GET /stripe/status/", 200, lambda said: said.with_member("connected", True), "get_stripe_status"),
-        ("GET /webhooks/config/", 200, lambda said: replace(said, body=b"[]"), "get_webhook_config"),
+        ("GET /api-keys/", 401, lambda answer: answer.with_member("code", "key-unknown"), "list_api_keys"),
+        ("GET /api-keys/", 200, lambda answer: replace(answer, status=206), "list_api_keys"),
+        ("GET /stripe/status/", 200, lambda answer: answer.without("X-Request-Id"), "get_stripe_status"),
+        (
+            "GET /stripe/status/",
+            200,
+            lambda answer: answer.with_member("connected", True),
+            "get_stripe_status",
+        ),
+        ("GET /webhooks/config/", 200, lambda answer: replace(answer, body=b"[]"), "get_webhook_config"),
         (
             "GET /webhooks/config/",
             200,
-            lambda said: said.with_member("webhook_url", None),
+            lambda answer: answer.with_member("webhook_url", None),
             "get_webhook_config",
         ),
-        ("DELETE /webhooks/config/", 200, lambda said: replace(said, body=b"{"), "remove_webhook"),
+        ("DELETE /webhooks/config/", 200, lambda answer: replace(answer, body=b"{"), "remove_webhook"),
     ],
 )
-def test_what_is_wrong_fails_and_nothing_else(
-    server_url: str, action: str, only: int, spoil: Spoil, failed: str
+def test_a_wrong_answer_fails_its_operation_alone(
+    server_url: str, action: str, only: int, tamper: Tamper, failed: str
 ) -> None:
-    with serving(spoilt(server_url, action, spoil, only=only)) as url:
+    with serving(tampering(server_url, action, tamper, only=only)) as url:
         done = check(url, "--json")
     lines = json.loads(done.stdout)
     assert done.exit_code == 1
@@ -197,13 +204,13 @@ def test_what_is_wrong_fails_and_nothing_else(
     assert not SECRET.search(done.output)
 
 
-def test_keys_that_outlive_their_end_are_noticed(server_url: str) -> None:
-    def forgive(said: Said) -> Said:
-        return said.with_member("code", "key-unknown")
+def test_wrong_refusal_codes_of_verify_are_detected(server_url: str) -> None:
+    def with_another_code(answer: Answer) -> Answer:
+        return answer.with_member("code", "key-unknown")
 
-    with serving(spoilt(server_url, "GET /verify/", forgive, only=401)) as url:
+    with serving(tampering(server_url, "GET /verify/", with_another_code, only=401)) as url:
         found = verdicts(url)
-    # Without a key, with a replaced one, with a revoked one.
+    # Called without a key, with a replaced one, with a revoked one.
     assert {name for name, verdict in found.items() if verdict == "FAIL"} == {
         "verify_api_key",
         "regenerate_api_keys",
@@ -211,20 +218,20 @@ def test_keys_that_outlive_their_end_are_noticed(server_url: str) -> None:
     }
 
 
-def test_what_depends_on_a_failure_is_skipped(server_url: str) -> None:
+def test_operations_that_depend_on_a_failed_one_are_skipped(server_url: str) -> None:
     with serving(
-        spoilt(server_url, "POST /register/", lambda said: replace(said, body=b"{}"), only=201)
+        tampering(server_url, "POST /register/", lambda answer: replace(answer, body=b"{}"), only=201)
     ) as url:
         found = verdicts(url)
     assert found.pop("register_tenant") == "FAIL"
     assert set(found.values()) == {"SKIP"}
 
 
-# Something else ----------------------------------------------------------------------------------
+# Other servers -----------------------------------------------------------------------------------
 
 
-class Yes(BaseHTTPRequestHandler):
-    """Has our document, and says yes to everything."""
+class AlwaysOk(BaseHTTPRequestHandler):
+    """Serves our document, and answers 200 to everything."""
 
     document: Any = DOCUMENT
 
@@ -247,36 +254,36 @@ class Yes(BaseHTTPRequestHandler):
         pass
 
 
-class Empty(Yes):
+class EmptyDocument(AlwaysOk):
     document = {"openapi": "3.0.3", "paths": {}}  # noqa: RUF012
 
 
-class Strange(Yes):
+class BrokenDocument(AlwaysOk):
     document = {  # noqa: RUF012
         "paths": {API: {"post": {"operationId": "register_tenant", "responses": {"200": {"$ref": "#/no"}}}}}
     }
 
 
-class Text(Yes):
+class NoDocument(AlwaysOk):
     document = "Welcome."
 
 
-@pytest.mark.parametrize("handler", [Empty, Strange])
-def test_a_document_that_is_not_ours_fails(handler: type[Yes]) -> None:
+@pytest.mark.parametrize("handler", [EmptyDocument, BrokenDocument])
+def test_a_document_that_is_not_ours_fails(handler: type[AlwaysOk]) -> None:
     with serving(handler) as url:
         done = check(url)
     assert (done.exit_code, done.stdout.splitlines()[-1]) == (1, "0 passed, 18 failed, 0 skipped")
 
 
-def test_a_server_that_says_yes_to_everything_passes_nothing() -> None:
-    with serving(Yes) as url:
+def test_a_server_that_answers_200_to_everything_passes_nothing() -> None:
+    with serving(AlwaysOk) as url:
         done = check(url)
     assert done.exit_code == 1
     assert done.stdout.splitlines()[-1].startswith("0 passed")
 
 
-def test_no_document_is_one_sentence() -> None:
-    with serving(Text) as url:
+def test_a_missing_document_is_a_one_line_error() -> None:
+    with serving(NoDocument) as url:
         done = check(url)
     assert (done.exit_code, done.stdout) == (1, "")
     assert "no OpenAPI document" in done.stderr
@@ -288,7 +295,7 @@ def test_no_document_is_one_sentence() -> None:
 @pytest.mark.parametrize(
     "url", ["billing.example.com", "ftp://billing.example.com", "https://", "http://a.example/?q=1"]
 )
-def test_what_is_no_base_url_is_refused(url: str) -> None:
+def test_an_invalid_base_url_is_refused(url: str) -> None:
     done = check(url)
     assert done.exit_code == 2
     assert "https://billing.example.com" in done.stderr
