@@ -1,4 +1,4 @@
-"""The gateway to Stripe: whatever Stripe does, a value or an error of ours, in time, and no secret told."""
+"""The gateway to Stripe: whatever Stripe does, a value or an error of ours, in time, and no secret leaked."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ ACME = Tenant(
 ADA = User(ACME.id, new_id(), "ada@acme.example", "Ada", "", "owner", True, 1, None, NOW, NOW)
 
 SHORT_SECONDS = 0.5
-# A busy machine is no failure.
+# A busy machine must not fail a test.
 LATE_SECONDS = 1
 
 
@@ -66,8 +66,8 @@ def gateway(stripe: Sandbox) -> Gateway:
 
 
 @pytest.fixture
-def hasty(stripe: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Gateway:
-    """One that has less patience."""
+def impatient_gateway(stripe: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Gateway:
+    """A gateway with a shorter timeout."""
     monkeypatch.setattr(module, "TOTAL_SECONDS", SHORT_SECONDS)
     return gateway_to(stripe.url, secret_key=stripe.secret_key, client_id=stripe.client_id)
 
@@ -79,12 +79,12 @@ def gateway_to(url: str, **changes: Any) -> Gateway:
 
 @contextmanager
 def facing(behave: Behaviour) -> Iterator[tuple[Gateway, Receiver]]:
-    """A gateway to a Stripe that behaves so."""
+    """A gateway to a Stripe with this behaviour."""
     with receiving(behave) as receiver:
         yield gateway_to(f"http://127.0.0.1:{receiver.port}"), receiver
 
 
-# Made at run time: a secret scanner takes a constant for the real thing.
+# Made at run time: a secret scanner would mistake a constant for a real key.
 def new_key(prefix: str = "sk_test_") -> str:
     return prefix + secrets.token_hex(12)
 
@@ -97,19 +97,19 @@ def query_of(url: str) -> dict[str, str]:
     return dict(parse_qsl(urlsplit(url).query))
 
 
-def approved(gateway: Gateway, stripe: Sandbox, status: str = "active") -> str:
-    """The code of an owner who agreed."""
+def approved_code(gateway: Gateway, stripe: Sandbox, status: str = "active") -> str:
+    """The code issued when the owner approves."""
     return query_of(stripe.approve(authorize_url(gateway), status))["code"]
 
 
-def connected(gateway: Gateway, stripe: Sandbox, status: str = "active") -> str:
-    return gateway.complete(approved(gateway, stripe, status)).account_id
+def connected_account(gateway: Gateway, stripe: Sandbox, status: str = "active") -> str:
+    return gateway.complete(approved_code(gateway, stripe, status)).account_id
 
 
-# Everything well ---------------------------------------------------------------------------------
+# Success -----------------------------------------------------------------------------------------
 
 
-def test_the_authorize_url_asks_for_what_payments_need(gateway: Gateway, stripe: Sandbox) -> None:
+def test_the_authorize_url_requests_what_payments_need(gateway: Gateway, stripe: Sandbox) -> None:
     url = authorize_url(gateway)
     assert url.startswith(f"{stripe.url}/oauth/authorize?")
     assert query_of(url) == {
@@ -125,22 +125,24 @@ def test_the_authorize_url_asks_for_what_payments_need(gateway: Gateway, stripe:
     assert stripe.calls == []
 
 
-def test_what_makes_the_authorize_url_too_long_is_left_out(gateway: Gateway) -> None:
+def test_prefilled_fields_are_omitted_from_an_overlong_authorize_url(gateway: Gateway) -> None:
     tenant, user = replace(ACME, company_name="株" * 255), replace(ADA, first_name="\U0001f600" * 150)
     url = gateway.authorize_url(state="f3c1", redirect_uri=CALLBACK, tenant=tenant, user=user)
     assert query_of(url).keys() == {"client_id", "redirect_uri", "response_type", "scope", "state"}
 
 
-def test_a_code_becomes_a_grant(gateway: Gateway, stripe: Sandbox) -> None:
-    grant = gateway.complete(approved(gateway, stripe))
+def test_a_code_is_exchanged_for_a_grant(gateway: Gateway, stripe: Sandbox) -> None:
+    grant = gateway.complete(approved_code(gateway, stripe))
     assert grant == Grant(next(iter(stripe.accounts)), "read_write", livemode=False)
 
 
 @pytest.mark.parametrize(
     "status", ["active", "incomplete", "restricted", "pending", "under_review", "rejected"]
 )
-def test_an_account_is_what_stripe_says(gateway: Gateway, stripe: Sandbox, status: str) -> None:
-    account_id = connected(gateway, stripe, status)
+def test_an_account_is_returned_as_stripe_describes_it(
+    gateway: Gateway, stripe: Sandbox, status: str
+) -> None:
+    account_id = connected_account(gateway, stripe, status)
     account = gateway.account(account_id)
     assert account is not None
     assert (account.id, account.status) == (account_id, status)
@@ -149,14 +151,14 @@ def test_an_account_is_what_stripe_says(gateway: Gateway, stripe: Sandbox, statu
     assert fits(account)
 
 
-def test_an_account_whose_owner_left_is_none(gateway: Gateway, stripe: Sandbox) -> None:
-    account_id = connected(gateway, stripe)
+def test_a_revoked_or_unknown_account_is_none(gateway: Gateway, stripe: Sandbox) -> None:
+    account_id = connected_account(gateway, stripe)
     stripe.revoke(account_id)
     assert gateway.account(account_id) is None
     assert gateway.account("acct_1NobodysExample") is None
 
 
-def test_an_account_is_made_once_for_one_key(gateway: Gateway, stripe: Sandbox) -> None:
+def test_an_account_is_created_once_per_idempotency_key(gateway: Gateway, stripe: Sandbox) -> None:
     made = [gateway.create_account(ACME, idempotency_key="account-1") for _ in range(2)]
     assert made[0] == made[1]
     assert made[0].status == "pending"
@@ -165,15 +167,15 @@ def test_an_account_is_made_once_for_one_key(gateway: Gateway, stripe: Sandbox) 
     assert stripe.called("create_account")[0].form["metadata[tenant_id]"] == str(ACME.id)
 
 
-def test_an_account_link_leads_back_either_way(gateway: Gateway, stripe: Sandbox) -> None:
+def test_both_urls_of_an_account_link_lead_to_the_callback(gateway: Gateway, stripe: Sandbox) -> None:
     made = gateway.create_account(ACME, idempotency_key="account-1")
     url = gateway.account_link(made.id, return_url=CALLBACK)
     assert stripe.leave(url) == CALLBACK
     assert stripe.finish(url) == CALLBACK  # The link was used: this is its refresh_url.
 
 
-def test_an_account_is_told_once_that_it_is_left(gateway: Gateway, stripe: Sandbox) -> None:
-    account_id = connected(gateway, stripe)
+def test_revoking_a_revoked_or_unknown_account_is_no_error(gateway: Gateway, stripe: Sandbox) -> None:
+    account_id = connected_account(gateway, stripe)
     gateway.revoke(account_id)
     assert not stripe.accounts[account_id].is_connected
     gateway.revoke(account_id)
@@ -181,10 +183,10 @@ def test_an_account_is_told_once_that_it_is_left(gateway: Gateway, stripe: Sandb
 
 
 @pytest.mark.parametrize("wrong", ["client_id", "secret_key"])
-def test_an_account_is_not_taken_for_left_because_our_own_keys_are_wrong(
+def test_wrong_platform_keys_do_not_make_an_account_look_revoked(
     gateway: Gateway, stripe: Sandbox, wrong: str
 ) -> None:
-    account_id = connected(gateway, stripe)
+    account_id = connected_account(gateway, stripe)
     keys = {"secret_key": stripe.secret_key, "client_id": stripe.client_id}
     keys[wrong] = {"client_id": "ca_another", "secret_key": new_key()}[wrong]
     with pytest.raises(StripeUnavailable):
@@ -192,7 +194,7 @@ def test_an_account_is_not_taken_for_left_because_our_own_keys_are_wrong(
     assert stripe.accounts[account_id].is_connected
 
 
-# What is not configured --------------------------------------------------------------------------
+# Missing settings --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -209,7 +211,7 @@ def test_an_account_is_not_taken_for_left_because_our_own_keys_are_wrong(
         (True, "ca_acme", None, None),
     ],
 )
-def test_what_is_missing_is_named(
+def test_missing_settings_are_named(
     has_key: bool, client_id: str | None, for_oauth: str | None, for_links: str | None
 ) -> None:
     key = new_key() if has_key else None
@@ -241,12 +243,12 @@ def refusal_of(call: Callable[[], object]) -> str | None:
     ("prefix", "livemode"),
     [("sk_live_", True), ("rk_live_", True), ("sk_test_", False), ("rk_test_", False), (None, False)],
 )
-def test_the_key_says_whether_money_is_real(prefix: str | None, livemode: bool) -> None:
+def test_the_key_determines_livemode(prefix: str | None, livemode: bool) -> None:
     key = new_key(prefix) if prefix else None
     assert gateway_to("http://127.0.0.1:9", secret_key=key).livemode is livemode
 
 
-# Faults by script --------------------------------------------------------------------------------
+# Scripted faults ---------------------------------------------------------------------------------
 
 
 CALLS: dict[Operation, Callable[[Gateway, str, str], object]] = {
@@ -260,42 +262,42 @@ CALLS: dict[Operation, Callable[[Gateway, str, str], object]] = {
         account_id, return_url=CALLBACK
     ),
 }
-# With these Stripe answers in good form.
+# With these, Stripe's answers are still well-formed.
 WELL_FORMED = {Fault.WRONG_LIVEMODE, Fault.READ_ONLY, Fault.BARE_ACCOUNT}
-BEFALL = [(call, fault) for call in CALLS for fault in Fault if call in ONLY.get(fault, Operation)]
+OPERATION_FAULTS = [(call, fault) for call in CALLS for fault in Fault if call in ONLY.get(fault, Operation)]
 
 
 @pytest.mark.parametrize(
-    ("operation", "fault"), [(call, fault) for call, fault in BEFALL if fault not in WELL_FORMED]
+    ("operation", "fault"), [(call, fault) for call, fault in OPERATION_FAULTS if fault not in WELL_FORMED]
 )
-def test_a_fault_is_stripe_unavailable_in_time_and_tells_no_secret(
+def test_a_fault_is_stripe_unavailable_in_time_and_leaks_no_secret(
     gateway: Gateway,
-    hasty: Gateway,
+    impatient_gateway: Gateway,
     stripe: Sandbox,
-    said: Callable[[], str],
+    output: Callable[[], str],
     operation: Operation,
     fault: Fault,
 ) -> None:
-    account_id, code = connected(gateway, stripe), approved(gateway, stripe)
+    account_id, code = connected_account(gateway, stripe), approved_code(gateway, stripe)
     stripe.faults.always(operation, fault)
     began = time.monotonic()
     with pytest.raises(StripeUnavailable) as caught:
-        CALLS[operation](hasty, account_id, code)
+        CALLS[operation](impatient_gateway, account_id, code)
     assert time.monotonic() - began < SHORT_SECONDS + LATE_SECONDS
-    told = said() + str(caught.value) + repr(caught.value) + described(caught)
-    assert "stripe refused or failed" in told or fault is Fault.MALFORMED_ACCOUNT
-    assert_nothing_secret(told, stripe, code)
+    visible = output() + str(caught.value) + repr(caught.value) + described(caught)
+    assert "stripe refused or failed" in visible or fault is Fault.MALFORMED_ACCOUNT
+    assert_no_secret_in(visible, stripe, code)
 
 
-def test_an_answer_for_another_mode_or_scope_is_told_as_it_is(gateway: Gateway, stripe: Sandbox) -> None:
+def test_a_grant_of_another_mode_or_scope_is_returned_unchanged(gateway: Gateway, stripe: Sandbox) -> None:
     stripe.faults.once("token", Fault.WRONG_LIVEMODE)
     stripe.faults.once("token", Fault.READ_ONLY)
-    assert gateway.complete(approved(gateway, stripe)).livemode is True
-    assert gateway.complete(approved(gateway, stripe)).scope == "read_only"
+    assert gateway.complete(approved_code(gateway, stripe)).livemode is True
+    assert gateway.complete(approved_code(gateway, stripe)).scope == "read_only"
 
 
-def test_an_account_may_be_no_more_than_its_id(gateway: Gateway, stripe: Sandbox) -> None:
-    account_id = connected(gateway, stripe)
+def test_an_account_may_consist_of_its_id_alone(gateway: Gateway, stripe: Sandbox) -> None:
+    account_id = connected_account(gateway, stripe)
     stripe.faults.always("retrieve_account", Fault.BARE_ACCOUNT)
     stripe.faults.always("create_account", Fault.BARE_ACCOUNT)
     assert gateway.account(account_id) == Account(account_id)
@@ -304,10 +306,10 @@ def test_an_account_may_be_no_more_than_its_id(gateway: Gateway, stripe: Sandbox
 
 
 @pytest.mark.parametrize("was", ["unknown", "used", "expired"])
-def test_a_code_that_does_not_count_is_rejected_and_not_told(
-    gateway: Gateway, stripe: Sandbox, said: Callable[[], str], was: str
+def test_an_invalid_code_is_rejected_and_not_leaked(
+    gateway: Gateway, stripe: Sandbox, output: Callable[[], str], was: str
 ) -> None:
-    code = approved(gateway, stripe)
+    code = approved_code(gateway, stripe)
     if was == "unknown":
         code = code[:-4] + "none"
     if was == "used":
@@ -317,19 +319,23 @@ def test_a_code_that_does_not_count_is_rejected_and_not_told(
         clock.turn(minutes=6)
     with pytest.raises(CodeRejected) as caught:
         gateway.complete(code)
-    told = said() + str(caught.value) + repr(caught.value) + described(caught)
-    assert "invalid_grant" in said()
-    assert_nothing_secret(told, stripe, code)
+    visible = output() + str(caught.value) + repr(caught.value) + described(caught)
+    assert "invalid_grant" in output()
+    assert_no_secret_in(visible, stripe, code)
 
 
-def test_a_grant_shows_no_token(gateway: Gateway, stripe: Sandbox, said: Callable[[], str]) -> None:
-    code = approved(gateway, stripe)
-    assert_nothing_secret(said() + repr(gateway.complete(code)), stripe, code)
+def test_a_grant_does_not_expose_its_tokens(
+    gateway: Gateway, stripe: Sandbox, output: Callable[[], str]
+) -> None:
+    code = approved_code(gateway, stripe)
+    assert_no_secret_in(output() + repr(gateway.complete(code)), stripe, code)
 
 
 @pytest.fixture
-def said(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[[], str]]:
-    """All that was logged, as it was before anything was redacted, and all that was printed."""
+def output(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Callable[[], str]]:
+    """Everything logged, before any redaction, and everything printed."""
     printed = ""
     with structlog.testing.capture_logs() as events:
 
@@ -343,21 +349,21 @@ def said(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) ->
 
 
 def described(caught: pytest.ExceptionInfo[BaseException]) -> str:
-    """The error with its causes, as a log line would have it."""
+    """The error with its causes, as a log line shows it."""
     return logs.redact(logs.describe((caught.type, caught.value, caught.tb)))
 
 
-def assert_nothing_secret(told: str, stripe: Sandbox, code: str) -> None:
-    assert stripe.secret_key not in told
-    assert code not in told
+def assert_no_secret_in(visible: str, stripe: Sandbox, code: str) -> None:
+    assert stripe.secret_key not in visible
+    assert code not in visible
     for token in ("access_token", "refresh_token", "rt_", "sk_test_" + "0"):
-        assert token not in told
+        assert token not in visible
 
 
-# A Stripe that is not there, or that is something else -------------------------------------------
+# An unreachable or wrong Stripe ------------------------------------------------------------------
 
 
-def test_a_stripe_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_stripe_is_reported_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     with receiving(answers()) as receiver:
         pass
     began = time.monotonic()
@@ -396,7 +402,7 @@ def test_proxies_and_credentials_of_the_environment_are_not_used(
     assert receiver.last.headers["Authorization"].startswith("Bearer sk_test_")
 
 
-def test_every_call_bears_the_key_and_no_other_address_is_asked() -> None:
+def test_every_call_sends_the_key_and_uses_the_expected_path() -> None:
     with facing(answers(200, b"{}")) as (gateway, receiver):
         for call in CALLS.values():
             with suppress(StripeUnavailable):
@@ -414,8 +420,8 @@ def test_every_call_bears_the_key_and_no_other_address_is_asked() -> None:
 # Absurd answers ----------------------------------------------------------------------------------
 
 
-def seen(account: Account) -> Any:
-    """The account as `get_stripe_status` answers it."""
+def shown(account: Account) -> Any:
+    """The account as `get_stripe_status` returns it."""
     connection = Connection(new_id(), "oauth", True, account, NOW, NOW)
     return orjson.loads(orjson.dumps(shapes.stripe_status(StatusView(connection, is_live=True))))
 
@@ -426,8 +432,8 @@ STATUS = Draft202012Validator(
 
 
 def fits(account: Account) -> bool:
-    """Whether the account fits the document, and the column that it is kept in."""
-    body = seen(account)
+    """Whether the account fits the document, and the column that stores it."""
+    body = shown(account)
     STATUS.validate(body)
     assert "\\u0000" not in orjson.dumps(body).decode()
     return True
@@ -468,7 +474,7 @@ def account_in(body: bytes, *, status: int = 200) -> Account | None:
         b'{"id": "acct_1AcmeExample", "n": ' + b"9" * 5000 + b"}",
     ],
 )
-def test_what_is_no_account_is_stripe_unavailable(body: bytes) -> None:
+def test_an_invalid_account_is_stripe_unavailable(body: bytes) -> None:
     with pytest.raises(StripeUnavailable):
         account_in(body)
 
@@ -498,7 +504,7 @@ def test_an_absurd_refusal_is_stripe_unavailable(status: int, body: bytes) -> No
         with pytest.raises(StripeUnavailable):
             gateway.account(ID)
         for operation, call in CALLS.items():
-            # For a code, this is what Stripe says of one that does not count, whatever the status.
+            # For a code, this is how Stripe reports an invalid one, whatever the status.
             with pytest.raises((StripeUnavailable, CodeRejected)) as caught:
                 call(gateway, ID, "ac_1")
             assert (caught.type is CodeRejected) <= (
@@ -506,7 +512,7 @@ def test_an_absurd_refusal_is_stripe_unavailable(status: int, body: bytes) -> No
             )
 
 
-def test_only_a_403_says_that_an_account_is_gone() -> None:
+def test_only_a_403_means_that_an_account_is_gone() -> None:
     gone = json.dumps({"error": {"type": "invalid_request_error", "code": "account_invalid"}}).encode()
     assert account_in(gone, status=403) is None
     for status in (400, 401, 404, 500):
@@ -514,7 +520,7 @@ def test_only_a_403_says_that_an_account_is_gone() -> None:
             account_in(gone, status=status)
 
 
-def test_an_answer_may_have_a_mebibyte_and_no_more() -> None:
+def test_an_answer_larger_than_a_mebibyte_is_refused() -> None:
     start = json.dumps({"id": ID, "padding": ""}).encode()[:-2]
     room = module.LARGEST_ANSWER - len(start) - 2
     assert account_in(start + b"x" * room + b'"}') == Account(ID)
@@ -524,7 +530,7 @@ def test_an_answer_may_have_a_mebibyte_and_no_more() -> None:
 
 @pytest.mark.parametrize("depth", [2, 50, 150, 200, 300, 500, 800, 990, 2000, 100_000])
 @pytest.mark.parametrize("pair", [(b"[", b"]"), (b'{"a":', b"}")], ids=["lists", "objects"])
-def test_however_deep_an_answer_is(depth: int, pair: tuple[bytes, bytes]) -> None:
+def test_deeply_nested_answers_do_not_crash_the_gateway(depth: int, pair: tuple[bytes, bytes]) -> None:
     deep = pair[0] * depth + b"1" + pair[1] * depth
     with suppress(StripeUnavailable):
         assert account_in(b'{"id": "%s", "requirements": {"errors": %s}}' % (ID.encode(), deep)) is not None
@@ -551,13 +557,13 @@ def test_however_deep_an_answer_is(depth: int, pair: tuple[bytes, bytes]) -> Non
         "deep lists",
         "both",
         "deep both",
-        "beside",
+        "side by side",
         "text",
         "text with quotes",
-        "deep beside quotes",
+        "deep lists and quotes",
     ],
 )
-def test_an_answer_of_no_more_than_a_hundred_levels_is_read(value: bytes, is_read: bool) -> None:
+def test_an_answer_nested_at_most_a_hundred_levels_is_read(value: bytes, is_read: bool) -> None:
     body = b'{"id": "%s", "other": %s}' % (ID.encode(), value)
     with nullcontext() if is_read else pytest.raises(StripeUnavailable):
         assert account_in(body) == Account(ID)
@@ -592,12 +598,12 @@ ABSURD: list[Any] = [
     {"object": "list", "data": [], "has_more": True},
 ]
 TEXTS = ("email", "business_type", "country", "default_currency")
-TRUTHS = ("charges_enabled", "payouts_enabled", "details_submitted")
+BOOLEANS = ("charges_enabled", "payouts_enabled", "details_submitted")
 LISTS = ("currently_due", "eventually_due", "past_due", "pending_verification", "errors")
 
 
 def absurd_accounts() -> Iterator[tuple[str, Any]]:
-    for name in (*TEXTS, *TRUTHS, "requirements", "capabilities", "object"):
+    for name in (*TEXTS, *BOOLEANS, "requirements", "capabilities", "object"):
         yield from ((name, {name: value}) for value in ABSURD)
     for name in (*LISTS, "disabled_reason", "current_deadline"):
         yield from ((name, {"requirements": {name: value}}) for value in ABSURD)
@@ -606,7 +612,7 @@ def absurd_accounts() -> Iterator[tuple[str, Any]]:
     yield from (("capability", {"capabilities": {"transfers": value}}) for value in ABSURD)
 
 
-def test_whatever_a_member_is_the_account_fits_the_document() -> None:
+def test_accounts_with_absurd_members_fit_the_document() -> None:
     bodies = [
         json.dumps({"id": ID, "object": "account", **members}).encode() for _, members in absurd_accounts()
     ]
@@ -632,7 +638,7 @@ def account_with(**members: Any) -> Account:
     return found
 
 
-def test_of_ten_thousand_the_first_that_fit_are_kept() -> None:
+def test_lists_of_ten_thousand_are_cut_to_their_first_items() -> None:
     names = [f"field_{number}" for number in range(10_000)]
     asked = dict.fromkeys(LISTS, names) | {"errors": [{"code": name} for name in names]}
     account = account_with(requirements=asked, capabilities=dict.fromkeys(names, "active"))
@@ -641,7 +647,7 @@ def test_of_ten_thousand_the_first_that_fit_are_kept() -> None:
     assert list(account.capabilities) == names[:200]
 
 
-def test_what_cannot_be_shown_is_as_if_stripe_had_not_said_it() -> None:
+def test_invalid_members_of_an_account_are_ignored() -> None:
     account = account_with(
         email="ada@acme.example\x00",
         country="us",
@@ -678,7 +684,7 @@ def test_what_cannot_be_shown_is_as_if_stripe_had_not_said_it() -> None:
         {"livemode": 0},
     ],
 )
-def test_a_token_for_no_account_is_stripe_unavailable(changes: dict[str, Any]) -> None:
+def test_an_invalid_token_response_is_stripe_unavailable(changes: dict[str, Any]) -> None:
     token = {"stripe_user_id": ID, "livemode": False, "scope": "read_write"}
     with facing(answers(200, json.dumps(token).encode())) as (gateway, _):
         assert gateway.complete("ac_1") == Grant(ID, "read_write", livemode=False)
@@ -688,7 +694,7 @@ def test_a_token_for_no_account_is_stripe_unavailable(changes: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("scope", [None, 7, [], ["read_write"], {}, "", "read_write\x00", "x" * 10_000])
-def test_a_scope_that_is_none_is_not_the_one_that_payments_need(scope: Any) -> None:
+def test_an_invalid_scope_is_not_read_write(scope: Any) -> None:
     token = {"stripe_user_id": ID, "livemode": False, "scope": scope}
     with facing(answers(200, json.dumps(token).encode())) as (gateway, _):
         assert gateway.complete("ac_1").scope != "read_write"
@@ -712,7 +718,7 @@ def test_a_scope_that_is_none_is_not_the_one_that_payments_need(scope: Any) -> N
         None,
     ],
 )
-def test_an_account_link_that_leads_nowhere_is_stripe_unavailable(link: Any) -> None:
+def test_an_invalid_account_link_is_stripe_unavailable(link: Any) -> None:
     absurd = facing(answers(200, json.dumps(link).encode()))
     with absurd as (gateway, _), pytest.raises(StripeUnavailable):
         gateway.account_link(ID, return_url=CALLBACK)
@@ -721,8 +727,8 @@ def test_an_account_link_that_leads_nowhere_is_stripe_unavailable(link: Any) -> 
 # The breaker -------------------------------------------------------------------------------------
 
 
-class Seconds:
-    """A clock of seconds that a test turns."""
+class FakeClock:
+    """A clock in seconds that a test sets."""
 
     now = 1000.0
 
@@ -740,7 +746,7 @@ def is_open(breaker: CircuitBreaker) -> bool:
 
 
 def test_the_breaker_opens_after_three_failures_in_a_row() -> None:
-    breaker = CircuitBreaker(Seconds())
+    breaker = CircuitBreaker(FakeClock())
     for _ in range(2):
         fail(breaker)
     assert not is_open(breaker)
@@ -753,8 +759,8 @@ def test_the_breaker_opens_after_three_failures_in_a_row() -> None:
     assert is_open(breaker)
 
 
-def test_an_open_breaker_is_tried_again_after_a_quarter_of_a_minute() -> None:
-    clock = Seconds()
+def test_an_open_breaker_lets_calls_through_after_15_seconds() -> None:
+    clock = FakeClock()
     breaker = CircuitBreaker(clock)
     for _ in range(3):
         fail(breaker)
@@ -762,7 +768,7 @@ def test_an_open_breaker_is_tried_again_after_a_quarter_of_a_minute() -> None:
     assert is_open(breaker)
     clock.now += 0.1
     assert not is_open(breaker)
-    fail(breaker)  # One more is enough: Stripe is still not there.
+    fail(breaker)  # One more is enough: Stripe is still unreachable.
     assert is_open(breaker)
     clock.now += 15
     with breaker:
@@ -772,16 +778,16 @@ def test_an_open_breaker_is_tried_again_after_a_quarter_of_a_minute() -> None:
     assert not is_open(breaker)
 
 
-def test_a_refusal_says_nothing_of_other_accounts() -> None:
-    breaker = CircuitBreaker(Seconds())
+def test_refusals_do_not_open_the_breaker() -> None:
+    breaker = CircuitBreaker(FakeClock())
     for _ in range(5):
         with suppress(StripeUnavailable), breaker:
             raise StripeUnavailable from library.InvalidRequestError("-", None, http_status=404)
     assert not is_open(breaker)
 
 
-def test_while_somebody_waits_too_long_nobody_else_does() -> None:
-    clock = Seconds()
+def test_calls_fail_at_once_while_another_has_waited_too_long() -> None:
+    clock = FakeClock()
     breaker, waiting, over = CircuitBreaker(clock), threading.Event(), threading.Event()
 
     def wait() -> None:
@@ -803,13 +809,13 @@ def test_while_somebody_waits_too_long_nobody_else_does() -> None:
         pass
 
 
-def test_a_failure_passes_through_the_breaker() -> None:
-    with pytest.raises(ZeroDivisionError), CircuitBreaker(Seconds()):
+def test_an_exception_propagates_through_the_breaker() -> None:
+    with pytest.raises(ZeroDivisionError), CircuitBreaker(FakeClock()):
         _ = 1 / 0
 
 
-def test_the_breaker_counts_right_under_threads() -> None:
-    breaker = CircuitBreaker(Seconds())
+def test_failures_in_concurrent_threads_open_the_breaker() -> None:
+    breaker = CircuitBreaker(FakeClock())
     together = threading.Barrier(32)
 
     def once(number: int) -> None:
@@ -821,20 +827,22 @@ def test_the_breaker_counts_right_under_threads() -> None:
     assert is_open(breaker)
 
 
-def test_while_the_breaker_is_open_stripe_is_not_asked(gateway: Gateway, stripe: Sandbox) -> None:
-    account_id, code = connected(gateway, stripe), approved(gateway, stripe)
+def test_an_open_breaker_stops_queries_but_not_grants_or_revocations(
+    gateway: Gateway, stripe: Sandbox
+) -> None:
+    account_id, code = connected_account(gateway, stripe), approved_code(gateway, stripe)
     stripe.faults.always("retrieve_account", Fault.SERVER_ERROR)
     for _ in range(5):
         with pytest.raises(StripeUnavailable):
             gateway.account(account_id)
     assert len(stripe.called("retrieve_account")) == 3
-    # What only this moment can do is tried all the same.
+    # Calls that cannot be made later are tried all the same.
     assert gateway.complete(code).scope == "read_write"
     gateway.revoke(account_id)
 
 
-def test_one_success_closes_the_breaker(gateway: Gateway, stripe: Sandbox) -> None:
-    account_id = connected(gateway, stripe)
+def test_one_success_resets_the_count_of_failures(gateway: Gateway, stripe: Sandbox) -> None:
+    account_id = connected_account(gateway, stripe)
     for _ in range(3):
         stripe.faults.once("retrieve_account", Fault.BAD_GATEWAY)
         stripe.faults.once("retrieve_account", Fault.RATE_LIMIT)
@@ -844,10 +852,10 @@ def test_one_success_closes_the_breaker(gateway: Gateway, stripe: Sandbox) -> No
         assert gateway.account(account_id) is not None
 
 
-# Many at once ------------------------------------------------------------------------------------
+# Concurrency -------------------------------------------------------------------------------------
 
 
-def test_a_connection_is_used_again_by_other_threads() -> None:
+def test_a_connection_is_reused_by_other_threads() -> None:
     with facing(answers(200, json.dumps({"id": ID}).encode())) as (gateway, receiver):
         for _ in range(5):
             with ThreadPoolExecutor(1) as pool:
@@ -858,7 +866,7 @@ def test_a_connection_is_used_again_by_other_threads() -> None:
     assert receiver.connections <= 4
 
 
-def test_a_connection_that_stripe_closed_meanwhile_is_no_failure() -> None:
+def test_a_connection_closed_by_stripe_is_replaced_silently() -> None:
     body = json.dumps({"id": ID}).encode()
     with facing(says(head(200, {"Content-Length": str(len(body))}) + body)) as (gateway, receiver):
         for _ in range(3):
@@ -867,15 +875,16 @@ def test_a_connection_that_stripe_closed_meanwhile_is_no_failure() -> None:
     assert receiver.connections == 3
 
 
-def test_one_call_that_hangs_delays_no_other(hasty: Gateway, stripe: Sandbox) -> None:
-    account_id = connected(hasty, stripe)
+def test_hanging_calls_do_not_delay_others(impatient_gateway: Gateway, stripe: Sandbox) -> None:
+    account_id = connected_account(impatient_gateway, stripe)
     stripe.faults.always("create_account", Fault.HANG)
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(8))
         hanging = [
-            pool.submit(hasty.create_account, ACME, idempotency_key=str(number)) for number in range(8)
+            pool.submit(impatient_gateway.create_account, ACME, idempotency_key=str(number))
+            for number in range(8)
         ]
         began = time.monotonic()
-        assert hasty.account(account_id) is not None
+        assert impatient_gateway.account(account_id) is not None
         assert time.monotonic() - began < SHORT_SECONDS
     assert {type(call.exception()) for call in hanging} == {StripeUnavailable}

@@ -1,4 +1,4 @@
-"""The gateway against a server that nobody here wrote: Connexion's mock of Stripe's own OpenAPI document."""
+"""The gateway against third-party code: Connexion's mock of Stripe's own OpenAPI document."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     port = live.free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "connexion", "run", "stripe.json", "--mock=all", "--port", str(port)]
-    # Its reloader has a child: they are ended together.
+    # Its reloader has a child: they are stopped together.
     with (folder / "log").open("wb") as log:
         mock = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
     try:
@@ -69,7 +69,7 @@ def servable(document: dict[str, Any]) -> dict[str, Any]:
     """Stripe's document as Connexion can mock it.
 
     Its security needs a function that knows our key, or every call is 401. An example comes from `example`s alone,
-    and Stripe's document has none: here each leaf has one of its own type, an id and a link have their form.
+    and Stripe's document has none: here each leaf gets one of its own type, and an id and a link get their format.
     """
     del document["security"], document["components"]["securitySchemes"]
     schemas = document["components"]["schemas"]
@@ -99,7 +99,7 @@ def await_answer(mock: subprocess.Popen[bytes], url: str, log: Path) -> None:
     raise AssertionError(f"the mock did not start: {log.read_text()}")
 
 
-def test_an_account_comes_back_as_a_value_of_ours(gateway: Gateway) -> None:
+def test_an_account_is_returned_as_our_account(gateway: Gateway) -> None:
     account = gateway.account(ID)
     assert account is not None
     assert (account.id, account.charges_enabled, account.details_submitted) == (ID, True, True)
@@ -113,11 +113,11 @@ def test_an_account_comes_back_as_a_value_of_ours(gateway: Gateway) -> None:
     assert account.status == "restricted"
 
 
-def test_an_account_that_is_made_comes_back_as_a_value_of_ours(gateway: Gateway) -> None:
+def test_a_created_account_is_returned_as_our_account(gateway: Gateway) -> None:
     made = gateway.create_account(ACME, idempotency_key="account-1")
     assert isinstance(made, Account)
     assert made == gateway.account(ID)
 
 
-def test_an_account_link_comes_back_as_its_address(gateway: Gateway) -> None:
+def test_an_account_link_is_returned_as_its_url(gateway: Gateway) -> None:
     assert gateway.account_link(ID, return_url="https://billing.example/callback/") == LINK
