@@ -1,4 +1,4 @@
-"""Housekeeping: what is forgotten, what is sealed anew, and who is told in time."""
+"""Housekeeping: deleting old rows, resealing secrets, and announcing the expiry of keys in time."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_each_tenant_is_tidied_once_a_day(store: Store, clock: TurnedClock, acme
         Housekeeping(store, clock).tidy(task)
 
 
-def test_while_there_is_something_to_forget_the_next_day_comes_at_once(
+def test_tidying_is_repeated_at_once_until_nothing_is_left_to_delete(
     store: Store, clock: TurnedClock, acme: Registered
 ) -> None:
     clock.now += TIDIED_EVERY
@@ -96,7 +96,7 @@ def test_while_there_is_something_to_forget_the_next_day_comes_at_once(
 
 
 def deliver(store: Store, acme: Registered, clock: TurnedClock, *, age: timedelta, status: Status) -> UUID:
-    """An event and its delivery that ended so long ago, or waits since then."""
+    """An event with a delivery of this age: settled then, or pending since."""
     then = clock() - age
     with store.tenant(acme.tenant.id) as tx:
         event = tx.events.keep_test(TEST, {}, now=then)
@@ -108,7 +108,7 @@ def deliver(store: Store, acme: Registered, clock: TurnedClock, *, age: timedelt
     return event.id
 
 
-def test_what_ended_a_month_ago_or_waits_since_then_is_forgotten_and_nothing_else(
+def test_only_deliveries_settled_or_pending_for_a_month_are_deleted(
     store: Store, superuser: Engine, clock: TurnedClock, acme: Registered
 ) -> None:
     clock.now += TIDIED_EVERY
@@ -125,7 +125,7 @@ def test_what_ended_a_month_ago_or_waits_since_then_is_forgotten_and_nothing_els
     } == kept
 
 
-def test_an_old_event_stays_while_a_delivery_of_it_does(
+def test_an_old_event_is_kept_as_long_as_its_delivery(
     store: Store, superuser: Engine, clock: TurnedClock, acme: Registered
 ) -> None:
     clock.now += TIDIED_EVERY
@@ -138,7 +138,7 @@ def test_an_old_event_stays_while_a_delivery_of_it_does(
     assert rows_of(superuser, "SELECT 1 FROM events WHERE id = :id", id=event_id)
 
 
-def test_what_is_being_sent_again_is_not_forgotten_meanwhile(
+def test_a_delivery_being_replayed_is_not_deleted(
     store: Store, superuser: Engine, clock: TurnedClock, acme: Registered
 ) -> None:
     event_id = deliver(store, acme, clock, age=10 * KEPT, status="failed")
@@ -151,30 +151,30 @@ def test_what_is_being_sent_again_is_not_forgotten_meanwhile(
     assert rows_of(superuser, "SELECT 1 FROM events WHERE id = :id", id=event_id)
 
 
-def test_events_that_nobody_listened_to_are_forgotten_and_numbers_go_on(
+def test_old_events_without_an_endpoint_are_deleted_and_numbering_continues(
     store: Store, superuser: Engine, digests: KeyDigests, clock: TurnedClock
 ) -> None:
-    silent = register(store, digests, clock, "Globex").tenant.id
+    without_endpoint = register(store, digests, clock, "Globex").tenant.id
     clock.now += KEPT + timedelta(seconds=1)
     tidy(store, clock)
-    with store.tenant(silent) as tx:
+    with store.tenant(without_endpoint) as tx:
         tx.events.record(TEST, {}, now=clock())
 
-    rows = rows_of(superuser, "SELECT sequence FROM events WHERE tenant_id = :id", id=silent)
+    rows = rows_of(superuser, "SELECT sequence FROM events WHERE tenant_id = :id", id=without_endpoint)
     assert [row.sequence for row in rows] == [2]
 
 
-def test_events_that_nobody_listened_to_are_kept_as_long_as_any(
+def test_events_without_an_endpoint_are_kept_for_a_month(
     store: Store, superuser: Engine, digests: KeyDigests, clock: TurnedClock
 ) -> None:
-    silent = register(store, digests, clock, "Globex").tenant.id
+    without_endpoint = register(store, digests, clock, "Globex").tenant.id
     clock.now += KEPT - timedelta(seconds=1)
     tidy(store, clock)
-    kept = rows_of(superuser, "SELECT type FROM events WHERE tenant_id = :id", id=silent)
+    kept = rows_of(superuser, "SELECT type FROM events WHERE tenant_id = :id", id=without_endpoint)
     assert [row.type for row in kept] == ["tenant.registered"]
 
 
-def test_one_tenants_day_leaves_anothers_things_alone(
+def test_tidying_one_tenant_leaves_the_data_of_others(
     store: Store, superuser: Engine, digests: KeyDigests, clock: TurnedClock, acme: Registered
 ) -> None:
     clock.now += TIDIED_EVERY
@@ -185,7 +185,7 @@ def test_one_tenants_day_leaves_anothers_things_alone(
     assert rows_of(superuser, "SELECT 1 FROM events WHERE id = :id", id=theirs)
 
 
-def test_sessions_that_ended_a_month_ago_are_forgotten(
+def test_sessions_are_deleted_a_month_after_they_end(
     store: Store, superuser: Engine, settings: Settings, clock: TurnedClock, acme: Registered
 ) -> None:
     tokens = Tokens(settings.jwt_keys, settings.public_base_url)
@@ -202,7 +202,7 @@ def test_sessions_that_ended_a_month_ago_are_forgotten(
     assert left.ended_at is None
 
 
-def test_of_very_many_old_sessions_a_part_is_forgotten_and_the_rest_soon_after(
+def test_many_old_sessions_are_deleted_in_batches(
     store: Store, superuser: Engine, clock: TurnedClock, acme: Registered
 ) -> None:
     query = (
@@ -218,7 +218,7 @@ def test_of_very_many_old_sessions_a_part_is_forgotten_and_the_rest_soon_after(
         assert len(rows_of(superuser, "SELECT 1 FROM sessions")) == left
 
 
-def test_sessions_that_ran_out_a_month_ago_are_forgotten(
+def test_sessions_are_deleted_a_month_after_they_expire(
     store: Store, superuser: Engine, settings: Settings, clock: TurnedClock, acme: Registered
 ) -> None:
     tokens = Tokens(settings.jwt_keys, settings.public_base_url)
@@ -242,7 +242,7 @@ def sealed(superuser: Engine) -> list[tuple[str, str]]:
 
 @pytest.fixture
 def rotated(settings: Settings, test_database: TestDatabase, store: Store) -> Iterator[Store]:
-    """The store after somebody has put a new encryption key before the old one."""
+    """The store after a new encryption key was put before the old one."""
     new = Keyring.parse(new_keyring("new"))
     store_with_both = Store(Vault(Keyring({**new.keys, **settings.encryption_keys.keys})), connections=2)
     store_with_both.open(test_database.app_url)
@@ -250,7 +250,7 @@ def rotated(settings: Settings, test_database: TestDatabase, store: Store) -> It
     store_with_both.close()
 
 
-def test_secrets_under_an_old_encryption_key_are_sealed_anew_and_open_still(
+def test_secrets_under_an_old_encryption_key_are_resealed_and_still_open(
     store: Store, rotated: Store, superuser: Engine, clock: TurnedClock, acme: Registered
 ) -> None:
     clock.now += TIDIED_EVERY
@@ -271,7 +271,7 @@ def test_secrets_under_an_old_encryption_key_are_sealed_anew_and_open_still(
         tx.webhooks.signing_secrets(clock())
 
 
-def test_a_secret_whose_key_was_taken_away_keeps_nothing_else(
+def test_an_unreadable_secret_does_not_keep_other_old_data(
     store: Store, superuser: Engine, clock: TurnedClock, acme: Registered
 ) -> None:
     old = deliver(store, acme, clock, age=KEPT + HOUR, status="delivered")
@@ -283,7 +283,7 @@ def test_a_secret_whose_key_was_taken_away_keeps_nothing_else(
     assert rows_of(superuser, "SELECT FROM deliveries WHERE event_id = :id", id=old) == []
 
 
-def test_secrets_under_the_present_key_are_left_alone(
+def test_secrets_under_the_current_key_are_left_alone(
     store: Store, superuser: Engine, clock: TurnedClock, acme: Registered
 ) -> None:
     before = sealed(superuser)
@@ -292,7 +292,7 @@ def test_secrets_under_the_present_key_are_left_alone(
     assert sealed(superuser) == before
 
 
-def test_a_secret_that_ended_is_forgotten(
+def test_an_expired_secret_is_deleted(
     store: Store, superuser: Engine, clock: TurnedClock, acme: Registered
 ) -> None:
     clock.now += TIDIED_EVERY
@@ -306,7 +306,7 @@ def test_a_secret_that_ended_is_forgotten(
     assert [last4 for last4, _ in sealed(superuser)] == ["AAAA"]
 
 
-# Keys about to end -------------------------------------------------------------------------------
+# Keys about to expire ----------------------------------------------------------------------------
 
 
 def regenerate(
@@ -316,28 +316,28 @@ def regenerate(
         keys.regenerate(tx, "live", grace=grace, digests=digests, now=clock())
 
 
-def tell(store: Store, clock: TurnedClock) -> int:
+def announce(store: Store, clock: TurnedClock) -> int:
     tasks = due(store, clock, EXPIRING)
     for task in tasks:
         Housekeeping(store, clock).announce_expiry(task)
     return len(tasks)
 
 
-def told(superuser: Engine) -> int:
+def announced(superuser: Engine) -> int:
     return len(rows_of(superuser, "SELECT 1 FROM events WHERE type = 'api_key.expiring'"))
 
 
-def test_whoever_lost_the_task_tells_nothing_a_second_time(
+def test_a_worker_that_lost_its_task_announces_nothing(
     store: Store, superuser: Engine, digests: KeyDigests, clock: TurnedClock, acme: Registered
 ) -> None:
     regenerate(store, acme, digests, clock, HOUR)
     clock.now += HOUR / 2
     late = due(store, clock, EXPIRING)
     clock.now += LEASE
-    assert tell(store, clock) == 2
+    assert announce(store, clock) == 2
     for task in late:
         Housekeeping(store, clock).announce_expiry(task)
-    assert told(superuser) == 2
+    assert announced(superuser) == 2
 
 
 @pytest.mark.parametrize(
@@ -349,7 +349,7 @@ def test_whoever_lost_the_task_tells_nothing_a_second_time(
         (timedelta(seconds=2), timedelta(seconds=1)),
     ],
 )
-def test_that_a_key_is_about_to_end_is_told_once_and_in_time(
+def test_key_expiry_is_announced_once_and_in_time(
     store: Store,
     superuser: Engine,
     digests: KeyDigests,
@@ -360,35 +360,35 @@ def test_that_a_key_is_about_to_end_is_told_once_and_in_time(
 ) -> None:
     regenerate(store, acme, digests, clock, grace)
     clock.now += grace - before - timedelta(milliseconds=1)
-    assert tell(store, clock) == 0
+    assert announce(store, clock) == 0
     clock.turn(milliseconds=1)
-    assert tell(store, clock) == 2
-    assert told(superuser) == 2
+    assert announce(store, clock) == 2
+    assert announced(superuser) == 2
     clock.now += DAY
-    assert tell(store, clock) == 0
-    assert told(superuser) == 2
+    assert announce(store, clock) == 0
+    assert announced(superuser) == 2
 
 
-def test_without_a_grace_there_is_nothing_to_tell(
+def test_no_expiry_event_without_a_grace_period(
     store: Store, superuser: Engine, digests: KeyDigests, clock: TurnedClock, acme: Registered
 ) -> None:
     regenerate(store, acme, digests, clock, timedelta())
     clock.now += 30 * DAY
-    assert tell(store, clock) == 0
+    assert announce(store, clock) == 0
 
 
-def test_a_key_that_was_revoked_is_not_told_of(
+def test_no_expiry_event_for_a_revoked_key(
     store: Store, superuser: Engine, digests: KeyDigests, clock: TurnedClock, acme: Registered
 ) -> None:
     regenerate(store, acme, digests, clock, 2 * DAY)
     with store.tenant(acme.tenant.id, exclusive=True) as tx:
         keys.revoke(tx, "live", reason=None, now=clock())
     clock.now += DAY
-    assert tell(store, clock) == 2
-    assert told(superuser) == 0
+    assert announce(store, clock) == 2
+    assert announced(superuser) == 0
 
 
-def test_a_key_that_is_being_revoked_is_not_told_of(
+def test_no_expiry_event_for_a_key_being_revoked(
     store: Store, superuser: Engine, digests: KeyDigests, clock: TurnedClock, acme: Registered
 ) -> None:
     regenerate(store, acme, digests, clock, 2 * DAY)
@@ -397,27 +397,27 @@ def test_a_key_that_is_being_revoked_is_not_told_of(
     with ThreadPoolExecutor(1) as pool:
         with store.tenant(acme.tenant.id, exclusive=True) as tx:
             keys.revoke(tx, "live", reason=None, now=clock())
-            telling = pool.submit(Housekeeping(store, clock).announce_expiry, tasks[0])
-            while not telling.done() and not waits_for_a_lock(superuser):
+            announcing = pool.submit(Housekeeping(store, clock).announce_expiry, tasks[0])
+            while not announcing.done() and not waits_for_a_lock(superuser):
                 time.sleep(0.005)
-        telling.result(10)
-    assert told(superuser) == 0
+        announcing.result(10)
+    assert announced(superuser) == 0
 
 
-def test_a_key_that_ended_sooner_is_not_told_of(
+def test_no_expiry_event_for_a_key_that_expired_early(
     store: Store, superuser: Engine, digests: KeyDigests, clock: TurnedClock, acme: Registered
 ) -> None:
     regenerate(store, acme, digests, clock, 2 * DAY)
     regenerate(store, acme, digests, clock, timedelta())
     clock.now += DAY
-    assert tell(store, clock) == 2
-    assert told(superuser) == 0
+    assert announce(store, clock) == 2
+    assert announced(superuser) == 0
 
 
-def test_a_worker_that_comes_too_late_tells_nothing(
+def test_no_expiry_event_once_the_key_has_expired(
     store: Store, superuser: Engine, digests: KeyDigests, clock: TurnedClock, acme: Registered
 ) -> None:
     regenerate(store, acme, digests, clock, 2 * DAY)
     clock.now += 2 * DAY
-    assert tell(store, clock) == 2
-    assert told(superuser) == 0
+    assert announce(store, clock) == 2
+    assert announced(superuser) == 0

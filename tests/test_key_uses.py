@@ -1,4 +1,4 @@
-"""When keys were last used: noted beside requests, and written down for many at a time."""
+"""When keys were last used: noted by requests in memory, and written for many keys at a time."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def last_uses(superuser: Engine) -> list[datetime | None]:
         return list(connection.scalars(select(api_keys.c.last_used_at).order_by(api_keys.c.id)))
 
 
-def test_each_use_is_written_down(store: Store, superuser: Engine, keys: list[ApiKey]) -> None:
+def test_each_use_is_written(store: Store, superuser: Engine, keys: list[ApiKey]) -> None:
     used = keys[::3]
     noted(*used).flush(store)
     assert last_uses(superuser) == [
@@ -55,7 +55,7 @@ def test_each_use_is_written_down(store: Store, superuser: Engine, keys: list[Ap
     ]
 
 
-def test_what_is_written_at_once_has_one_key_of_a_tenant(
+def test_one_transaction_writes_at_most_one_key_per_tenant(
     store: Store, superuser: Engine, keys: list[ApiKey], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(key_uses, "WRITTEN_AT_ONCE", TENANTS - 1)
@@ -70,7 +70,7 @@ def test_what_is_written_at_once_has_one_key_of_a_tenant(
     assert None not in last_uses(superuser)
 
 
-def test_a_use_within_five_minutes_of_one_that_is_kept_is_not_noted(
+def test_a_use_within_five_minutes_of_a_stored_one_is_not_noted(
     store: Store, superuser: Engine, keys: list[ApiKey]
 ) -> None:
     kept = replace(keys[0], last_used_at=NOW)
@@ -80,7 +80,7 @@ def test_a_use_within_five_minutes_of_one_that_is_kept_is_not_noted(
     assert NOW + timedelta(minutes=5) in last_uses(superuser)
 
 
-def test_an_earlier_use_does_not_undo_a_later_one(
+def test_an_earlier_use_does_not_overwrite_a_later_one(
     store: Store, superuser: Engine, keys: list[ApiKey]
 ) -> None:
     noted(keys[0], at=NOW).flush(store)
@@ -88,13 +88,11 @@ def test_an_earlier_use_does_not_undo_a_later_one(
     assert set(last_uses(superuser)) == {None, NOW}
 
 
-def test_what_cannot_be_written_down_is_forgotten(
-    store: Store, superuser: Engine, keys: list[ApiKey]
-) -> None:
+def test_uses_that_cannot_be_written_are_dropped(store: Store, superuser: Engine, keys: list[ApiKey]) -> None:
     uses = noted(*keys)
     held = select(api_keys.c.id).where(api_keys.c.id == keys[0].id).with_for_update()
-    with superuser.begin() as somebody, pytest.raises(DatabaseUnavailable):
-        somebody.execute(held)
+    with superuser.begin() as locker, pytest.raises(DatabaseUnavailable):
+        locker.execute(held)
         uses.flush(store)
     written = last_uses(superuser)
     assert None in written

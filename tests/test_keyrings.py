@@ -1,4 +1,4 @@
-"""Keyrings: read strictly, shown never."""
+"""Keyrings: parsed strictly, and never shown."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def written(kid: str, key: bytes) -> str:
 TWO = f"{written('k2', SECOND)},{written('k1', FIRST)}"
 
 
-def test_the_first_key_is_for_new_things_and_all_are_found() -> None:
+def test_the_first_key_is_for_new_data_and_all_are_found() -> None:
     ring = Keyring.parse(TWO)
     assert ring.first == ("k2", SECOND)
     assert list(ring) == [("k2", SECOND), ("k1", FIRST)]
@@ -62,7 +62,7 @@ SECRET = base64.b64encode(FIRST).decode()
         (f"k1:\udce9{SECRET}", "not base64"),
     ],
 )
-def test_what_is_no_keyring_is_refused_in_a_sentence_without_the_key(text: str, reason: str) -> None:
+def test_an_invalid_keyring_is_refused_without_showing_the_key(text: str, reason: str) -> None:
     with pytest.raises(KeyringError, match=reason) as caught:
         Keyring.parse(text)
     assert SECRET[:8] not in str(caught.value)
@@ -70,7 +70,7 @@ def test_what_is_no_keyring_is_refused_in_a_sentence_without_the_key(text: str, 
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
 
 
-def test_the_representation_shows_names_alone() -> None:
+def test_the_representation_shows_only_names() -> None:
     assert repr(Keyring.parse(TWO)) == str(Keyring.parse(TWO)) == "Keyring(k2, k1)"
 
 

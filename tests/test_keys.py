@@ -1,4 +1,4 @@
-"""API keys: their form, their checksum, and what they are at a moment."""
+"""API keys: their form, their checksum, and their status at a moment."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from billing.ids import new_id
 from billing.keyrings import Keyring
 from billing.keys import ALPHABET, TYPES, ApiKey, KeyDigests, KeyType, NewKey, mint, parse, to_show, types_of
 
-# A busy machine is no failure.
+# A busy machine must not fail a test.
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 NOW = datetime(2026, 1, 15, 9, 30, tzinfo=UTC)
@@ -91,7 +91,7 @@ def test_the_checksum_is_padded_and_big_endian(
     assert keys._checksum("") == written
 
 
-def test_every_changed_character_is_malformed() -> None:
+def test_any_changed_character_is_malformed() -> None:
     text = mint("live_secret")
     for at in range(len(text)):
         for letter in ALPHABET + "_-é":
@@ -99,7 +99,7 @@ def test_every_changed_character_is_malformed() -> None:
                 assert is_malformed(text[:at] + letter + text[at + 1 :]), (at, letter)
 
 
-def test_every_two_neighbours_that_change_places_are_malformed() -> None:
+def test_any_two_swapped_neighbours_are_malformed() -> None:
     for key_type in TYPES:
         for text in (mint(key_type) for _ in range(25)):
             for at in range(len(text) - 1):
@@ -158,11 +158,11 @@ def test_any_other_text_is_malformed(text: str) -> None:
         ("SK_LIVE", False),
     ],
 )
-def test_what_means_to_be_a_key(text: str, expected: bool) -> None:
+def test_a_key_is_recognised_by_its_prefix(text: str, expected: bool) -> None:
     assert keys.looks_like_key(text) is expected
 
 
-def test_the_document_publishes_this_form() -> None:
+def test_the_document_gives_the_form_of_a_key() -> None:
     assert "^(sk|pk)_(live|test)_[0-9A-Za-z]{38}$" in str(load())
 
 
@@ -186,7 +186,9 @@ def key(key_type: KeyType = "live_secret", **more: Any) -> ApiKey:
         (NOW - HOUR, NOW - 2 * HOUR, "revoked"),
     ],
 )
-def test_status(expires: datetime | None, revoked: datetime | None, status: str) -> None:
+def test_the_status_of_a_key_decides_whether_it_works(
+    expires: datetime | None, revoked: datetime | None, status: str
+) -> None:
     one = key(expires_at=expires, revoked_at=revoked)
     assert one.status_at(NOW) == status
     refusal = {"revoked": KeyRevoked, "expired": KeyExpired}.get(status)
@@ -201,7 +203,7 @@ def test_status(expires: datetime | None, revoked: datetime | None, status: str)
     ("expires", "ending", "expected"),
     [(None, NOW, NOW), (NOW + HOUR, NOW, NOW), (NOW, NOW + HOUR, NOW), (NOW, NOW, NOW)],
 )
-def test_an_end_is_never_put_off(expires: datetime | None, ending: datetime, expected: datetime) -> None:
+def test_an_expiry_is_never_postponed(expires: datetime | None, ending: datetime, expected: datetime) -> None:
     one = key(expires_at=expires)
     assert one.ending(ending).expires_at == expected
     assert one.expires_at == expires
@@ -216,7 +218,9 @@ def test_an_end_is_never_put_off(expires: datetime | None, ending: datetime, exp
         ("test_secret", "test", False),
     ],
 )
-def test_mode_and_kind(key_type: KeyType, mode: str, publishable: bool) -> None:
+def test_mode_and_publishability_follow_from_the_type(
+    key_type: KeyType, mode: str, publishable: bool
+) -> None:
     assert (key(key_type).mode, key(key_type).is_publishable) == (mode, publishable)
 
 
@@ -224,13 +228,17 @@ def test_mode_and_kind(key_type: KeyType, mode: str, publishable: bool) -> None:
     ("selection", "types"),
     [("all", TYPES), ("live", ("live_public", "live_secret")), ("test", ("test_public", "test_secret"))],
 )
-def test_selections(selection: Any, types: tuple[str, ...]) -> None:
+def test_a_selection_names_its_key_types(selection: Any, types: tuple[str, ...]) -> None:
     assert types_of(selection) == types
 
 
 # To show -----------------------------------------------------------------------------------------
 
-GRACE, ENDED, GONE = {"expires_at": NOW + HOUR}, {"expires_at": NOW - HOUR}, {"revoked_at": NOW - HOUR}
+EXPIRING, EXPIRED, REVOKED = (
+    {"expires_at": NOW + HOUR},
+    {"expires_at": NOW - HOUR},
+    {"revoked_at": NOW - HOUR},
+)
 
 
 @pytest.mark.parametrize(
@@ -238,22 +246,24 @@ GRACE, ENDED, GONE = {"expires_at": NOW + HOUR}, {"expires_at": NOW - HOUR}, {"r
     [
         ([], []),
         ([{}], [0]),
-        ([GRACE, {}], [1, 0]),
-        ([ENDED, GRACE, {}], [2, 1]),
-        ([ENDED, GONE, {}], [2]),
-        ([ENDED], [0]),
-        ([ENDED, GONE], [1]),
-        ([GONE, ENDED], [1]),
-        ([GRACE, GONE], [0]),
+        ([EXPIRING, {}], [1, 0]),
+        ([EXPIRED, EXPIRING, {}], [2, 1]),
+        ([EXPIRED, REVOKED, {}], [2]),
+        ([EXPIRED], [0]),
+        ([EXPIRED, REVOKED], [1]),
+        ([REVOKED, EXPIRED], [1]),
+        ([EXPIRING, REVOKED], [0]),
     ],
 )
-def test_of_a_type_the_living_keys_or_the_last(kept: list[dict[str, Any]], shown: list[int]) -> None:
+def test_active_keys_of_a_type_are_shown_or_else_the_last(
+    kept: list[dict[str, Any]], shown: list[int]
+) -> None:
     made = [key(**more) for more in kept]  # The oldest first.
     assert to_show(made, NOW) == to_show(made[::-1], NOW) == [made[at] for at in shown]
 
 
-def test_types_are_shown_in_their_order_each_for_itself() -> None:
-    made = [key(key_type, **more) for key_type in reversed(TYPES) for more in (ENDED, {})]
+def test_each_type_is_shown_separately_in_order() -> None:
+    made = [key(key_type, **more) for key_type in reversed(TYPES) for more in (EXPIRED, {})]
     assert [one.type for one in to_show(made, NOW)] == list(TYPES)
 
 
@@ -268,7 +278,7 @@ def test_a_digest_is_keyed_and_names_its_pepper() -> None:
     assert KeyDigests(Keyring({"old": OLD})).of(text) == f"old:{expected}"
 
 
-def test_a_key_is_looked_for_under_every_pepper_the_first_for_new_ones() -> None:
+def test_a_key_is_looked_up_under_every_pepper_and_stored_under_the_first() -> None:
     text = mint("live_secret")
     before, after = KeyDigests(Keyring({"old": OLD})), KeyDigests(Keyring({"new": NEW, "old": OLD}))
     assert after.candidates(text) == [after.of(text), before.of(text)]
