@@ -1,4 +1,4 @@
-"""The house: imports point down by its floors, and each thing is spoken of in one place."""
+"""The architecture: imports point down its floors, and each library and language has its place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# A package named here stands on its floor with all that is in it. A new module fails until it has a floor.
+# A package named here is on its floor with all its modules. A new module fails until it has a floor.
 FLOORS = (
     (5, "app billing.cli"),
     (4, "billing.handlers billing.security billing.http billing.stripe_connections billing.worker"),
@@ -29,10 +29,10 @@ FLOORS = (
     (0, "billing.limits billing.threads billing.logs billing.metrics billing.tracing billing.crashes"),
 )
 FLOOR_OF = {name: floor for floor, names in FLOORS for name in names.split()}
-# They have a docstring, and no floor: nothing is in them but what stands beside them.
-BARE = {"billing", "billing.webhooks"}
+# Packages without a floor: their `__init__.py` has a docstring and nothing else.
+EMPTY_PACKAGES = {"billing", "billing.webhooks"}
 
-# Which library is spoken to where. Nobody else imports it.
+# Which modules may import a library; no others do.
 LIBRARIES = {
     "sqlalchemy": ("billing.storage",),
     "psycopg2": ("billing.storage",),
@@ -59,11 +59,11 @@ LIBRARIES = {
 }
 
 
-def name_of(path: Path) -> str:
+def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-MODULES = {name_of(path): path for path in [ROOT / "app.py", *sorted((ROOT / "billing").rglob("*.py"))]}
+MODULES = {module_name(path): path for path in [ROOT / "app.py", *sorted((ROOT / "billing").rglob("*.py"))]}
 
 
 @cache
@@ -72,7 +72,7 @@ def tree_of(module: str) -> ast.Module:
 
 
 def imports_of(module: str) -> Iterator[str]:
-    """Every name that a module imports, anywhere in it, as far as it is a module's own."""
+    """Every module that a module imports, anywhere in it."""
     for node in ast.walk(tree_of(module)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -91,20 +91,20 @@ def floor_of(module: str) -> int | None:
     return next((floor for name, floor in FLOOR_OF.items() if is_within(module, name)), None)
 
 
-def ours(module: str) -> set[str]:
+def own_imports(module: str) -> set[str]:
     return {name for name in imports_of(module) if name in MODULES}
 
 
 # Floors ------------------------------------------------------------------------------------------
 
 
-def test_the_map_and_the_modules_are_the_same() -> None:
-    assert not [m for m in MODULES if m not in BARE and floor_of(m) is None], "give these a floor"
+def test_every_module_has_a_floor_and_every_floor_entry_exists() -> None:
+    assert not [m for m in MODULES if m not in EMPTY_PACKAGES and floor_of(m) is None], "give these a floor"
     assert not [name for name in FLOOR_OF if name not in MODULES], "these are gone"
 
 
 def floors_in_the_docs() -> Iterator[tuple[str, int]]:
-    """Each line is a floor, or a blank for the one above, then names two blanks apart, then what they are."""
+    """Each line is a floor, or blank for the one above, then names two blanks apart, then what they do."""
     block = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").split("```")[1]
     floor = -1
     for line in block.strip("\n").splitlines():
@@ -113,36 +113,36 @@ def floors_in_the_docs() -> Iterator[tuple[str, int]]:
             yield name if name == "app" else f"billing.{name}", floor
 
 
-def test_the_docs_have_the_same_map() -> None:
+def test_the_floors_in_the_docs_are_the_same() -> None:
     assert sorted(floors_in_the_docs()) == sorted(FLOOR_OF.items())
 
 
-@pytest.mark.parametrize("module", sorted(BARE))
-def test_a_bare_package_holds_nothing(module: str) -> None:
+@pytest.mark.parametrize("module", sorted(EMPTY_PACKAGES))
+def test_an_empty_package_has_only_a_docstring(module: str) -> None:
     (only,) = tree_of(module).body
     assert isinstance(only, ast.Expr)
 
 
-@pytest.mark.parametrize("module", sorted(MODULES.keys() - BARE))
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - EMPTY_PACKAGES))
 def test_imports_point_down(module: str) -> None:
     floor = floor_of(module)
     assert floor is not None
-    assert not {name for name in ours(module) - BARE if (floor_of(name) or 0) > floor}
+    assert not {name for name in own_imports(module) - EMPTY_PACKAGES if (floor_of(name) or 0) > floor}
 
 
-def test_imports_go_in_no_circle() -> None:
-    # A package's own module runs before what is in it, but that it gathers its parts is no circle.
-    graph = {module: ours(module) - BARE for module in MODULES}
+def test_imports_are_not_circular() -> None:
+    # A package's `__init__.py` runs before its modules, but importing them there is no circle.
+    graph = {module: own_imports(module) - EMPTY_PACKAGES for module in MODULES}
     try:
         tuple(TopologicalSorter(graph).static_order())
     except CycleError as error:
         raise AssertionError(f"a circle: {' → '.join(error.args[1])}") from None
 
 
-def test_imports_that_do_not_exist_would_be_noticed() -> None:
-    # What this file rests on: that it finds an import in each of the ways of writing it.
-    assert {"billing.keys", "billing.errors", "billing.key_uses"} <= ours("billing.security")
-    assert {"billing.http.problems", "billing.http.pages"} <= ours("app")
+def test_every_form_of_import_is_found() -> None:
+    # What this file relies on: that it finds an import in every form of writing it.
+    assert {"billing.keys", "billing.errors", "billing.key_uses"} <= own_imports("billing.security")
+    assert {"billing.http.problems", "billing.http.pages"} <= own_imports("app")
     assert len(MODULES) > 50
 
 
@@ -150,14 +150,14 @@ def test_imports_that_do_not_exist_would_be_noticed() -> None:
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_a_library_is_imported_where_it_belongs(library: str) -> None:
-    strangers = {
+def test_a_library_is_imported_only_by_its_modules(library: str) -> None:
+    offenders = {
         module
         for module in MODULES
         if any(is_within(name, library) for name in imports_of(module))
         and not any(is_within(module, home) for home in LIBRARIES[library])
     }
-    assert not strangers
+    assert not offenders
 
 
 # Languages ---------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ ENVIRONMENT = ("environ", "environb", "getenv")
 
 
 def reads_environment(module: str) -> bool:
-    """Whether it has `os.environ` or `os.getenv` for anything but to put something into it."""
+    """Whether it uses `os.environ` or `os.getenv` for anything but to set variables."""
     nodes = list(ast.walk(tree_of(module)))
     calls = [node.func for node in nodes if isinstance(node, ast.Call)]
     written = {id(func.value) for func in calls if isinstance(func, ast.Attribute) and func.attr == "update"}
@@ -177,24 +177,24 @@ def reads_environment(module: str) -> bool:
     )
 
 
-# The second hands the linker's search path on to PostgreSQL's programs, and decides nothing by it.
-READERS = ("billing.settings", "billing.storage.binaries")
+# The second passes the linker's search path on to PostgreSQL's programs, and decides nothing by it.
+ENVIRONMENT_READERS = ("billing.settings", "billing.storage.binaries")
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if name not in READERS])
+@pytest.mark.parametrize("module", [name for name in MODULES if name not in ENVIRONMENT_READERS])
 def test_only_settings_read_the_environment(module: str) -> None:
     assert reads_environment("billing.settings")
     assert not reads_environment(module)
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if is_within(name, "billing.handlers")])
-def test_handlers_catch_nothing(module: str) -> None:
+def test_handlers_have_no_try_statements(module: str) -> None:
     assert not [node.lineno for node in ast.walk(tree_of(module)) if isinstance(node, ast.Try | ast.TryStar)]
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if is_within(name, "billing.handlers")])
-def test_handlers_keep_nothing(module: str) -> None:
-    """No globals: what stands outside a function is an import, a constant or a function."""
+def test_handlers_have_no_global_state(module: str) -> None:
+    """No globals: at module level there are only imports, constants and functions."""
     for node in tree_of(module).body:
         assert isinstance(node, ast.Expr | ast.Import | ast.ImportFrom | ast.Assign | ast.FunctionDef)
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
@@ -202,15 +202,15 @@ def test_handlers_keep_nothing(module: str) -> None:
             assert constant or isinstance(node.value, ast.Subscript), f"line {node.lineno}"
 
 
-def test_nobody_catches_everything_to_carry_on() -> None:
+def test_only_three_modules_swallow_all_exceptions() -> None:
     found = [
         module
         for module in MODULES
         for node in ast.walk(tree_of(module))
         if isinstance(node, ast.ExceptHandler) and catches_everything(node) and not raises_again(node)
     ]
-    # Whatever it was, a client is owed an answer, and the server its pool: argued there, and both are reported. And out
-    # of a thread it is raised where it is awaited.
+    # Whatever failed, a client needs an answer, and the server its pool: explained there, and both are reported. The
+    # lanes raise a thread's error where it is awaited.
     assert found == ["app", "billing.http.edge", "billing.http.lanes"]
 
 
@@ -231,9 +231,9 @@ def raises_again(handler: ast.ExceptHandler) -> bool:
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
-def test_a_module_opens_with_one_sentence(module: str) -> None:
+def test_a_module_docstring_opens_with_one_sentence(module: str) -> None:
     lines = (ast.get_docstring(tree_of(module)) or "").splitlines()
     assert lines, "it has no docstring"
-    assert re.search(r"[.?]$", lines[0]), "its first line is no whole sentence"
+    assert re.search(r"[.?]$", lines[0]), "its first line is not a whole sentence"
     assert not re.search(r"[.?!] +[A-Z`]", lines[0]), "its first line is more than one sentence"
     assert lines[1:2] in ([], [""])

@@ -1,4 +1,4 @@
-"""The chain of the audit log: what breaks it, and what the one who verifies it is told."""
+"""The hash chain of the audit log: what breaks it, and what verification reports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TENANT = new_id()
 
 
 def log(length: int, *, subject: str = "acme") -> list[Row]:
-    """A log that is whole."""
+    """An intact log."""
     rows: list[Row] = []
     for sequence in range(1, length + 1):
         row = Row(
@@ -30,7 +30,7 @@ def head_of(rows: list[Row]) -> Head:
     return Head(rows[-1].sequence, rows[-1].hash)
 
 
-def follow(rows: list[Row], *heads: Head) -> Head:
+def verify(rows: list[Row], *heads: Head) -> Head:
     chain = Chain(heads)
     for row in rows:
         chain.add(row)
@@ -42,13 +42,13 @@ LOG = log(5)
 HEAD = head_of(LOG)
 
 
-def test_a_whole_log_ends_at_its_head() -> None:
-    assert follow(LOG, HEAD) == HEAD
-    assert follow(LOG, HEAD, Head(2, LOG[1].hash)) == HEAD
+def test_an_intact_log_ends_at_its_head() -> None:
+    assert verify(LOG, HEAD) == HEAD
+    assert verify(LOG, HEAD, Head(2, LOG[1].hash)) == HEAD
 
 
 Change = Callable[[list[Row]], list[Row]]
-CHANGES: list[tuple[Change, str]] = [
+TAMPERINGS: list[tuple[Change, str]] = [
     (lambda rows: rows[1:], "Row 1 is missing"),
     (lambda rows: [*rows[:2], *rows[3:]], "Row 3 is missing"),
     (lambda rows: rows[:3], "Row 4 is missing: the log was cut off, it went on to row 5"),
@@ -69,26 +69,26 @@ CHANGES: list[tuple[Change, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "said"), CHANGES, ids=[said for _, said in CHANGES])
-def test_the_first_row_that_is_wrong_is_named(change: Change, said: str) -> None:
-    with pytest.raises(Broken, match=said):
-        follow(change(LOG), HEAD)
+@pytest.mark.parametrize(("change", "message"), TAMPERINGS, ids=[message for _, message in TAMPERINGS])
+def test_the_first_wrong_row_is_named(change: Change, message: str) -> None:
+    with pytest.raises(Broken, match=message):
+        verify(change(LOG), HEAD)
 
 
-def test_a_log_made_anew_is_not_the_one_that_was_noted() -> None:
-    anew = log(9, subject="globex")
+def test_a_rewritten_log_does_not_match_the_noted_head() -> None:
+    rewritten = log(9, subject="globex")
     with pytest.raises(Broken, match="Row 5 has another hash"):
-        follow(anew, head_of(anew), HEAD)
+        verify(rewritten, head_of(rewritten), HEAD)
     with pytest.raises(Broken, match="cut off, it went on to row 5"):
-        follow(LOG[:3], head_of(LOG[:3]), HEAD)
+        verify(LOG[:3], head_of(LOG[:3]), HEAD)
 
 
-def test_a_head_is_written_and_read() -> None:
+def test_a_head_survives_formatting_and_parsing() -> None:
     assert Head.parse(str(HEAD)) == HEAD
     for text in ("", "5", f"x:{'0' * 64}", f"5:{'0' * 63}", f"5:{'g' * 64}", f"-1:{'0' * 64}"):
         assert Head.parse(text) is None
 
 
-def test_a_time_says_the_same_in_whichever_zone_it_is_read() -> None:
+def test_the_time_zone_does_not_change_a_row() -> None:
     elsewhere = NOW.astimezone(timezone(timedelta(hours=5)))
     assert replace(LOG[0], at=elsewhere).line() == LOG[0].line()

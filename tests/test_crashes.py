@@ -1,4 +1,4 @@
-"""Errors that nobody expected, as a Sentry on loopback gets them: where they happened, and nothing secret."""
+"""Unexpected errors as a Sentry on loopback receives them: where they happened, and nothing secret."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 SECRET = "hunter2"
 REQUEST_ID = "the-request-of-acme"
 
-# A process of its own: the library is the whole process's. Everything that it could tell bears the secret.
+# A separate process: the library is global to a process. Everything that it could report contains the secret.
 CRASH = """
 import asyncio, sys
 import httpx
@@ -62,8 +62,8 @@ report(task, RuntimeError("hunter2"))
 """
 
 
-def told(script: str) -> list[Received]:
-    """What a process that runs this tells its Sentry."""
+def reports_of(script: str) -> list[Received]:
+    """What a process that runs this script reports to Sentry."""
     with receiving(answers()) as sentry:
         dsn = f"http://publickey@127.0.0.1:{sentry.port}/1"
         subprocess.run(
@@ -80,10 +80,10 @@ def items(received: Received) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def crash() -> list[Received]:
-    return told(CRASH)
+    return reports_of(CRASH)
 
 
-def test_an_error_is_told_with_its_place_and_its_request(crash: list[Received]) -> None:
+def test_an_error_is_reported_with_its_place_and_request(crash: list[Received]) -> None:
     [envelope] = crash
     event = items(envelope)[-1]
     assert [error["type"] for error in event["exception"]["values"]] == ["KeyError", "ValueError"]
@@ -95,7 +95,7 @@ def test_an_error_is_told_with_its_place_and_its_request(crash: list[Received]) 
     assert envelope.path == "/api/1/envelope/"
 
 
-def test_no_secret_leaves(crash: list[Received]) -> None:
+def test_no_secret_is_reported(crash: list[Received]) -> None:
     for envelope in crash:
         text = json.dumps(items(envelope)) + str(envelope.headers)
         assert SECRET not in text
@@ -105,8 +105,8 @@ def test_no_secret_leaves(crash: list[Received]) -> None:
         )
 
 
-def test_a_task_that_fails_is_told_by_its_kind() -> None:
-    [envelope] = told(TASK)
+def test_a_failed_task_is_reported_by_its_kind() -> None:
+    [envelope] = reports_of(TASK)
     event = items(envelope)[-1]
     assert event["tags"]["task"] == "webhook.deliver"
     assert SECRET not in json.dumps(items(envelope))

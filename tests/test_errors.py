@@ -1,4 +1,4 @@
-"""What can go wrong: a tree that is drawn as it is, and that every client can be told of."""
+"""The tree of errors: documented as it is, and each error presentable to a client."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ def test_every_error_has_one_sentence_for_a_title(error: type[BillingError]) -> 
 
 
 @pytest.mark.parametrize("error", LEAVES, ids=lambda error: error.__name__)
-def test_every_leaf_has_a_status_of_its_family(error: type[BillingError]) -> None:
+def test_every_leaf_has_the_status_of_its_family(error: type[BillingError]) -> None:
     families = [family for family in error.__mro__ if family in STATUSES]
     assert len(families) == 1
     assert status_of(error) == STATUSES[families[0]]
     assert 400 <= status_of(error) < 600
 
 
-def test_every_code_is_kebab_case_and_stands_once() -> None:
+def test_every_code_is_kebab_case_and_unique() -> None:
     codes = [error.code() for error in LEAVES]
     assert all(re.fullmatch(r"[a-z]+(-[a-z]+)*", code) for code in codes)
     assert len(set(codes)) == len(codes)
 
 
 def test_codes_are_stable() -> None:
-    # The contract names these; renaming a class must not rename what programs read.
+    # The contract names these; renaming a class must not rename a code that programs read.
     named = """state-missing state-unknown state-expired state-used access-denied code-rejected
     stripe-account-taken stripe-unavailable stripe-not-configured stripe-already-connected email-taken
     invalid-credentials refresh-token-reused wrong-password key-malformed key-unknown key-revoked
@@ -64,17 +64,17 @@ def drawn() -> dict[str, tuple[str | None, str | None]]:
     return tree
 
 
-def test_the_tree_is_drawn_as_it_is() -> None:
+def test_the_docstring_draws_the_class_tree() -> None:
     parents = {error.__name__: error.__bases__[0].__name__ for error in EVERY if error is not BillingError}
     assert {name: parent for name, (parent, _) in drawn().items() if parent} == parents
 
 
-def test_the_statuses_are_drawn_as_they_are() -> None:
+def test_the_docstring_gives_the_statuses() -> None:
     statuses = {family.__name__: str(status) for family, status in STATUSES.items()}
     assert {name: status for name, (_, status) in drawn().items() if status} == statuses
 
 
-def test_errors_stand_in_their_file_by_status() -> None:
+def test_errors_are_defined_in_order_of_status() -> None:
     statuses = [status_of(error) for error in EVERY if error in STATUSES]
     assert statuses == sorted(statuses)
     assert Path(errors.__file__).name == "errors.py"
@@ -83,13 +83,13 @@ def test_errors_stand_in_their_file_by_status() -> None:
 # One error ---------------------------------------------------------------------------------------
 
 
-def test_the_detail_is_what_was_said_else_the_title() -> None:
+def test_the_detail_defaults_to_the_title() -> None:
     assert errors.PasswordTooWeak("Too short.").detail == "Too short."
     assert errors.KeyUnknown().detail == errors.KeyUnknown.title() == "The API key is unknown."
     assert str(errors.KeyUnknown()) == "The API key is unknown."
 
 
-def test_an_error_may_say_when_to_come_back() -> None:
+def test_an_error_may_have_a_retry_time() -> None:
     assert errors.Overloaded().retry_after_seconds == 2
     assert errors.Overloaded(retry_after_seconds=7).retry_after_seconds == 7
     assert errors.Overloaded(retry_after_seconds=0).retry_after_seconds == 0
@@ -116,6 +116,6 @@ def test_an_outcome_is_returned_and_a_refusal_is_raised() -> None:
     assert caught.value is refusal
 
 
-def test_other_exceptions_are_outcomes_like_any_other() -> None:
+def test_other_exceptions_are_returned_as_outcomes() -> None:
     other = ValueError()
     assert settled(other) is other
