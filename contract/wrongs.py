@@ -518,7 +518,7 @@ IN_STORAGE = (
         "billing/storage/idempotency.py",
         '    idempotency_keys.c.claim == bindparam("held"),\n',
         '    bindparam("held", type_=idempotency_keys.c.claim.type).is_not(None),\n',
-        ("tests/test_idempotency.py::test_who_is_too_late_changes_nothing",),
+        ("tests/test_idempotency.py::test_a_claim_that_was_taken_over_changes_nothing",),
     ),
     Wrong(
         "a key may come with any request",
@@ -535,7 +535,7 @@ IN_STORAGE = (
         "        self._connection.connection.commit()\n"
         "        self._connection.exec_driver_sql(f'BEGIN; {SET_TENANT}', (str(self._tenant_id),))\n"
         "        return rows == 1\n",
-        ("tests/test_idempotency.py::test_without_the_change_there_is_no_answer",),
+        ("tests/test_idempotency.py::test_an_answer_is_rolled_back_with_its_change",),
     ),
     Wrong(
         "users share their keys",

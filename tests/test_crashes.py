@@ -13,7 +13,7 @@ import pytest
 
 from tests.receivers import Received, answers, receiving
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 SECRET = "hunter2"
 REQUEST_ID = "the-request-of-acme"
 
