@@ -149,13 +149,13 @@ def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
         thread.join()
 
 
-def tampering(upstream: str, action: str, tamper: Tamper, *, only: int) -> type[TamperingProxy]:
-    """Change the answers of one operation that have this status."""
+def tampering(upstream: str, action: str, tamper: Tamper, *, only: int | None) -> type[TamperingProxy]:
+    """Change the answers of one operation that have this status, or any if it is None."""
     method, path = action.split()
 
     def tamper_with_one(command: str, target: str, answer: Answer) -> Answer:
-        is_it = (command, target.partition("?")[0], answer.status) == (method, f"{API}{path}", only)
-        return tamper(answer) if is_it else answer
+        is_it = (command, target.partition("?")[0]) == (method, f"{API}{path}")
+        return tamper(answer) if is_it and only in (answer.status, None) else answer
 
     return type(
         "Tampered", (TamperingProxy,), {"upstream": upstream, "tamper": staticmethod(tamper_with_one)}
@@ -213,6 +213,23 @@ def test_wrong_refusal_codes_of_verify_are_detected(server_url: str) -> None:
     # Called without a key, with a replaced one, with a revoked one.
     assert {name for name, verdict in found.items() if verdict == "FAIL"} == {
         "verify_api_key",
+        "regenerate_api_keys",
+        "revoke_api_keys",
+    }
+
+
+def test_keys_that_still_work_after_their_end_are_detected(server_url: str) -> None:
+    """The proxy answers as if a refused key were still accepted."""
+    accepted: list[Answer] = []
+
+    def accept(answer: Answer) -> Answer:
+        if answer.status == 200:
+            accepted.append(answer)
+        return accepted[0] if accepted else answer
+
+    with serving(tampering(server_url, "GET /verify/", accept, only=None)) as url:
+        found = verdicts(url)
+    assert {name for name, verdict in found.items() if verdict == "FAIL"} == {
         "regenerate_api_keys",
         "revoke_api_keys",
     }

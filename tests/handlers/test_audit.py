@@ -219,6 +219,15 @@ def test_throttled_logins_are_audited_once_per_window(
         clock.turn(seconds=int(answers[-1].headers["retry-after"]))
 
 
+def test_failed_logins_of_an_unknown_email_are_not_audited(acme: Account, superuser: Engine) -> None:
+    for email in ("nobody@acme.example", acme.email):
+        assert log_in(acme.client, email, "wrong password").status_code == 401
+    await_row(superuser, acme, "user.login_failed")
+    with superuser.connect() as connection:
+        query = text("SELECT subject FROM audit_log WHERE action = 'user.login_failed'")
+        assert list(connection.scalars(query)) == [acme.email]
+
+
 def test_throttled_logins_of_an_unknown_email_are_not_audited(
     acme: Account, store: Store, superuser: Engine, clock: TurnedClock
 ) -> None:
