@@ -20,6 +20,7 @@ from starlette.testclient import TestClient
 from app import create_app
 from billing import failed_logins, users
 from billing.actors import SYSTEM, Actor
+from billing.counters import InProcess
 from billing.errors import DatabaseUnavailable
 from billing.failed_logins import FailedLogins
 from billing.limits import Policies
@@ -38,7 +39,7 @@ PATIENCE_SECONDS = 20
 
 @pytest.fixture(scope="module")
 def stripe_app(
-    settings: Settings, running_stripe: Sandbox, shared_clock: TurnedClock
+    settings: Settings, running_stripe: Sandbox, shared_clock: TurnedClock, shared_counters: InProcess
 ) -> Iterator[TestClient]:
     with_stripe = replace(
         settings,
@@ -47,13 +48,15 @@ def stripe_app(
         stripe_api_base=running_stripe.url,
         stripe_connect_base=running_stripe.url,
     )
-    app = create_app(with_stripe, clock=shared_clock)
+    app = create_app(with_stripe, clock=shared_clock, counters=shared_counters)
     with CheckedClient(app, raise_server_exceptions=False) as client:
         yield client
 
 
 @pytest.fixture
-def client(stripe_app: TestClient, stripe: Sandbox, clock: TurnedClock, clean: None) -> TestClient:
+def client(
+    stripe_app: TestClient, stripe: Sandbox, clock: TurnedClock, uncounted: None, clean: None
+) -> TestClient:
     """Overrides the shared `client`: its server is configured with Stripe."""
     stripe_app.cookies.clear()
     return stripe_app
