@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
+from typing import Literal
 
 import bcrypt
 import pytest
@@ -211,6 +212,19 @@ def test_only_the_accounts_own_words_weaken_a_password() -> None:
     require_strength("Wolkenkratzerbau", [])
     with pytest.raises(PasswordTooWeak):
         require_strength("Wolkenkratzerbau", ["wolkenkratzerbau"])
+
+
+@pytest.mark.parametrize("sent", ["NFC", "NFD"])
+@pytest.mark.parametrize("stored", ["NFC", "NFD"])
+def test_own_words_are_recognised_in_any_normal_form(
+    sent: Literal["NFC", "NFD"], stored: Literal["NFC", "NFD"]
+) -> None:
+    assert outcome(unicodedata.normalize(sent, "Wäschebär-Bäckerei"))
+    with pytest.raises(PasswordTooWeak):
+        require_strength(
+            unicodedata.normalize(sent, "Wäschebär-Bäckerei"),
+            [unicodedata.normalize(stored, "Wäschebär Bäckerei")],
+        )
 
 
 @pytest.mark.usefixtures("switching_often")
