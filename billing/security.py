@@ -48,13 +48,14 @@ class Caller:
 
     @contextmanager
     def changing(self, store: Store, actor: Actor) -> Iterator[TenantTx]:
-        """A transaction that changes the tenant, with its lock held.
+        """A transaction of a user's that changes the tenant, with its lock held.
 
         Raises unless the user may still act, now that the lock is held; see `sessions.require_standing`.
         """
+        if self.user is None or self.session_id is None:
+            raise InsufficientScope
         with store.tenant(self.tenant_id, actor, exclusive=True) as tx:
-            if self.session_id is not None:
-                sessions.require_standing(tx, self.signed_in_user(), self.session_id)
+            sessions.require_standing(tx, self.user, self.session_id)
             yield tx
 
     @property

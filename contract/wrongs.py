@@ -578,8 +578,8 @@ IN_STRIPE_AND_WEBHOOKS = (
     Wrong(
         "a change is made for a session that has ended while it waited",
         "billing/security.py",
-        "            if self.session_id is not None:\n",
-        "            if self.session_id is None:\n",
+        "            sessions.require_standing(tx, self.user, self.session_id)\n",
+        "",
         ("tests/handlers/test_standing.py",),
     ),
     Wrong(
