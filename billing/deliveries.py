@@ -18,6 +18,7 @@ from uuid import UUID
 import structlog
 
 from billing import metrics, tracing
+from billing.actors import Actor
 from billing.clock import Clock
 from billing.errors import RateLimited
 from billing.ids import new_id
@@ -336,18 +337,18 @@ class Tester:
 
     @contextmanager
     def sent(
-        self, tenant_id: UUID, event_type: str, data: dict[str, object]
+        self, tenant_id: UUID, actor: Actor, event_type: str, data: dict[str, object]
     ) -> Iterator[tuple[TenantTx, Report]]:
         """Send one event now, without retries; yields the transaction that stores the result.
 
         Raises `WebhookNotConfigured` and `RateLimited`.
         """
         with self._alone(tenant_id):
-            url, secrets, event = self._begin(tenant_id, event_type, data)
-            begun = Begun(new_id(), event.id, event.type, 1, event.body)
+            url, secrets, event = self._begin(tenant_id, actor, event_type, data)
+            begun = Begun(new_id(), event.id, event.type, 1, event.body, actor.request_id)
             with self._egress.to(url) as post:
                 attempt = send(post, secrets, begun, self._clock())
-            with self._store.tenant(tenant_id) as tx:
+            with self._store.tenant(tenant_id, actor) as tx:
                 tx.deliveries.add(_tested(begun, event, attempt, self._clock()))
                 yield tx, Report(url, event_type, attempt)
 
@@ -364,9 +365,9 @@ class Tester:
                 self._busy.discard(tenant_id)
 
     def _begin(
-        self, tenant_id: UUID, event_type: str, data: dict[str, object]
+        self, tenant_id: UUID, actor: Actor, event_type: str, data: dict[str, object]
     ) -> tuple[str, list[str], Event]:
-        with self._store.tenant(tenant_id, exclusive=True) as tx:
+        with self._store.tenant(tenant_id, actor, exclusive=True) as tx:
             now = self._clock()
             url = endpoints.require_url(tx.webhooks.find())
             secrets = tx.webhooks.signing_secrets(now)

@@ -441,7 +441,7 @@ class InternalError(BillingError):
 class StripeUnavailable(BillingError):
     """Stripe did not answer as it should.
 
-    Whether the code was used is unknown. Start again in a while.
+    Whether Stripe did what was asked is unknown. Start again in a while.
     """
 
 

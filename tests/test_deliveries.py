@@ -30,9 +30,9 @@ from billing.storage.store import Store, TenantTx
 from billing.storage.tables import deliveries, events, tasks, webhook_endpoints
 from billing.tasks import LEASE, Queue, Task
 from billing.webhooks import endpoints, replay
-from billing.webhooks.delivery import DELIVER, JITTER, RETRY_DELAYS, TOO_LONG, TOO_MANY, Begun, Settled
+from billing.webhooks.delivery import DELIVER, JITTER, RETRY_DELAYS, Begun, Settled
 from billing.webhooks.egress import Egress
-from billing.webhooks.endpoints import DISABLED, Endpoint, UrlPolicy
+from billing.webhooks.endpoints import DISABLED, TOO_LONG, TOO_MANY, Endpoint, UrlPolicy
 from tests.clock import TurnedClock
 from tests.conftest import waits_for_a_lock
 from tests.receivers import Received, Receiver, Visit, head, receiving

@@ -71,8 +71,10 @@ def remove_webhook(*, caller: Caller, actor: Actor, store: Store, clock: Clock, 
 
 
 @runs_in(Lane.WEBHOOKS)
-def send_test_webhook(body: dict[str, Any] | None, *, caller: Caller, tester: Tester, once: Once) -> Reply:
+def send_test_webhook(
+    body: dict[str, Any] | None, *, caller: Caller, actor: Actor, tester: Tester, once: Once
+) -> Reply:
     options = body or {}
     event_type, data = options.get("event_type", TEST), options.get("test_data", {})
-    with tester.sent(caller.tenant_id, event_type, data) as (tx, report):
+    with tester.sent(caller.tenant_id, actor, event_type, data) as (tx, report):
         return once.keep(tx, ok(shapes.test_report(report)))

@@ -32,9 +32,6 @@ JITTER = 0.2
 LONGEST_STRETCH = 2
 BREATHER = timedelta(seconds=60)
 
-TOO_LONG = timedelta(days=5)
-TOO_MANY = 10
-
 Status = Literal["pending", "delivered", "failed"]
 Failure = Literal["refused_url", "connection_failed", "tls_failed", "timeout", "connection_broken"]
 """Why there is no answer, as a tenant may be told.
@@ -87,7 +84,7 @@ class Begun:
     event_type: str
     attempt: int
     body: bytes
-    request_id: str | None = None
+    request_id: str | None
 
 
 @dataclass(frozen=True)
@@ -170,16 +167,6 @@ def wake(tasks: Tasks, tenant_id: UUID, now: datetime, *, anew: bool = False) ->
     """Have the worker send a tenant's due deliveries now; `anew` also takes the task out of the slow queue."""
     subject = str(tenant_id)
     tasks.add(DELIVER, tenant_id, subject=subject, due_at=now, now=now, queue="webhooks", moved=anew)
-
-
-def failing_too_long(*, failing_since: datetime | None, failed_events: int, now: datetime) -> bool:
-    """Whether to disable an endpoint: for 5 days every attempt has failed, those of 10 events or more.
-
-    `failing_since` is the first failure after the last success, None if the last attempt succeeded;
-    `failed_events` is how many events have failed since then. A few prove little: one event that a receiver cannot
-    process is no reason to withhold the others.
-    """
-    return failing_since is not None and now - failing_since >= TOO_LONG and failed_events >= TOO_MANY
 
 
 def _jittered(delay: timedelta, jitter: float) -> timedelta:

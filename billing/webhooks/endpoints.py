@@ -16,7 +16,7 @@ from uuid import UUID
 
 from billing.errors import WebhookNotConfigured, WebhookUrlRefused
 from billing.ports import Audit, Events, Tasks
-from billing.webhooks.delivery import failing_too_long, wake
+from billing.webhooks.delivery import wake
 from billing.webhooks.events import EventType
 from billing.webhooks.signing import new_secret
 
@@ -94,11 +94,17 @@ DISABLED: EventType = "webhook.disabled"
 # The error of a delivery whose URL was removed.
 CANCELLED = "cancelled"
 DisabledReason = Literal["failing", "gone"]
+TOO_LONG = timedelta(days=5)
+TOO_MANY = 10
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a tenant's events go, which types (none means all), and how deliveries have been going."""
+    """Where a tenant's events go, which types (none means all), and how deliveries have been going.
+
+    `failing_since` is the first failure after the last success, None if the last attempt succeeded; `failed_events`
+    is how many events have failed since then.
+    """
 
     url: str | None
     event_types: tuple[str, ...] = ()
@@ -119,6 +125,14 @@ class Endpoint:
     def wanted(self) -> tuple[str, ...]:
         """The types of events that are sent, none for all. `webhook.disabled` is always among them."""
         return (*self.event_types, DISABLED) if self.event_types else ()
+
+    def is_failing_too_long(self, now: datetime) -> bool:
+        """Whether to disable it: for 5 days every attempt has failed, those of 10 events or more.
+
+        A few prove little: one event that a receiver cannot process is no reason to withhold the others.
+        """
+        since = self.failing_since
+        return since is not None and now - since >= TOO_LONG and self.failed_events >= TOO_MANY
 
     def after(self, *, delivered: int, failed: int, first_failures: int, now: datetime) -> Endpoint:
         """The endpoint after some attempts: one success among them clears its failures."""
@@ -166,9 +180,7 @@ def configure(
     before = tx.webhooks.find(lock=True)
     types = before.event_types if event_types is None else tuple(event_types)
     endpoint = Endpoint(url, types)
-    is_as_it_was = before == replace(
-        endpoint, failing_since=before.failing_since, failed_events=before.failed_events
-    )
+    is_as_it_was = before.is_active and (before.url, before.event_types) == (url, types)
     secrets = tx.webhooks.secrets(now)
     text = _renew_secret(tx, now, grace=grace) if regenerate_secret or not secrets else None
     if text is not None or not is_as_it_was:
@@ -232,10 +244,7 @@ def reason_to_disable(endpoint: Endpoint, *, gone: bool, now: datetime) -> Disab
     """Why to disable the endpoint, if there is a reason."""
     if gone:
         return "gone"
-    too_long = failing_too_long(
-        failing_since=endpoint.failing_since, failed_events=endpoint.failed_events, now=now
-    )
-    return "failing" if too_long else None
+    return "failing" if endpoint.is_failing_too_long(now) else None
 
 
 class WebhookShelf(Protocol):

@@ -497,7 +497,8 @@ def test_send_test_409_without_a_url(acme: Account, superuser: Engine) -> None:
 def test_a_test_is_delivered_and_reported(local: Account, superuser: Engine, clock: TurnedClock) -> None:
     with receiving(answers(200, b"thank you")) as receiver:
         configure(local, url_of(receiver))
-        report = send_test(local)
+        answer = local.post("/webhooks/test/", {})
+    report = answer.json()
     assert report == {
         "message": "The receiver answered 200.",
         "success": True,
@@ -528,8 +529,9 @@ def test_a_test_is_delivered_and_reported(local: Account, superuser: Engine, clo
     )
     assert (delivery["http_status"], delivery["duration_ms"]) == (200, report["response_time_ms"])
     assert config(local)["stats"] == {"delivered_24h": 1, "failed_24h": 0, "pending": 0}
-    [row] = rows_of(superuser, "SELECT id, body FROM events WHERE is_test")
+    [row] = rows_of(superuser, "SELECT id, body, request_id FROM events WHERE is_test")
     assert (str(row.id), bytes(row.body)) == (event["id"], b"")
+    assert row.request_id == answer.headers["x-request-id"]
 
 
 def test_a_test_is_signed_with_both_secrets_during_a_rotation(local: Account) -> None:

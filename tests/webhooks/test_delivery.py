@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from billing.webhooks.delivery import RETRY_DELAYS, Attempt, Verdict, failing_too_long, judge
+from billing.webhooks.delivery import RETRY_DELAYS, Attempt, Verdict, judge
 
 # A busy machine is no failure.
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -300,22 +300,3 @@ def test_only_what_is_pending_has_a_next_time(
     assert (verdict.next_attempt_at is not None) == (verdict.status == "pending")
     assert verdict.gone == (status == 410)
     assert not verdict.gone or verdict.status == "failed"
-
-
-# Failing for too long ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("given", "too_long"),
-    [
-        ({"failing_since": None, "failed_events": 1000}, False),
-        ({"failing_since": NOW, "failed_events": 1000}, False),
-        ({"failing_since": NOW - 5 * DAY + SECOND, "failed_events": 1000}, False),
-        ({"failing_since": NOW - 5 * DAY, "failed_events": 9}, False),
-        ({"failing_since": NOW - 365 * DAY, "failed_events": 9}, False),
-        ({"failing_since": NOW - 5 * DAY, "failed_events": 10}, True),
-        ({"failing_since": NOW - 6 * DAY, "failed_events": 1000}, True),
-    ],
-)
-def test_five_days_and_ten_events_are_too_long(given: dict[str, Any], too_long: bool) -> None:
-    assert failing_too_long(**given, now=NOW) is too_long

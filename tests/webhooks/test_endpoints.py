@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -10,9 +11,10 @@ from hypothesis import strategies as st
 
 from billing.errors import WebhookNotConfigured, WebhookUrlRefused
 from billing.ids import new_id
-from billing.webhooks.delivery import TOO_LONG, TOO_MANY
 from billing.webhooks.endpoints import (
     LONGEST,
+    TOO_LONG,
+    TOO_MANY,
     Endpoint,
     Secret,
     UrlPolicy,
@@ -262,6 +264,7 @@ def test_anything_else_is_refused_or_good_and_never_repeated(url: str) -> None:
 
 URL = "https://hooks.acme.example/"
 NOW = datetime(2026, 1, 15, 9, 30, tzinfo=UTC)
+DAY = timedelta(days=1)
 EARLIER = NOW - timedelta(hours=1)
 GOOD_ONE = Endpoint(URL)
 BAD_ONE = Endpoint(URL, failing_since=EARLIER, failed_events=3)
@@ -360,3 +363,22 @@ def test_the_end_of_the_secret_before() -> None:
     assert previous_expiry([]) is None
     assert previous_expiry([current]) is None
     assert previous_expiry([current, previous]) == NOW
+
+
+# Failing for too long ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("failures", "too_long"),
+    [
+        ({"failing_since": None, "failed_events": 1000}, False),
+        ({"failing_since": NOW, "failed_events": 1000}, False),
+        ({"failing_since": NOW - 5 * DAY + timedelta(seconds=1), "failed_events": 1000}, False),
+        ({"failing_since": NOW - 5 * DAY, "failed_events": 9}, False),
+        ({"failing_since": NOW - 365 * DAY, "failed_events": 9}, False),
+        ({"failing_since": NOW - 5 * DAY, "failed_events": 10}, True),
+        ({"failing_since": NOW - 6 * DAY, "failed_events": 1000}, True),
+    ],
+)
+def test_five_days_and_ten_events_are_too_long(failures: dict[str, Any], too_long: bool) -> None:
+    assert Endpoint("https://hooks.acme.example/", **failures).is_failing_too_long(NOW) is too_long
