@@ -11,7 +11,7 @@ MOST_COUNTS = 65_536
 class InProcess:
     """Counts of this process alone, `most` of them: beyond that the one unused for longest is dropped.
 
-    The `limits` library's own storage in memory keeps any number, and scans all of them as requests come.
+    The `limits` library's storage in memory keeps any number, and scans all of them as requests come.
     """
 
     def __init__(self, *, most: int = MOST_COUNTS) -> None:

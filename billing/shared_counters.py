@@ -8,11 +8,10 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import structlog
-from limits.aio.storage import RedisStorage
-from limits.errors import StorageError
-from redis.asyncio import ConnectionPool
+from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
 
 from billing.counters import InProcess
 
@@ -55,10 +54,7 @@ class InRedis:
             socket_timeout=deadline_seconds,
             retry=Retry(NoBackoff(), 1),  # A connection may have been closed since it was last used.
         )
-        options: dict[str, Any] = {"connection_pool": self._pool}
-        self._redis = RedisStorage(
-            url, wrap_exceptions=True, implementation="redispy", key_prefix=PREFIX, **options
-        )
+        self._redis = Redis(connection_pool=self._pool)
         self._local = local
         self._unsent = InProcess()
         self._deadline_seconds = deadline_seconds
@@ -71,7 +67,7 @@ class InRedis:
         # answer is lost, it would be added twice.
         total = amount if self._is_away else amount + self._unsent.take(key)
         try:
-            count = await self._ask(lambda: self._redis.incr(key, seconds, total))
+            count = await self._ask(lambda: self._add(key, total, seconds))
         except asyncio.CancelledError:
             # The client disconnected. Redis may have counted it: counting twice is stricter, forgetting not.
             await self._unsent.add(key, total, seconds=seconds)
@@ -86,7 +82,19 @@ class InRedis:
     async def forget(self, key: str) -> None:
         await self._local.forget(key)
         await self._unsent.forget(key)
-        await self._ask(lambda: self._redis.clear(key))
+        await self._ask(lambda: self._delete(key))
+
+    async def _add(self, key: str, amount: int, seconds: int) -> int:
+        name = _name(key)
+        async with self._redis.pipeline(transaction=True) as commands:
+            # Each call extends the expiry, which only has to outlast the window: its number is in the key.
+            commands.incrby(name, amount)
+            commands.expire(name, seconds)
+            count, _ = await commands.execute()
+        return int(count)
+
+    async def _delete(self, key: str) -> None:
+        await self._redis.delete(_name(key))
 
     async def close(self) -> None:
         await self._pool.aclose()
@@ -104,7 +112,7 @@ class InRedis:
         self._asked_again_at = now + self._rest_seconds
         try:
             answer = await self._in_time(question)
-        except (StorageError, OSError) as error:  # A TimeoutError is an OSError.
+        except (RedisError, OSError) as error:  # A TimeoutError is an OSError.
             self._note_absence(error)
             return None
         self._note_presence()
@@ -126,13 +134,16 @@ class InRedis:
     def _note_absence(self, error: Exception) -> None:
         if not self._is_away:
             self._is_away = True
-            cause = error.__cause__ if isinstance(error, StorageError) else error
-            log.warning("Redis does not answer: requests are counted here alone", cause=type(cause).__name__)
+            log.warning("Redis does not answer: requests are counted here alone", cause=type(error).__name__)
 
     def _note_presence(self) -> None:
         if self._is_away:
             self._is_away = False
             log.info("Redis answers again: requests are counted there")
+
+
+def _name(key: str) -> str:
+    return f"{PREFIX}:{key}"
 
 
 def overlook(task: asyncio.Task[Any]) -> None:

@@ -49,7 +49,6 @@ LIBRARIES = {
     "urllib3": ("billing.outbound", "billing.post_client"),
     "click": ("billing.cli",),
     "dotenv": ("billing.settings",),
-    "limits": ("billing.shared_counters",),
     "redis": ("billing.shared_counters",),
     "slugify": ("billing.tenants",),
     "uuid_utils": ("billing.ids",),
