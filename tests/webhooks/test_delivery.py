@@ -1,4 +1,4 @@
-"""Deliveries: what follows from each outcome, and when the next attempt is due."""
+"""Deliveries: the verdict on each outcome of an attempt, and when the next attempt is due."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from billing.webhooks.delivery import RETRY_DELAYS, Attempt, Verdict, judge
 
-# A busy machine is no failure.
+# A busy machine must not fail a test.
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 NOW = datetime(2026, 1, 15, 10, 2, 11, tzinfo=UTC)
@@ -44,7 +44,7 @@ def refused(status: int = 503, *, retry_after: str | None = None) -> Attempt:
 
 @pytest.mark.parametrize("status", [200, 201, 202, 204, 206, 250, 299])
 @pytest.mark.parametrize("attempt_number", [1, 5, LAST])
-def test_any_2xx_is_a_delivery(status: int, attempt_number: int) -> None:
+def test_any_2xx_status_is_delivered(status: int, attempt_number: int) -> None:
     delivered = Verdict("delivered", next_attempt_at=None, gone=False)
     assert judge(attempt_number, ended(status), NOW, jitter=0) == delivered
     assert judge(attempt_number, ended(status, "timeout", "60"), NOW, jitter=0) == delivered
@@ -83,7 +83,7 @@ FAILURES = [
 
 
 @pytest.mark.parametrize("outcome", FAILURES)
-def test_all_else_is_tried_again_and_given_up_after_the_last_attempt(outcome: Attempt) -> None:
+def test_any_other_outcome_is_retried_until_the_last_attempt_fails(outcome: Attempt) -> None:
     for attempt_number in range(1, LAST):
         verdict = judge(attempt_number, outcome, NOW, jitter=0)
         assert (verdict.status, verdict.gone) == ("pending", False)
@@ -92,22 +92,22 @@ def test_all_else_is_tried_again_and_given_up_after_the_last_attempt(outcome: At
 
 
 @pytest.mark.parametrize("attempt_number", [1, 5, LAST])
-def test_410_is_not_tried_again_and_says_so(attempt_number: int) -> None:
+def test_410_is_not_retried_and_is_reported_as_gone(attempt_number: int) -> None:
     gone = refused(410, retry_after="60")
     assert judge(attempt_number, gone, NOW, jitter=0) == Verdict("failed", next_attempt_at=None, gone=True)
 
 
-# The table ---------------------------------------------------------------------------------------
+# The retry schedule ------------------------------------------------------------------------------
 
 
-def test_the_delays() -> None:
+def test_the_retry_delays() -> None:
     minutes = [0, 1 / 12, 5, 30, 120, 300, 600, 840, 1200, 1440]
     assert [delay / MINUTE for delay in RETRY_DELAYS] == minutes
     assert len(RETRY_DELAYS) == LAST
 
 
 @pytest.mark.parametrize("attempt_number", range(1, LAST))
-def test_the_next_attempt_waits_for_its_own_delay(attempt_number: int) -> None:
+def test_each_retry_waits_its_own_delay_with_20_percent_jitter(attempt_number: int) -> None:
     delay = RETRY_DELAYS[attempt_number]
     assert wait_after(attempt_number, refused()) == delay
     assert wait_after(attempt_number, refused(), jitter=-1) == delay * 0.8
@@ -118,7 +118,7 @@ def test_the_next_attempt_waits_for_its_own_delay(attempt_number: int) -> None:
 # Retry-After -------------------------------------------------------------------------------------
 
 
-# The delay is 5 minutes: from 300 to 600 seconds are to be had. NOW is a Thursday, 10:02:11.
+# The delay is 5 minutes, so that a wait is between 300 and 600 seconds. NOW is a Thursday, 10:02:11.
 @pytest.mark.parametrize(
     ("retry_after", "seconds"),
     [
@@ -137,7 +137,7 @@ def test_the_next_attempt_waits_for_its_own_delay(attempt_number: int) -> None:
         ("Fri, 31 Dec 9999 23:59:59 GMT", 600),
     ],
 )
-def test_retry_after_is_held_between_one_and_two_delays(retry_after: str, seconds: int) -> None:
+def test_retry_after_is_bounded_by_one_and_two_delays(retry_after: str, seconds: int) -> None:
     for status in (503, 429, 302, 500):
         asked = refused(status, retry_after=retry_after)
         assert wait_after(SECOND_ATTEMPT, asked) == timedelta(seconds=seconds)
@@ -146,21 +146,19 @@ def test_retry_after_is_held_between_one_and_two_delays(retry_after: str, second
 @pytest.mark.parametrize(
     ("retry_after", "jitter", "seconds"),
     [
-        ("0", -1, 300),  # Nothing is brought forward of the delay that was asked to be longer.
+        ("0", -1, 300),  # Any Retry-After, even of 0, rules out jitter that shortens the delay.
         ("450", -1, 450),
         ("450", 1, 450),
         ("310", 1, 360),
         ("600", 1, 600),
     ],
 )
-def test_jitter_brings_nothing_forward_that_was_asked_for(
-    retry_after: str, jitter: float, seconds: int
-) -> None:
+def test_jitter_never_shortens_a_requested_wait(retry_after: str, jitter: float, seconds: int) -> None:
     asked = refused(retry_after=retry_after)
     assert wait_after(SECOND_ATTEMPT, asked, jitter=jitter) == timedelta(seconds=seconds)
 
 
-BAD_WISHES = [
+UNSUPPORTED = [
     "",
     " ",
     " 450",
@@ -198,42 +196,42 @@ BAD_WISHES = [
 ]
 
 
-@pytest.mark.parametrize("retry_after", BAD_WISHES)
-def test_a_retry_after_of_another_form_is_ignored(retry_after: str) -> None:
+@pytest.mark.parametrize("retry_after", UNSUPPORTED)
+def test_a_retry_after_in_an_unsupported_format_is_ignored(retry_after: str) -> None:
     for jitter in (-1.0, 0.0, 1.0):
         asked = wait_after(SECOND_ATTEMPT, refused(retry_after=retry_after), jitter=jitter)
         assert asked == wait_after(SECOND_ATTEMPT, refused(), jitter=jitter)
 
 
-# A minute's rest ---------------------------------------------------------------------------------
+# The 60 second minimum ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tired", [refused(429), ended(None, "timeout"), ended(500, "timeout")])
-def test_60_seconds_at_least_after_429_or_a_timeout(tired: Attempt) -> None:
+@pytest.mark.parametrize("overloaded", [refused(429), ended(None, "timeout"), ended(500, "timeout")])
+def test_at_least_60_seconds_after_429_or_a_timeout(overloaded: Attempt) -> None:
     for jitter in (-1.0, 0.0, 1.0):
-        assert wait_after(1, tired, jitter=jitter) == MINUTE
-        assert wait_after(2, tired, jitter=jitter) == 5 * MINUTE * (1 + 0.2 * jitter)
+        assert wait_after(1, overloaded, jitter=jitter) == MINUTE
+        assert wait_after(2, overloaded, jitter=jitter) == 5 * MINUTE * (1 + 0.2 * jitter)
 
 
 @pytest.mark.parametrize(("retry_after", "seconds"), [("0", 60), ("8", 60), ("61", 60), ("3600", 60)])
-def test_the_rest_is_longer_than_what_may_be_asked_for_after_the_first_attempt(
+def test_the_60_second_minimum_overrides_retry_after_on_the_first_attempt(
     retry_after: str, seconds: int
 ) -> None:
     assert wait_after(1, refused(429, retry_after=retry_after)) == timedelta(seconds=seconds)
 
 
-def test_other_failures_need_no_rest() -> None:
+def test_other_failures_have_no_60_second_minimum() -> None:
     assert wait_after(1, refused(503)) == 5 * SECOND
     assert wait_after(1, refused(503, retry_after="3600")) == 10 * SECOND
     assert wait_after(1, ended(None, "connection_failed")) == 5 * SECOND
 
 
-# Whatever a receiver does ------------------------------------------------------------------------
+# Properties of any outcome -----------------------------------------------------------------------
 
 
 attempts = st.integers(1, LAST - 1)
 jitters = st.floats(-1, 1)
-wishes = (
+retry_afters = (
     st.none()
     | st.integers(0, 10**12).map(str)
     | st.datetimes().map(lambda moment: moment.strftime("%a, %d %b %Y %H:%M:%S GMT"))
@@ -243,13 +241,13 @@ failures = st.builds(
     ended,
     st.none() | st.integers(300, 599).filter(lambda status: status != 410),
     st.none() | st.sampled_from(["timeout", "connection_failed", "tls_failed", "bad_status"]),
-    wishes,
+    retry_afters,
 )
 
 
 @UNHURRIED
 @given(attempt_number=attempts, outcome=failures, jitter=jitters)
-def test_a_wait_has_its_bounds(attempt_number: int, outcome: Attempt, jitter: float) -> None:
+def test_every_wait_is_within_bounds(attempt_number: int, outcome: Attempt, jitter: float) -> None:
     delay, wait = RETRY_DELAYS[attempt_number], wait_after(attempt_number, outcome, jitter=jitter)
     assert wait > timedelta(0)
     assert delay * 0.8 <= wait <= max(delay * 2, MINUTE)
@@ -259,7 +257,9 @@ def test_a_wait_has_its_bounds(attempt_number: int, outcome: Attempt, jitter: fl
 
 @UNHURRIED
 @given(attempt_number=attempts, outcome=failures, one=jitters, other=jitters)
-def test_more_jitter_is_never_sooner(attempt_number: int, outcome: Attempt, one: float, other: float) -> None:
+def test_more_jitter_never_shortens_the_wait(
+    attempt_number: int, outcome: Attempt, one: float, other: float
+) -> None:
     less, more = sorted((one, other))
     assert wait_after(attempt_number, outcome, jitter=less) <= wait_after(
         attempt_number, outcome, jitter=more
@@ -268,7 +268,7 @@ def test_more_jitter_is_never_sooner(attempt_number: int, outcome: Attempt, one:
 
 @UNHURRIED
 @given(attempt_number=attempts, jitter=jitters, seconds=st.integers(0, 10**6), more=st.integers(0, 10**6))
-def test_who_asks_for_more_never_gets_less(
+def test_a_longer_retry_after_never_shortens_the_wait(
     attempt_number: int, jitter: float, seconds: int, more: int
 ) -> None:
     waits = [
@@ -290,10 +290,10 @@ def test_each_wait_is_at_least_as_long_as_the_one_before(outcome: Attempt, jitte
     attempt_number=st.integers(1, LAST + 5),
     status=st.none() | st.integers(100, 599),
     error=st.none() | st.just("timeout"),
-    retry_after=wishes,
+    retry_after=retry_afters,
     jitter=jitters,
 )
-def test_only_what_is_pending_has_a_next_time(
+def test_only_a_pending_delivery_has_a_next_attempt(
     attempt_number: int, status: int | None, error: str | None, retry_after: str | None, jitter: float
 ) -> None:
     verdict = judge(attempt_number, ended(status, error, retry_after), NOW, jitter=jitter)

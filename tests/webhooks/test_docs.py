@@ -1,4 +1,4 @@
-"""docs/webhooks.md: its tables say what the code does, and its snippets are run word for word."""
+"""docs/webhooks.md: its tables match the code, and its snippets are run verbatim."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ NO_MATCH, UNTIMELY = "No matching signature found", "Message timestamp too"
 
 
 def section(heading: str) -> str:
-    """What stands behind a heading, up to the next one of any depth. A shell's comment is no heading."""
+    """The text after a heading, up to the next one of any depth. A shell comment is not a heading."""
     found = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#+ [A-Z]|\Z)", PAGE, re.DOTALL | re.MULTILINE)
     assert found is not None, f"no heading {heading}"
     return found[1]
@@ -55,7 +55,7 @@ def snippets(heading: str, language: str) -> list[str]:
 
 
 def rows(heading: str) -> list[list[str]]:
-    """The cells of the table behind a heading, without its head."""
+    """The cells of the table after a heading, without its header row."""
     lines = re.findall(r"^\| (.*) \|$", section(heading), re.MULTILINE)
     return [line.split(" | ") for line in lines[1:]]
 
@@ -63,7 +63,7 @@ def rows(heading: str) -> list[list[str]]:
 # Tables ------------------------------------------------------------------------------------------
 
 
-def test_the_events_are_those_of_the_document() -> None:
+def test_the_events_table_matches_the_openapi_document() -> None:
     assert rows("Events") == [
         [f"`{name}`", callback(name)["summary"], f"`{schema_of(name)}`"] for name in get_args(EventType)
     ]
@@ -74,12 +74,12 @@ def schema_of(event_type: str) -> str:
     return reference.rpartition("/")[2]
 
 
-def test_the_members_are_those_of_the_envelope() -> None:
+def test_the_members_table_matches_the_envelope() -> None:
     body = envelope(**event("webhook.test", {}))
     assert [name.strip("`") for name, _ in rows("The envelope")] == list(json.loads(body))
 
 
-def test_the_retries_are_those_of_the_code() -> None:
+def test_the_retries_table_matches_the_code() -> None:
     assert rows("Retries") == [[str(n), in_words(delay)] for n, delay in enumerate(RETRY_DELAYS, start=1)]
     total = sum(RETRY_DELAYS, timedelta())
     assert timedelta(days=3) < total < timedelta(days=3, hours=6), "a little over three days"
@@ -94,7 +94,7 @@ def in_words(delay: timedelta) -> str:
     return "at once"
 
 
-def test_the_limits_are_those_of_the_code() -> None:
+def test_the_stated_limits_match_the_code() -> None:
     limits = {name: given.default for name, given in signature(Egress).parameters.items()}
     said = " ".join(section("Retries").split())
     assert f"no connection within {limits['connect_seconds']} seconds" in said
@@ -105,10 +105,10 @@ def test_the_limits_are_those_of_the_code() -> None:
     assert f"may send {tests.quota} tests a minute" in " ".join(section("Events").split())
 
 
-def test_the_words_for_failures_are_those_of_the_document_and_of_the_code() -> None:
+def test_the_failure_codes_match_the_openapi_document_and_the_code() -> None:
     listed = [word.strip("`") for word, _ in rows("Why a delivery failed")]
     assert listed == words_of("WebhookDelivery")
-    # A test is not waiting for anything.
+    # A test delivery is never pending, and so cannot be cancelled.
     assert [word for word in listed if word != "cancelled"] == words_of("WebhookTestReport")
     assert set(listed) == {*get_args(Failure), "bad_status", "cancelled"}
 
@@ -118,7 +118,7 @@ def words_of(schema: str) -> list[str]:
     return words
 
 
-def test_the_times_are_those_of_the_code() -> None:
+def test_the_stated_durations_match_the_code() -> None:
     assert timedelta(days=30) == KEPT
     assert "deliveries are kept for 30 days." in section("Missed events")
     assert "Keep ids for at least 30 days." in section("The envelope")
@@ -126,25 +126,25 @@ def test_the_times_are_those_of_the_code() -> None:
     assert "`api_key.expiring` comes 24 hours before the end" in section("Events")
 
 
-def test_the_recipe_opens_loopback() -> None:
+def test_the_local_recipe_permits_loopback() -> None:
     opened = " ".join(f"{name}={value}" for name, value in live.OPEN_LOOPBACK.items())
     assert f"\nOPEN_LOOPBACK := {opened}\n" in (ROOT / "Makefile").read_text()
     assert snippets("On your own machine", "sh")[0] == "make serve WEBHOOKS=local\n"
     assert all(f"`{name}={value}`" in PAGE for name, value in live.OPEN_LOOPBACK.items())
 
 
-def test_the_headers_are_those_that_are_sent() -> None:
+def test_the_headers_table_matches_the_headers_sent() -> None:
     sent = signed_headers([new_secret()], id="1", at=datetime.now(UTC), body=b"")
     assert [name.strip("`") for name, _ in rows("Verify a signature")] == list(sent)
 
 
-def test_the_grace_period_is_the_documents() -> None:
+def test_the_grace_period_matches_the_openapi_document() -> None:
     grace = DOCUMENT["components"]["schemas"]["ConfigureWebhookRequest"]["properties"]["secret_grace_seconds"]
     assert (grace["default"], grace["maximum"]) == (24 * 3600, 7 * 24 * 3600)
     assert "(24 hours if you don't say, at most 7 days)" in section("Rotate the secret")
 
 
-def test_the_vectors_are_what_the_code_makes() -> None:
+def test_the_test_vectors_match_the_code() -> None:
     said = {name.replace("`", ""): value.strip("`") for name, value in rows("Test vectors")}
     assert said["second secret"] == "whsec_`, and the base64 of the bytes 0 to 31"
     second = "whsec_" + base64.b64encode(bytes(range(32))).decode()
@@ -173,7 +173,7 @@ def event(type: str, data: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Delivery:
-    """What a receiver gets, and the secret that it holds."""
+    """What a receiver gets, and the secret it holds."""
 
     secret: str
     body: bytes
@@ -181,7 +181,7 @@ class Delivery:
 
 
 def delivered(*, age: timedelta = timedelta(0), secrets: tuple[str, ...] = (), holds: int = 0) -> Delivery:
-    """A delivery made by our own code, to a receiver who holds one of the secrets."""
+    """A delivery made by our own code, to a receiver that holds one of the secrets."""
     said = event("user.password_changed", {"email": "zoë@acme.example"})
     secrets = secrets or (new_secret(),)
     body = envelope(**said)
@@ -192,18 +192,18 @@ def delivered(*, age: timedelta = timedelta(0), secrets: tuple[str, ...] = (), h
 
 @pytest.fixture
 def good() -> Delivery:
-    """Made for each test: a delivery is believed for 5 minutes."""
+    """Made for each test: a delivery is accepted for 5 minutes only."""
     return delivered()
 
 
-def believed(good: Delivery) -> dict[str, Delivery]:
+def genuine(good: Delivery) -> dict[str, Delivery]:
     two = (new_secret(), new_secret())
     signature = good.headers["webhook-signature"]
     return {
         "one secret": good,
         "rotation, new": delivered(secrets=two),
         "rotation, old": delivered(secrets=two, holds=1),
-        "a scheme of later": with_header(good, "webhook-signature", f"v2,AAAA {signature}"),
+        "a future scheme": with_header(good, "webhook-signature", f"v2,AAAA {signature}"),
     }
 
 
@@ -270,11 +270,11 @@ def received(program: list[str], delivery: Delivery) -> subprocess.CompletedProc
 
 
 @in_each_language
-def test_a_snippet_believes_us_and_nobody_else(
+def test_each_snippet_accepts_genuine_and_rejects_forged_deliveries(
     heading: str, language: str, good: Delivery, tmp_path: Path
 ) -> None:
     program = command(heading, language, tmp_path)
-    for name, delivery in believed(good).items():
+    for name, delivery in genuine(good).items():
         done = received(program, delivery)
         assert done.stdout.decode() == "zoë@acme.example\n", (name, done.stderr.decode())
     for deliveries, reason in ((forged(good), NO_MATCH), (untimely(good), UNTIMELY)):
@@ -296,7 +296,7 @@ def openssl() -> None:
 
 
 def checked(given: str, place: Path) -> tuple[int, str, str]:
-    """What the shell says of a delivery that another piece of shell has set up."""
+    """Check a delivery that other shell code has set up: the exit code, stdout and stderr."""
     _, check = snippets("A shell, with openssl", "sh")
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", given + check],
@@ -309,7 +309,7 @@ def checked(given: str, place: Path) -> tuple[int, str, str]:
 
 
 @pytest.mark.usefixtures("openssl")
-def test_the_shell_believes_the_published_vector(tmp_path: Path) -> None:
+def test_the_shell_snippet_accepts_the_published_vector(tmp_path: Path) -> None:
     given, _ = snippets("A shell, with openssl", "sh")
     assert checked(given, tmp_path) == (0, "good", "")
     assert given.count("2432232314") == 1
@@ -317,8 +317,10 @@ def test_the_shell_believes_the_published_vector(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("openssl")
-def test_the_shell_believes_us_and_nobody_else(good: Delivery, tmp_path: Path) -> None:
-    for name, delivery in believed(good).items():
+def test_the_shell_snippet_accepts_genuine_and_rejects_forged_deliveries(
+    good: Delivery, tmp_path: Path
+) -> None:
+    for name, delivery in genuine(good).items():
         assert checked(set_up(delivery, tmp_path), tmp_path) == (0, "good", ""), name
     for name, delivery in forged(good).items():
         assert checked(set_up(delivery, tmp_path), tmp_path) == (1, "", NO_MATCH), name
@@ -336,7 +338,7 @@ def set_up(delivery: Delivery, place: Path) -> str:
 
 @pytest.fixture
 def receiver(good: Delivery) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """The receiver of the recipe, at a port that is free; it holds the secret of `good`."""
+    """The recipe's receiver, at a free port, with the secret of `good`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -366,7 +368,9 @@ def wait_for(port: int) -> None:
     pytest.fail("the receiver does not listen")
 
 
-def test_the_receiver_of_the_recipe(receiver: tuple[str, subprocess.Popen[str]], good: Delivery) -> None:
+def test_the_recipes_receiver_accepts_genuine_and_rejects_forged_deliveries(
+    receiver: tuple[str, subprocess.Popen[str]], good: Delivery
+) -> None:
     url, process = receiver
     bad = {**forged(good), **untimely(good), "no form": with_header(good, "webhook-signature", "v1")}
     for name, delivery in bad.items():
@@ -377,8 +381,8 @@ def test_the_receiver_of_the_recipe(receiver: tuple[str, subprocess.Popen[str]],
     assert process.stdout.readline() == "41 user.password_changed {'email': 'zoë@acme.example'}\n"
 
 
-def test_every_snippet_of_the_page_is_known_here() -> None:
-    """One more block in the page is one that nobody runs yet.
+def test_every_snippet_of_the_page_has_a_test() -> None:
+    """A block added to the page fails this until a test runs it.
 
     The recipe that calls the server is run by tests/e2e/test_tour.py, the operator's command by tests/test_cli.py.
     """

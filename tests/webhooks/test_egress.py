@@ -1,4 +1,4 @@
-"""The way out to a tenant's URL: public addresses alone, however they are dressed up, and nothing that we wait for."""
+"""Requests to tenants' URLs: to public addresses only, however they are written, and within the deadline."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests import receivers
 from tests.receivers import MEGABYTE, Behaviour, Names, answers, receiving
 
 TOTAL_SECONDS = 0.3
-# A busy machine is no failure.
+# A busy machine must not fail a test.
 LATE_SECONDS = 1
 AMPLE_SECONDS = 5
 LITTLE_MEMORY = 4 * MEGABYTE
@@ -44,12 +44,12 @@ PRODUCTION = Egress(UrlPolicy())
 WITH_HTTP = Egress(UrlPolicy(allow_http=True))
 
 
-# What is tried -----------------------------------------------------------------------------------
+# Connection attempts -----------------------------------------------------------------------------
 
 
 @dataclass
 class Connects:
-    """Every address that this thread has tried to connect to; an audit hook cannot be gone round, nor taken away."""
+    """Every address that this thread has tried to connect to; an audit hook can be neither bypassed nor removed."""
 
     tried: list[Any]
     thread: int | None = None
@@ -86,7 +86,7 @@ def acme(names: Callable[[dict[str, list[str]]], Names]) -> Names:
 
 
 def development(**changes: Any) -> Egress:
-    """Its deadline is too far away to be met by chance."""
+    """An egress whose deadline is too far away to be hit by chance."""
     given = {"allow_networks": LOOPBACK, "connect_seconds": AMPLE_SECONDS, "total_seconds": AMPLE_SECONDS}
     return Egress(DEVELOPMENT, **{**given, **changes})
 
@@ -100,7 +100,7 @@ def send(egress: Egress, url: str) -> Attempt:
         return post(b"{}", {"webhook-id": "msg_1"})
 
 
-def test_a_connection_that_is_made_would_be_noticed(connects: list[Any]) -> None:
+def test_connections_are_recorded(connects: list[Any]) -> None:
     with receiving(answers()) as receiver:
         assert send(development(), receiver_url(receiver)).http_status == 200
     assert connects == [receiver.address]
@@ -137,7 +137,7 @@ PUBLIC = [
 
 
 @pytest.mark.parametrize("address", REFUSED)
-def test_an_address_of_special_purpose_is_refused(address: str) -> None:
+def test_a_special_purpose_address_is_refused(address: str) -> None:
     assert not is_public(ip_address(address))
     assert not PRODUCTION.permitted(ip_address(address))
 
@@ -149,15 +149,15 @@ def test_a_public_address_is_permitted(address: str) -> None:
 
 
 @pytest.mark.parametrize("network", [*module.REFUSED_IPV4, *module.REFUSED_IPV6])
-def test_every_network_is_tried_above(network: str) -> None:
+def test_every_refused_network_is_covered(network: str) -> None:
     assert any(ip_address(address) in ip_network(network) for address in REFUSED)
 
 
-def test_what_python_calls_private_is_refused() -> None:
-    # Its own table of the same registries.
+def test_refused_and_public_addresses_agree_with_pythons_table() -> None:
     for network in module._REFUSED:
         if isinstance(network, IPv4Network):
             assert not is_public(network[0]) and not is_public(network[-1])
+    # Python has its own table of the same registries.
     assert not [address for address in PUBLIC if not ip_address(address).is_global]
 
 
@@ -168,11 +168,11 @@ def test_what_python_calls_private_is_refused() -> None:
         *(("::ffff:127.0.0.1", False), ("::7f00:1", False), ("10.0.0.1", False), ("::2", False)),
     ],
 )
-def test_development_opens_the_networks_it_lists(address: str, passes: bool) -> None:
+def test_development_permits_its_listed_networks(address: str, passes: bool) -> None:
     assert development().permitted(ip_address(address)) is passes
 
 
-def test_localhost_needs_both_of_its_networks(connects: list[Any]) -> None:
+def test_localhost_needs_both_loopback_networks_permitted(connects: list[Any]) -> None:
     with receiving(answers()) as receiver:
         url = f"http://localhost:{receiver.port}/"
         assert send(development(allow_networks=LOOPBACK[:1]), url).error == "connection_failed"
@@ -182,7 +182,7 @@ def test_localhost_needs_both_of_its_networks(connects: list[Any]) -> None:
 
 # Hostile URLs ------------------------------------------------------------------------------------
 
-# Each leads to an address that is not public: by itself, or because a name of it resolves to one.
+# Each leads to an address that is not public: directly, or through a name that resolves to one.
 HOSTILE = [
     "https://127.0.0.1/",
     "https://127.0.0.1:8443/",
@@ -333,7 +333,7 @@ def test_a_hostile_url_connects_to_nothing(
 
 
 @pytest.mark.parametrize("url", HOSTILE)
-def test_the_address_rule_alone_would_hold(
+def test_the_address_rule_alone_blocks_hostile_urls(
     url: str, connects: list[Any], names: Callable[[dict[str, list[str]]], Names]
 ) -> None:
     names(LEADS_TO)
@@ -346,16 +346,16 @@ def test_the_address_rule_alone_would_hold(
 
 
 @pytest.mark.parametrize("url", HOSTILE)
-def test_the_address_rule_of_a_line_alone_would_hold(
+def test_the_post_clients_address_rule_alone_blocks_hostile_urls(
     url: str, connects: list[Any], names: Callable[[dict[str, list[str]]], Names]
 ) -> None:
     names(LEADS_TO)
-    with pytest.raises(OutboundError), line(url) as opened:
+    with pytest.raises(OutboundError), client_for(url) as opened:
         opened.post(b"{}", {})
     assert not connects
 
 
-def line(url: str) -> PostClient:
+def client_for(url: str) -> PostClient:
     return PostClient(
         url,
         Bounds(1, 1, max_bytes=1, cut=True, permitted=is_public),
@@ -364,12 +364,12 @@ def line(url: str) -> PostClient:
     )
 
 
-def test_there_are_enough_of_them() -> None:
+def test_at_least_100_hostile_urls_are_listed() -> None:
     assert len(set(HOSTILE)) >= 100
 
 
 @pytest.mark.parametrize("address", REFUSED)
-def test_no_name_leads_to_an_address_of_special_purpose(
+def test_a_name_that_resolves_to_a_special_purpose_address_is_refused(
     address: str, connects: list[Any], names: Callable[[dict[str, list[str]]], Names]
 ) -> None:
     for addresses in ([address], ["8.8.8.8", address], [address, "2606:4700:4700::1111"]):
@@ -378,8 +378,10 @@ def test_no_name_leads_to_an_address_of_special_purpose(
     assert not connects
 
 
-def test_what_was_checked_is_what_is_dialled(connects: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    # A name server that says the permitted address once, and the other ever after.
+def test_the_address_connected_to_is_the_one_checked(
+    connects: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A name server that returns the permitted address once, and another from then on.
     addresses = iter(["127.0.0.2", *["127.0.0.3"] * 9])
     stub = Names({})
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, port, **_: stub(next(addresses), port))
@@ -398,7 +400,7 @@ def test_a_redirect_is_not_followed(connects: list[Any]) -> None:
     assert not connects
 
 
-def test_connection_failed_is_one_class_for_all(names: Callable[[dict[str, list[str]]], Names]) -> None:
+def test_connection_failed_does_not_reveal_the_cause(names: Callable[[dict[str, list[str]]], Names]) -> None:
     with receiving(answers()) as receiver:
         closed = receiver.port
     names({"private.example": ["10.0.0.1"], "closed.example": ["127.0.0.1"]})
@@ -411,7 +413,7 @@ def test_connection_failed_is_one_class_for_all(names: Callable[[dict[str, list[
     }
 
 
-def test_every_failure_has_a_word() -> None:
+def test_every_outbound_error_has_a_failure_code() -> None:
     assert set(FAILURES) == set(OutboundError.__subclasses__())
     assert {*FAILURES.values(), "refused_url"} == set(get_args(Failure))
 
@@ -439,7 +441,7 @@ def test_a_delivery_arrives_as_it_was_signed() -> None:
     }
 
 
-def test_connections_are_kept_within_a_block_and_never_beyond() -> None:
+def test_connections_are_reused_within_a_block_and_closed_after_it() -> None:
     egress = development()
     with receiving(answers()) as receiver:
         for turn in (1, 2):
@@ -449,7 +451,7 @@ def test_connections_are_kept_within_a_block_and_never_beyond() -> None:
             assert receiver.connections == turn
 
 
-def test_each_block_looks_the_name_up_anew(acme: Names) -> None:
+def test_each_block_resolves_the_name_again(acme: Names) -> None:
     egress = development()
     with receiving(answers(Connection="close")) as receiver:
         for _ in range(2):
@@ -459,14 +461,14 @@ def test_each_block_looks_the_name_up_anew(acme: Names) -> None:
 
 
 @pytest.mark.parametrize("url", [f"https://{NAME}/", "https:///", "ftp://files.example/"])
-def test_what_a_block_raises_has_no_refusal_for_its_context(url: str) -> None:
+def test_an_error_raised_in_a_block_has_no_refusal_as_its_context(url: str) -> None:
     with pytest.raises(LookupError) as raised, development().to(url):
         raise LookupError
     assert raised.value.__context__ is None
 
 
 @pytest.mark.parametrize("status", [200, 204, 301, 400, 410, 500, 503])
-def test_every_status_is_an_answer(status: int) -> None:
+def test_any_status_is_returned_without_an_error(status: int) -> None:
     with receiving(answers(status, b"")) as receiver:
         attempt = send(development(), receiver_url(receiver))
     assert (attempt.http_status, attempt.error, attempt.retry_after) == (status, None, None)
@@ -483,7 +485,7 @@ def test_every_status_is_an_answer(status: int) -> None:
         ("", None),
     ],
 )
-def test_retry_after_is_handed_on_raw(given: str, kept: str | None) -> None:
+def test_retry_after_is_passed_on_unparsed(given: str, kept: str | None) -> None:
     with receiving(answers(429, Retry_After=given)) as receiver:
         attempt = send(development(), receiver_url(receiver))
     assert (attempt.http_status, attempt.retry_after) == (429, kept)
@@ -538,34 +540,34 @@ def test_a_bad_receiver_costs_little_time_and_memory(
         [b"Content-Length: 0", b"Content-Type: text/plain;", b" charset=utf-8"],
     ],
 )
-def test_a_head_that_is_no_mime_is_an_answer(lines: list[bytes]) -> None:
+def test_a_response_head_that_is_not_valid_mime_is_accepted(lines: list[bytes]) -> None:
     with receiving(receivers.sends_head(*lines)) as receiver:
         assert send(development(), receiver_url(receiver)).http_status == 204
 
 
-def test_a_connection_that_is_reset_at_once_is_a_failure() -> None:
+def test_an_immediately_reset_connection_is_a_failure() -> None:
     with receiving(receivers.resets_at_once) as receiver:
         assert send(development(), receiver_url(receiver)).error in ("connection_failed", "connection_broken")
 
 
-def test_a_compressed_body_is_kept_as_it_came() -> None:
+def test_a_compressed_body_is_kept_undecoded() -> None:
     with receiving(receivers.sends_bomb) as receiver:
         assert send(development(), receiver_url(receiver)).body == receivers.bomb()[:4096]
 
 
-def test_no_more_is_kept_or_read_than_said() -> None:
+def test_keep_bytes_and_read_bytes_limit_the_body() -> None:
     with receiving(answers(200, b"x" * 100)) as receiver:
         assert send(development(keep_bytes=10), receiver_url(receiver)).body == b"x" * 10
         assert send(development(read_bytes=20), receiver_url(receiver)).body == b"x" * 20
 
 
-def test_the_time_is_told() -> None:
+def test_the_duration_is_reported() -> None:
     with receiving(receivers.hangs) as receiver:
         attempt = send(development(total_seconds=0.2), receiver_url(receiver))
     assert 190 <= attempt.duration_ms < 200 + LATE_SECONDS * 1000
 
 
-def test_a_bad_receiver_hurts_no_other_delivery() -> None:
+def test_a_bad_receiver_does_not_delay_other_deliveries() -> None:
     egress = development(total_seconds=2)
     with receiving(answers()) as good, receiving(receivers.drips_body) as bad:
         urls = [receiver_url(bad if number % 20 == 0 else good) for number in range(200)]
@@ -593,7 +595,7 @@ class Authority:
         return self.directory / "authority.pem"
 
     def server(self, name: str, *, days: int = 1) -> ssl.SSLContext:
-        """What a server for this name shows; with fewer than no days it has expired."""
+        """TLS of a server for this name; with a negative number of days its certificate has expired."""
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = certificate_of(name, key, self.key, days=days)
         pem = self.directory / f"{name}.pem"
@@ -638,7 +640,7 @@ def authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Authority:
 
 
 @pytest.mark.parametrize("written", [NAME, f"{NAME}."])
-def test_the_name_is_kept_for_tls(
+def test_sni_and_the_host_header_carry_the_host_name(
     authority: Authority, names: Callable[[dict[str, list[str]]], Names], written: str
 ) -> None:
     names({written: ["127.0.0.1"]})
@@ -652,23 +654,25 @@ def test_the_name_is_kept_for_tls(
     assert receiver.last.headers["Host"] == f"{NAME}:{receiver.port}"
 
 
-def test_an_answer_to_the_head_alone_is_read_over_tls(authority: Authority) -> None:
+def test_an_early_answer_to_the_request_head_is_read_over_tls(authority: Authority) -> None:
     with (
         receiving(receivers.answers_head(410), tls=authority.server(NAME)) as receiver,
         development().to(receiver_url(receiver, "https")) as post,
     ):
-        # More than there is room for between the two.
+        # More than the socket buffers hold.
         assert post(b"x" * 50 * MEGABYTE, {}).http_status == 410
 
 
-def test_a_certificate_must_be_good(authority: Authority) -> None:
+def test_a_wrong_or_expired_certificate_is_refused(authority: Authority) -> None:
     for context in (authority.server("other.example"), authority.server(NAME, days=-1)):
         with receiving(answers(), tls=context) as receiver:
             assert send(development(), receiver_url(receiver, "https")).error == "tls_failed"
             assert not receiver.received
 
 
-def test_a_certificate_of_nobody_is_not_good(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_certificate_of_an_unknown_authority_is_refused(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(socket, "getaddrinfo", Names({NAME: ["127.0.0.1"]}))
     monkeypatch.setenv("SSL_CERT_FILE", str(authority.path))
@@ -678,7 +682,7 @@ def test_a_certificate_of_nobody_is_not_good(authority: Authority, monkeypatch: 
 
 
 @pytest.mark.parametrize("connections", [1, 3])
-def test_a_connection_within_tls_is_kept_as_any(authority: Authority, connections: int) -> None:
+def test_a_tls_connection_is_reused_like_any_other(authority: Authority, connections: int) -> None:
     behave = answers() if connections == 1 else receivers.says(receivers.head(200, {"Content-Length": "0"}))
     with (
         receiving(behave, tls=authority.server(NAME)) as receiver,
@@ -691,13 +695,13 @@ def test_a_connection_within_tls_is_kept_as_any(authority: Authority, connection
     assert receiver.connections == connections
 
 
-def test_who_speaks_no_tls() -> None:
+def test_a_receiver_without_tls_is_tls_failed() -> None:
     with receiving(receivers.greets(b"220 smtp.acme.example\r\n")) as receiver:
         assert send(development(), receiver_url(receiver, "https")).error == "tls_failed"
 
 
 @pytest.mark.parametrize("behave", [receivers.hangs, receivers.drips_handshake])
-def test_a_handshake_without_end_is_over_in_time(behave: Behaviour) -> None:
+def test_an_endless_tls_handshake_times_out(behave: Behaviour) -> None:
     with receiving(behave) as receiver:
         attempt = send(hasty(), receiver_url(receiver, "https"))
     assert attempt.error == "timeout"
@@ -707,14 +711,14 @@ def test_a_handshake_without_end_is_over_in_time(behave: Behaviour) -> None:
 @pytest.mark.parametrize(
     "behave", [receivers.drips_head, receivers.drips_body, receivers.drips_until_the_end]
 )
-def test_who_drips_within_tls_is_cut_off(authority: Authority, behave: Behaviour) -> None:
+def test_a_slowly_sent_tls_response_times_out(authority: Authority, behave: Behaviour) -> None:
     with receiving(behave, tls=authority.server(NAME)) as receiver:
         attempt = send(hasty(), receiver_url(receiver, "https"))
     assert attempt.error == "timeout"
     assert attempt.duration_ms < (TOTAL_SECONDS + LATE_SECONDS) * 1000
 
 
-def test_many_threads_share_what_is_trusted(authority: Authority) -> None:
+def test_many_threads_share_the_trust_store(authority: Authority) -> None:
     egress = development(total_seconds=2 * AMPLE_SECONDS)
     with receiving(answers(), tls=authority.server(NAME)) as receiver, ThreadPoolExecutor(32) as threads:
         attempts = list(threads.map(lambda _: send(egress, receiver_url(receiver, "https")), range(100)))

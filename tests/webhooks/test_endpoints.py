@@ -1,4 +1,4 @@
-"""Webhook endpoints: URLs are public names over https, however an address is dressed up; and when one is given up."""
+"""Webhook endpoints: URLs must be public names over https, however written; and when an endpoint is disabled."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from billing.webhooks.endpoints import (
     require_url,
 )
 
-# A busy machine is no failure.
+# A busy machine must not fail a test.
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 PRODUCTION = UrlPolicy()
@@ -62,7 +62,7 @@ GOOD = [
 
 
 @pytest.mark.parametrize("url", GOOD)
-def test_a_public_name_over_https_is_good(url: str) -> None:
+def test_a_public_name_over_https_is_accepted(url: str) -> None:
     assert refusal(url) is None
 
 
@@ -138,12 +138,12 @@ ODD_NAMES = [
 
 @pytest.mark.parametrize("url", [*ADDRESSES, *LOCAL, *ODD_NAMES])
 @pytest.mark.parametrize("policy", [PRODUCTION, UrlPolicy(allow_http=True)])
-def test_a_host_that_is_no_public_name_is_refused(url: str, policy: UrlPolicy) -> None:
+def test_a_host_that_is_not_a_public_name_is_refused(url: str, policy: UrlPolicy) -> None:
     assert refusal(url, policy) == "The webhook URL must name a public host."
 
 
 @pytest.mark.parametrize("url", [*ADDRESSES, *ODD_NAMES, "https://a.localhost/", "https://printer.local/"])
-def test_development_opens_localhost_alone(url: str) -> None:
+def test_development_permits_no_private_host_but_localhost(url: str) -> None:
     assert refusal(url, DEVELOPMENT) == "The webhook URL must name a public host."
 
 
@@ -209,12 +209,12 @@ UNREADABLE = "The webhook URL cannot be parsed."
         ("https://a.example/" + "x" * LONGEST, CHARACTERS),
     ],
 )
-def test_every_other_oddity_is_refused_for_its_reason(url: str, reason: str) -> None:
+def test_any_other_invalid_url_is_refused_with_its_reason(url: str, reason: str) -> None:
     assert refusal(url) == reason
 
 
 @pytest.mark.parametrize(("length", "passes"), [(LONGEST, True), (LONGEST + 1, False)])
-def test_the_greatest_length(length: int, passes: bool) -> None:
+def test_the_maximum_url_length(length: int, passes: bool) -> None:
     url = "https://a.example/"
     assert (refusal(url + "x" * (length - len(url))) is None) is passes
 
@@ -235,11 +235,11 @@ def test_the_greatest_length(length: int, passes: bool) -> None:
         ("http://ada@localhost/", DEVELOPMENT, False),
     ],
 )
-def test_what_development_opens(url: str, policy: UrlPolicy, passes: bool) -> None:
+def test_each_development_option_permits_its_urls(url: str, policy: UrlPolicy, passes: bool) -> None:
     assert (refusal(url, policy) is None) is passes
 
 
-def test_a_url_may_be_left_out() -> None:
+def test_the_url_is_optional() -> None:
     PRODUCTION.check_optional(None)
     with pytest.raises(WebhookUrlRefused):
         PRODUCTION.check_optional("")
@@ -247,7 +247,7 @@ def test_a_url_may_be_left_out() -> None:
 
 @UNHURRIED
 @given(url=st.text() | st.text(alphabet="https:/.@[]#%\\x0127", max_size=40).map("https://".__add__))
-def test_anything_else_is_refused_or_good_and_never_repeated(url: str) -> None:
+def test_any_text_is_accepted_or_refused_without_being_echoed(url: str) -> None:
     said = refusal(url)
     assert said in (
         None,
@@ -260,44 +260,44 @@ def test_anything_else_is_refused_or_good_and_never_repeated(url: str) -> None:
     )
 
 
-# How it has been going ---------------------------------------------------------------------------
+# Endpoint health ---------------------------------------------------------------------------------
 
 URL = "https://hooks.acme.example/"
 NOW = datetime(2026, 1, 15, 9, 30, tzinfo=UTC)
 DAY = timedelta(days=1)
 EARLIER = NOW - timedelta(hours=1)
-GOOD_ONE = Endpoint(URL)
-BAD_ONE = Endpoint(URL, failing_since=EARLIER, failed_events=3)
+HEALTHY = Endpoint(URL)
+FAILING = Endpoint(URL, failing_since=EARLIER, failed_events=3)
 
 
 @pytest.mark.parametrize(
     ("before", "delivered", "failed", "first_failures", "since", "events"),
     [
-        (GOOD_ONE, 1, 0, 0, None, 0),
-        (GOOD_ONE, 0, 0, 0, None, 0),
-        # What fails after a success counts, be it a first attempt or not.
-        (GOOD_ONE, 0, 1, 1, NOW, 1),
-        (GOOD_ONE, 0, 2, 0, NOW, 2),
-        (GOOD_ONE, 0, 16, 16, NOW, 16),
+        (HEALTHY, 1, 0, 0, None, 0),
+        (HEALTHY, 0, 0, 0, None, 0),
+        # A failure after a success counts, first attempt or not.
+        (HEALTHY, 0, 1, 1, NOW, 1),
+        (HEALTHY, 0, 2, 0, NOW, 2),
+        (HEALTHY, 0, 16, 16, NOW, 16),
         # After that an event counts once: at its first attempt.
-        (BAD_ONE, 0, 1, 1, EARLIER, 4),
-        (BAD_ONE, 0, 1, 0, EARLIER, 3),
-        (BAD_ONE, 0, 5, 2, EARLIER, 5),
-        (BAD_ONE, 0, 0, 0, EARLIER, 3),
-        # One success forgives all, those beside it too.
-        (BAD_ONE, 1, 0, 0, None, 0),
-        (BAD_ONE, 1, 15, 15, None, 0),
-        (GOOD_ONE, 1, 15, 15, None, 0),
+        (FAILING, 0, 1, 1, EARLIER, 4),
+        (FAILING, 0, 1, 0, EARLIER, 3),
+        (FAILING, 0, 5, 2, EARLIER, 5),
+        (FAILING, 0, 0, 0, EARLIER, 3),
+        # One success clears the failures, those of the same batch too.
+        (FAILING, 1, 0, 0, None, 0),
+        (FAILING, 1, 15, 15, None, 0),
+        (HEALTHY, 1, 15, 15, None, 0),
     ],
 )
-def test_an_endpoint_after_some_attempts(
+def test_attempts_update_the_failure_count(
     before: Endpoint, delivered: int, failed: int, first_failures: int, since: datetime | None, events: int
 ) -> None:
     after = before.after(delivered=delivered, failed=failed, first_failures=first_failures, now=NOW)
     assert after == Endpoint(URL, failing_since=since, failed_events=events)
 
 
-def test_attempts_change_nothing_that_was_configured() -> None:
+def test_attempts_leave_the_configuration_unchanged() -> None:
     endpoint = Endpoint(URL, ("webhook.test",), "gone", EARLIER, 3)
     for delivered, failed in ((1, 0), (0, 1), (0, 0)):
         after = endpoint.after(delivered=delivered, failed=failed, first_failures=failed, now=NOW)
@@ -318,7 +318,9 @@ def test_attempts_change_nothing_that_was_configured() -> None:
         (NOW, 1000 * TOO_MANY, False, None),
     ],
 )
-def test_why_to_give_it_up(since: datetime | None, events: int, gone: bool, reason: str | None) -> None:
+def test_the_reason_to_disable_an_endpoint(
+    since: datetime | None, events: int, gone: bool, reason: str | None
+) -> None:
     endpoint = Endpoint(URL, failing_since=since, failed_events=events)
     assert reason_to_disable(endpoint, gone=gone, now=NOW) == reason
 
@@ -331,7 +333,7 @@ def test_why_to_give_it_up(since: datetime | None, events: int, gone: bool, reas
         (("api_key.revoked", "webhook.test"), ("api_key.revoked", "webhook.test", "webhook.disabled")),
     ],
 )
-def test_none_named_means_all_and_the_news_is_always_wanted(
+def test_an_empty_filter_means_all_and_webhook_disabled_is_always_included(
     asked_for: tuple[str, ...], wanted: tuple[str, ...]
 ) -> None:
     assert Endpoint(URL, asked_for).wanted == wanted
@@ -341,24 +343,24 @@ def test_none_named_means_all_and_the_news_is_always_wanted(
     ("endpoint", "is_active"),
     [
         (Endpoint(URL), True),
-        (BAD_ONE, True),
+        (FAILING, True),
         (Endpoint(None), False),
         (Endpoint(URL, (), "gone"), False),
         (Endpoint(URL, (), "failing"), False),
     ],
 )
-def test_who_is_active(endpoint: Endpoint, is_active: bool) -> None:
+def test_an_endpoint_is_active_with_a_url_and_not_disabled(endpoint: Endpoint, is_active: bool) -> None:
     assert endpoint.is_active is is_active
 
 
-def test_a_url_is_needed_to_send() -> None:
-    assert require_url(GOOD_ONE) == URL
+def test_sending_requires_a_url() -> None:
+    assert require_url(HEALTHY) == URL
     assert require_url(Endpoint(URL, (), "gone")) == URL
     with pytest.raises(WebhookNotConfigured):
         require_url(Endpoint(None))
 
 
-def test_the_end_of_the_secret_before() -> None:
+def test_previous_expiry_is_that_of_the_previous_secret() -> None:
     current, previous = Secret(new_id(), "aaaa", None), Secret(new_id(), "bbbb", NOW)
     assert previous_expiry([]) is None
     assert previous_expiry([current]) is None
@@ -380,5 +382,5 @@ def test_the_end_of_the_secret_before() -> None:
         ({"failing_since": NOW - 6 * DAY, "failed_events": 1000}, True),
     ],
 )
-def test_five_days_and_ten_events_are_too_long(failures: dict[str, Any], too_long: bool) -> None:
+def test_failing_too_long_means_five_days_and_ten_events(failures: dict[str, Any], too_long: bool) -> None:
     assert Endpoint("https://hooks.acme.example/", **failures).is_failing_too_long(NOW) is too_long

@@ -1,4 +1,4 @@
-"""Events: the types and the envelope, held against the document."""
+"""Events: the types and the envelope, checked against the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def content(name: str) -> dict[str, Any]:
 
 
 def enveloped(example: Mapping[str, Any], **changes: Any) -> bytes:
-    """The envelope of what an example of the document says."""
+    """The envelope built from an example of the document."""
     given = {
         "id": UUID(example["id"]),
         "type": example["type"],
@@ -51,7 +51,7 @@ EXAMPLE = content("webhook.test")["example"]
 # The types ---------------------------------------------------------------------------------------
 
 
-def test_the_types_the_documents_list_and_the_callbacks_are_the_same() -> None:
+def test_event_types_match_the_documents_enum_and_callbacks() -> None:
     assert DOCUMENT["components"]["schemas"]["EventType"]["enum"] == NAMES
     assert list(CALLBACKS) == NAMES
 
@@ -60,7 +60,7 @@ def test_the_types_the_documents_list_and_the_callbacks_are_the_same() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_documents_example_comes_out_as_it_stands(name: str) -> None:
+def test_the_envelope_reproduces_each_documented_example(name: str) -> None:
     example = content(name)["example"]
     body = enveloped(example)
     assert json.loads(body) == example
@@ -72,11 +72,11 @@ def test_the_documents_example_comes_out_as_it_stands(name: str) -> None:
     assert not validator.is_valid({**example, "of_later": 1}), "the schema lets everything pass"
 
 
-def test_the_examples_are_of_this_version() -> None:
+def test_the_examples_have_the_current_api_version() -> None:
     assert {content(name)["example"]["api_version"] for name in NAMES} == {API_VERSION}
 
 
-def test_the_same_event_is_the_same_bytes() -> None:
+def test_the_same_event_serializes_to_the_same_bytes() -> None:
     assert enveloped(EXAMPLE) == enveloped(EXAMPLE)
     assert b"\n" not in enveloped(EXAMPLE)
 
@@ -89,16 +89,16 @@ def test_the_same_event_is_the_same_bytes() -> None:
         (datetime(2026, 1, 15, 10, 2, 11, tzinfo=timezone(timedelta(0), "London")), "2026-01-15T10:02:11Z"),
     ],
 )
-def test_times_end_in_z_in_the_data_too(moment: datetime, written: str) -> None:
+def test_timestamps_end_in_z_in_the_envelope_and_the_data(moment: datetime, written: str) -> None:
     event = json.loads(enveloped(EXAMPLE, created_at=moment, data={"at": [moment]}))
     assert (event["created_at"], event["data"]) == (written, {"at": [written]})
 
 
-def test_the_data_may_be_any_mapping_and_hold_ids() -> None:
+def test_the_data_may_be_any_mapping_and_contain_uuids() -> None:
     data = MappingProxyType({"user_id": UUID(EXAMPLE["id"]), "name": "Zoë 🦉", "nothing": None})
     event = json.loads(enveloped(EXAMPLE, data=data))
     assert event["data"] == {"user_id": EXAMPLE["id"], "name": "Zoë 🦉", "nothing": None}
 
 
-def test_a_type_of_the_testers_own_is_kept() -> None:
+def test_a_custom_event_type_is_kept() -> None:
     assert json.loads(enveloped(EXAMPLE, type="invoice.paid"))["type"] == "invoice.paid"

@@ -1,4 +1,4 @@
-"""Events as the program records them: as the document says, numbered, whole or not at all, and no secret in any."""
+"""Recorded events: as documented, numbered without a gap, atomic with their change, and free of secrets."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.webhooks.test_events import content
 
 NOW = datetime(2026, 1, 15, 9, 30, tzinfo=UTC)
 URL = "https://hooks.acme.example/billing"
-# The forms of all that opens something: keys, webhook secrets, tokens, and hashes of passwords.
+# The patterns of all credentials: keys, webhook secrets, tokens, and hashes of passwords.
 SECRET = re.compile(r"[sp]k_(live|test)_[0-9A-Za-z]{38}|whsec_|eyJ[A-Za-z0-9_-]{10}|\$2[aby]\$")
 
 
@@ -44,8 +44,8 @@ def rows_of(superuser: Engine, table: str, tenant_id: object) -> list[Any]:
         return list(connection.execute(query, {"id": tenant_id}).all())
 
 
-def told(superuser: Engine, tenant_id: object) -> list[dict[str, Any]]:
-    """The tenant's events, each held against the document, in their order, which has no gap."""
+def recorded(superuser: Engine, tenant_id: object) -> list[dict[str, Any]]:
+    """The tenant's events in order, each checked against the document; their sequence has no gap."""
     rows = rows_of(superuser, "events", tenant_id)
     bodies = [read(row.type, bytes(row.body)) for row in rows]
     for row, body in zip(rows, bodies, strict=True):
@@ -58,7 +58,7 @@ def told(superuser: Engine, tenant_id: object) -> list[dict[str, Any]]:
 
 
 def read(type: str, body: bytes) -> dict[str, Any]:
-    """An event's body, held against the document."""
+    """An event's body, checked against the document."""
     said: dict[str, Any] = json.loads(body)
     schema = {**content(type)["schema"], "components": COMPONENTS}
     Draft202012Validator(schema, validate_formats=True).validate(said)
@@ -74,12 +74,12 @@ def short(bodies: list[dict[str, Any]]) -> list[tuple[str, bool]]:
 
 @pytest.fixture
 def acme(client: TestClient) -> Account:
-    """A tenant whose webhook was there from the beginning."""
+    """A tenant registered with a webhook."""
     return Account(client, register(client, webhook_url=URL).json())
 
 
-def test_registering(acme: Account, superuser: Engine) -> None:
-    [event] = told(superuser, acme.tenant["id"])
+def test_registering_records_an_event(acme: Account, superuser: Engine) -> None:
+    [event] = recorded(superuser, acme.tenant["id"])
     assert (event["type"], event["livemode"]) == ("tenant.registered", True)
     public = ("id", "company_name", "slug", "is_active", "created_at")
     assert event["data"] == {"tenant": {name: acme.tenant[name] for name in public}}
@@ -87,19 +87,21 @@ def test_registering(acme: Account, superuser: Engine) -> None:
     assert (str(delivery.event_id), delivery.status, delivery.attempts) == (event["id"], "pending", 0)
 
 
-def test_changing_the_password(acme: Account, superuser: Engine) -> None:
+def test_changing_the_password_records_an_event(acme: Account, superuser: Engine) -> None:
     body = {"old_password": PASSWORD, "new_password": "NewSecurePassword456!"}
     assert acme.post("/change-password/", body).status_code == 200
-    event = told(superuser, acme.tenant["id"])[-1]
+    event = recorded(superuser, acme.tenant["id"])[-1]
     assert (event["type"], event["livemode"]) == ("user.password_changed", True)
     assert event["data"] == {"user_id": acme.registered["user"]["id"], "email": acme.email}
     assert not {PASSWORD, body["new_password"]} & set(json.dumps(event).split('"'))
 
 
 @pytest.mark.parametrize(("selection", "livemode"), [("live", True), ("test", False), ("all", True)])
-def test_regenerating_keys(acme: Account, superuser: Engine, selection: str, livemode: bool) -> None:
+def test_regenerating_keys_records_an_event(
+    acme: Account, superuser: Engine, selection: str, livemode: bool
+) -> None:
     answer = acme.regenerate(selection, grace_period_seconds=60)
-    event = told(superuser, acme.tenant["id"])[-1]
+    event = recorded(superuser, acme.tenant["id"])[-1]
     assert (event["type"], event["livemode"]) == ("api_key.regenerated", livemode)
     assert event["data"]["key_type"] == selection
     assert {key["last4"]: key["expires_at"] for key in event["data"]["previous"]} == {
@@ -109,11 +111,11 @@ def test_regenerating_keys(acme: Account, superuser: Engine, selection: str, liv
 
 @pytest.mark.parametrize(("selection", "livemode"), [("live", True), ("test", False), ("all", True)])
 @pytest.mark.parametrize("reason", ["leaked", None])
-def test_revoking_keys(
+def test_revoking_keys_records_an_event(
     acme: Account, superuser: Engine, selection: str, livemode: bool, reason: str | None
 ) -> None:
     answer = acme.revoke(selection, **({"reason": reason} if reason else {}))
-    event = told(superuser, acme.tenant["id"])[-1]
+    event = recorded(superuser, acme.tenant["id"])[-1]
     assert (event["type"], event["livemode"]) == ("api_key.revoked", livemode)
     assert event["data"] == {
         "key_type": selection,
@@ -122,28 +124,28 @@ def test_revoking_keys(
     }
 
 
-def test_revoking_what_is_revoked_is_no_event(acme: Account, superuser: Engine) -> None:
+def test_revoking_revoked_keys_records_no_event(acme: Account, superuser: Engine) -> None:
     acme.revoke("all")
-    before = told(superuser, acme.tenant["id"])
+    before = recorded(superuser, acme.tenant["id"])
     acme.revoke("all")
-    assert told(superuser, acme.tenant["id"]) == before
+    assert recorded(superuser, acme.tenant["id"]) == before
 
 
-def test_what_is_refused_is_no_event(acme: Account, superuser: Engine) -> None:
-    before = told(superuser, acme.tenant["id"])
+def test_refused_requests_record_no_event(acme: Account, superuser: Engine) -> None:
+    before = recorded(superuser, acme.tenant["id"])
     acme.post("/change-password/", {"old_password": "wrong", "new_password": "NewSecurePassword456!"})
     acme.post("/api-keys/regenerate/", {"key_type": "live", "confirm": False})
     acme.post("/webhooks/config/", {"webhook_url": "https://127.0.0.1/"})
     acme.post("/webhooks/config/", {"webhook_url": f"{URL}/2", "regenerate_secret": True})
-    assert told(superuser, acme.tenant["id"]) == before
+    assert recorded(superuser, acme.tenant["id"]) == before
 
 
-# All of them, and none by halves -----------------------------------------------------------------
+# Every type, atomically --------------------------------------------------------------------------
 
 
 @dataclass
 class Bench:
-    """A tenant, and all that the program can do to have an event of it."""
+    """A tenant, and what it takes to trigger each of its events."""
 
     store: Store
     tokens: Tokens
@@ -181,7 +183,7 @@ def reconnect(tx: TenantTx, b: Bench) -> None:
     stripe_connect.connect(tx, grant, b.account, livemode=False, now=NOW)
 
 
-def look_again(tx: TenantTx, b: Bench) -> None:
+def update_account(tx: TenantTx, b: Bench) -> None:
     better = StripeAccount(b.account.id, charges_enabled=True, payouts_enabled=True, details_submitted=True)
     stripe_connect.note(tx, b.connection, better, asked_at=NOW + timedelta(1), now=NOW + timedelta(1))
 
@@ -195,7 +197,7 @@ def change_password(tx: TenantTx, b: Bench) -> None:
     sessions.change_password(tx, b.made.owner, "new", tokens=b.tokens, now=NOW)
 
 
-# What each records last, and whether that is of live data.
+# The type of the event that each act records last, with its livemode.
 Act = Callable[[TenantTx, Bench], object]
 ACTS: dict[str, tuple[Act, bool]] = {
     "user.password_changed": (change_password, True),
@@ -206,7 +208,7 @@ ACTS: dict[str, tuple[Act, bool]] = {
     "api_key.revoked": (lambda tx, _: keys.revoke(tx, "test", reason=None, now=NOW), False),
     "api_key.expiring": (announce_expiry, False),
     "stripe.account.connected": (reconnect, False),
-    "stripe.account.updated": (look_again, False),
+    "stripe.account.updated": (update_account, False),
     "stripe.account.disconnected": (lambda tx, _: stripe_connect.disconnect(tx, now=NOW), False),
     "webhook.disabled": (
         lambda tx, _: endpoints.disable(tx, tx.webhooks.find(lock=True), "gone", now=NOW),
@@ -215,22 +217,22 @@ ACTS: dict[str, tuple[Act, bool]] = {
 }
 
 
-def test_every_type_is_recorded_by_somebody() -> None:
+def test_every_event_type_has_an_act() -> None:
     assert ACTS.keys() | {"tenant.registered", "webhook.test"} == {*get_args(EventType)}
 
 
 @pytest.mark.parametrize("type", ACTS)
-def test_what_is_recorded_is_what_the_document_says(bench: Bench, superuser: Engine, type: str) -> None:
+def test_each_act_records_its_event_as_documented(bench: Bench, superuser: Engine, type: str) -> None:
     act, livemode = ACTS[type]
-    before = told(superuser, bench.tenant_id)
+    before = recorded(superuser, bench.tenant_id)
     with bench.store.tenant(bench.tenant_id) as tx:
         act(tx, bench)
-    events = told(superuser, bench.tenant_id)
+    events = recorded(superuser, bench.tenant_id)
     assert events[: len(before)] == before
     assert short(events)[-1] == (type, livemode)
 
 
-def test_of_a_test_is_kept_that_there_was_one_and_not_what_it_told(bench: Bench, superuser: Engine) -> None:
+def test_a_test_event_is_stored_without_its_body(bench: Bench, superuser: Engine) -> None:
     with bench.store.tenant(bench.tenant_id) as tx:
         event = tx.events.keep_test("invoice.paid", {"paid": 7}, now=NOW)
     assert read("webhook.test", event.body)["data"] == {"paid": 7}
@@ -240,7 +242,7 @@ def test_of_a_test_is_kept_that_there_was_one_and_not_what_it_told(bench: Bench,
 
 
 @pytest.mark.parametrize("type", ACTS)
-def test_what_is_rolled_back_was_never_told(bench: Bench, superuser: Engine, type: str) -> None:
+def test_a_rolled_back_act_records_nothing(bench: Bench, superuser: Engine, type: str) -> None:
     tables = ("events", "deliveries", "tasks")
     before = [rows_of(superuser, table, bench.tenant_id) for table in tables]
     with pytest.raises(ZeroDivisionError), bench.store.tenant(bench.tenant_id) as tx:
@@ -249,7 +251,7 @@ def test_what_is_rolled_back_was_never_told(bench: Bench, superuser: Engine, typ
     assert [rows_of(superuser, table, bench.tenant_id) for table in tables] == before
 
 
-def test_a_registration_rolled_back_was_never_told(bench: Bench, superuser: Engine) -> None:
+def test_a_rolled_back_registration_records_nothing(bench: Bench, superuser: Engine) -> None:
     details = {"company_name": "Globex", "email": "ada@globex.example", "webhook_url": URL}
     tenant_id = new_id()
     with pytest.raises(ZeroDivisionError), bench.store.tenant(tenant_id) as tx:
@@ -262,8 +264,8 @@ def test_a_registration_rolled_back_was_never_told(bench: Bench, superuser: Engi
     ]
 
 
-def test_of_all_of_them_there_is_a_delivery_each_but_of_a_test(bench: Bench, superuser: Engine) -> None:
-    # What disables it comes last: nobody listens after that.
+def test_every_event_but_a_test_has_one_delivery(bench: Bench, superuser: Engine) -> None:
+    # Disabling comes last: after it no event has a delivery.
     for act, _ in sorted(ACTS.values(), key=lambda one: one is ACTS["webhook.disabled"]):
         with bench.store.tenant(bench.tenant_id) as tx:
             act(tx, bench)
@@ -279,14 +281,16 @@ def test_of_all_of_them_there_is_a_delivery_each_but_of_a_test(bench: Bench, sup
     }
 
 
-def test_a_key_that_ends_is_told_of_with_its_mode(bench: Bench, superuser: Engine) -> None:
+def test_an_expiring_keys_event_has_the_keys_livemode(bench: Bench, superuser: Engine) -> None:
     clock = TurnedClock()
     clock.now = NOW + timedelta(days=6)
     house = Housekeeping(bench.store, clock)
     due = [one for one in bench.store.take_due("general", clock.now, most=100) if one.kind == keys.EXPIRING]
     for task in due:
         house.announce_expiry(task)
-    expiring = [event for event in told(superuser, bench.tenant_id) if event["type"] == "api_key.expiring"]
+    expiring = [
+        event for event in recorded(superuser, bench.tenant_id) if event["type"] == "api_key.expiring"
+    ]
     assert {(event["data"]["type"], event["livemode"]) for event in expiring} == {
         ("test_public", False),
         ("test_secret", False),

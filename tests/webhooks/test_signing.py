@@ -1,4 +1,4 @@
-"""The webhook secret and the headers it makes, as Standard Webhooks 1.0 writes them."""
+"""The webhook secret and the headers signed with it, as Standard Webhooks 1.0 specifies them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from billing.webhooks import signing
 from billing.webhooks.signing import new_secret, signed_headers
 from tests.answers import DOCUMENT
 
-# A busy machine is no failure.
+# A busy machine must not fail a test.
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 # The vector that Standard Webhooks publishes.
@@ -69,7 +69,7 @@ def test_both_secrets_of_a_rotation_sign_and_the_newest_comes_first() -> None:
 
 
 @pytest.mark.parametrize("microsecond", [0, 1, 500_000, 999_999])
-def test_the_time_is_cut_to_whole_seconds(microsecond: int) -> None:
+def test_the_timestamp_is_truncated_to_whole_seconds(microsecond: int) -> None:
     at = AT.replace(microsecond=microsecond)
     assert signed_headers([SECRET], id=ID, at=at, body=BODY)["webhook-timestamp"] == "1614265330"
 
@@ -78,14 +78,14 @@ def test_the_time_is_cut_to_whole_seconds(microsecond: int) -> None:
     "secret",
     ["", "whsec_", "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "whsec_MfK", "whsec_MfKQ-r8G", "whsec_MfKQ 9r8G"],
 )
-def test_what_is_no_secret_signs_nothing(secret: str) -> None:
+def test_an_invalid_secret_raises(secret: str) -> None:
     with pytest.raises(ValueError):
         signed_headers([secret], id=ID, at=AT, body=BODY)
 
 
 @UNHURRIED
 @given(body=st.text(alphabet=st.characters(codec="utf-8")).map(str.encode), age=st.integers(-290, 290))
-def test_the_library_of_standard_webhooks_believes_each_secret(body: bytes, age: int) -> None:
+def test_the_standard_webhooks_library_accepts_each_secret(body: bytes, age: int) -> None:
     secrets = [new_secret(), new_secret()]
     at = datetime.now(UTC) - timedelta(seconds=age)
     headers = signed_headers(secrets, id=ID, at=at, body=body)
@@ -93,7 +93,7 @@ def test_the_library_of_standard_webhooks_believes_each_secret(body: bytes, age:
         Webhook(secret).verify(body, headers, json_parse=False)
 
 
-def test_the_library_believes_nothing_that_was_changed() -> None:
+def test_the_library_rejects_any_change() -> None:
     secret, now = new_secret(), datetime.now(UTC)
     headers = signed_headers([secret], id=ID, at=now, body=BODY)
     later = str(int(now.timestamp()) + 1)
@@ -112,7 +112,7 @@ def test_the_library_believes_nothing_that_was_changed() -> None:
 @given(
     body=st.binary(), at=st.integers(0, 2**40).map(lambda seconds: datetime.fromtimestamp(seconds / 16, UTC))
 )
-def test_both_headers_say_the_same_of_any_bytes(body: bytes, at: datetime) -> None:
+def test_both_headers_carry_the_same_signatures_for_any_body(body: bytes, at: datetime) -> None:
     secrets = [new_secret(), new_secret()]
     headers = signed_headers(secrets, id=ID, at=at, body=body)
     time, *old = headers["X-Webhook-Signature"].split(",")
@@ -130,7 +130,7 @@ def by_hand(secret: str, headers: dict[str, str], body: bytes) -> str:
 
 
 @pytest.mark.parametrize("how_many", [1, 2])
-def test_the_headers_are_those_of_the_document(how_many: int) -> None:
+def test_the_headers_match_the_openapi_document(how_many: int) -> None:
     secrets = [new_secret() for _ in range(how_many)]
     headers = signed_headers(secrets, id=ID, at=datetime.now(UTC), body=BODY)
     parameters = [
