@@ -1,4 +1,4 @@
-"""Deliveries: what an endpoint is sent, when again, when no more, and how much of it at a time."""
+"""Deliveries: what an endpoint is sent, when it is retried or given up, and how much is sent at a time."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ LOOPBACK = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
 DEVELOPMENT = UrlPolicy(allow_http=True, allow_localhost=True)
 TEST, REVOKED = "webhook.test", "api_key.revoked"
 DAY = timedelta(days=1)
-# Ample, for a busy machine; what waits for it all ends sooner.
+# Ample, for a busy machine; what is waited for comes sooner.
 PATIENCE_SECONDS = 10
-# For what must not come about, or only later.
+# How long to watch for what must not happen, or only later.
 MOMENT_SECONDS = 0.15
 
 
@@ -51,7 +51,7 @@ MOMENT_SECONDS = 0.15
 
 
 class Answering:
-    """A receiver that answers every request alike, until it is told otherwise."""
+    """A receiver that answers every request with `status`, which a test may change."""
 
     def __init__(self, status: int = 200, **headers: str) -> None:
         self.status = status
@@ -63,19 +63,19 @@ class Answering:
 
 
 class Gate(Answering):
-    """A receiver that answers as many as it lets go, and counts who waits."""
+    """A receiver that holds requests until they are released, and counts those held."""
 
     def __init__(self, status: int = 200) -> None:
         super().__init__(status)
         self.inside = 0
         self.most_inside = 0
-        self._let_go = threading.Semaphore(0)
+        self._permits = threading.Semaphore(0)
         self._lock = threading.Lock()
 
     def __call__(self, visit: Visit) -> None:
         visit.receive()
         self._count(1)
-        while not self._let_go.acquire(timeout=0.05):
+        while not self._permits.acquire(timeout=0.05):
             if visit.receiver.stopped.is_set():
                 return
         self._count(-1)
@@ -86,12 +86,12 @@ class Gate(Answering):
             self.inside += more
             self.most_inside = max(self.most_inside, self.inside)
 
-    def let_go(self, number: int = 1) -> None:
-        self._let_go.release(number)
+    def release(self, number: int = 1) -> None:
+        self._permits.release(number)
 
 
 def url_of(receiver: Receiver) -> str:
-    """The receiver by the one name that development opens: an address is no URL of a webhook."""
+    """The receiver by the one name that development permits: no webhook URL may have an address for its host."""
     return f"http://localhost:{receiver.port}/in"
 
 
@@ -105,7 +105,7 @@ def ids_of(receiver: Receiver) -> list[str]:
 
 @dataclass
 class Bench:
-    """A tenant with an endpoint, and a worker that delivers when it is told to."""
+    """A tenant with an endpoint, and a worker that delivers on demand."""
 
     store: Store
     clock: TurnedClock
@@ -147,14 +147,14 @@ class Bench:
         return [task for task in self.store.take_due(queue, self.clock(), most=100) if task.kind == DELIVER]
 
     def deliver(self) -> list[Queue]:
-        """Do what is due in either queue, once; from which it was taken."""
+        """Run the due tasks of both queues once; returns the queue of each."""
         due = [*self.take("webhooks"), *self.take("slow_webhooks")]
         for task in due:
             self.deliveries.deliver(task)
         return [task.queue for task in due]
 
     def deliver_all(self) -> None:
-        """Do what is due, until nothing is."""
+        """Run due tasks until there are none."""
         for _ in range(3 * BATCH):
             if not self.deliver():
                 return
@@ -173,12 +173,12 @@ class Bench:
             return tx.webhooks.find()
 
     def waiting(self) -> list[tuple[Queue, datetime]]:
-        """The queue in which the endpoint waits, and until when, if it does."""
+        """The queue in which the endpoint waits, and until when; empty if it does not wait."""
         ours = select(tasks.c.queue, tasks.c.due_at).where(tasks.c.kind == DELIVER)
         return [tuple(row) for row in self.all(ours)]
 
     def writer_of(self, table: Table) -> str:
-        """The transaction that wrote the one row of deliveries, or of what else there is one of."""
+        """The transaction that wrote the table's only row; of tasks, the one that delivers."""
         is_ours = table.c.kind == DELIVER if table is tasks else true()
         [row] = self.all(select(literal_column("xmin::text")).select_from(table).where(is_ours))
         return str(row[0])
@@ -203,8 +203,8 @@ def sender(store: Store, clock: TurnedClock, total_seconds: float = PATIENCE_SEC
 
 
 @contextmanager
-def beside(do: Callable[[], object]) -> Iterator[Future[object]]:
-    """Do something in a thread, which has ended well when the block has."""
+def in_thread(do: Callable[[], object]) -> Iterator[Future[object]]:
+    """Run it in a thread, and require its success when the block ends."""
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(do)
         yield future
@@ -221,7 +221,7 @@ def eventually(holds: Callable[[], bool]) -> None:
 # Delivered ---------------------------------------------------------------------------------------
 
 
-def test_an_event_is_sent_as_it_is_stored_and_signed(bench: Bench) -> None:
+def test_an_event_is_sent_signed_and_as_stored(bench: Bench) -> None:
     with receiving(Answering(204)) as receiver:
         bench.configure(url_of(receiver))
         bench.record()
@@ -249,7 +249,7 @@ def test_a_tenant_without_a_url_has_events_and_no_deliveries(bench: Bench) -> No
     assert bench.sequences() == [1, 2, 3]
 
 
-def test_what_happened_before_there_was_a_url_is_not_sent(bench: Bench) -> None:
+def test_events_from_before_the_url_was_configured_are_not_sent(bench: Bench) -> None:
     bench.record(2)
     with receiving(Answering()) as receiver:
         bench.configure(url_of(receiver))
@@ -260,7 +260,7 @@ def test_what_happened_before_there_was_a_url_is_not_sent(bench: Bench) -> None:
     assert [json.loads(received.body)["sequence"] for received in receiver.received] == [4]
 
 
-def test_more_than_a_batch_is_sent_each_once(bench: Bench) -> None:
+def test_more_events_than_a_batch_are_each_sent_once(bench: Bench) -> None:
     with receiving(Answering()) as receiver:
         bench.configure(url_of(receiver))
         with bench.tx() as tx:
@@ -275,7 +275,7 @@ def test_more_than_a_batch_is_sent_each_once(bench: Bench) -> None:
     assert bench.waiting() == []
 
 
-def test_a_turn_uses_its_connections_again_and_leaves_none_for_another_tenant(
+def test_a_batch_reuses_connections_and_leaves_none_for_another_tenant(
     bench: Bench, settings: Settings
 ) -> None:
     with bench.store.tenant(new_id()) as tx:
@@ -316,7 +316,7 @@ def test_each_tenants_events_go_to_its_own_endpoint(bench: Bench, store: Store, 
 # Retried -----------------------------------------------------------------------------------------
 
 
-def test_what_fails_comes_again_by_the_table_and_is_given_up_after_the_last(bench: Bench) -> None:
+def test_a_failing_delivery_is_retried_on_schedule_and_finally_given_up(bench: Bench) -> None:
     with receiving(Answering(500)) as receiver:
         bench.configure(url_of(receiver))
         bench.record()
@@ -342,7 +342,7 @@ def test_what_fails_comes_again_by_the_table_and_is_given_up_after_the_last(benc
     assert len(receiver.received) == len(RETRY_DELAYS)
 
 
-def test_every_attempt_has_the_same_id_and_bytes_and_is_signed_anew(bench: Bench) -> None:
+def test_every_attempt_has_the_same_id_and_body_and_a_new_signature(bench: Bench) -> None:
     with receiving(Answering(503)) as receiver:
         bench.configure(url_of(receiver))
         bench.record()
@@ -358,13 +358,13 @@ def test_every_attempt_has_the_same_id_and_bytes_and_is_signed_anew(bench: Bench
 
 
 def signature(secret: str, received: Received) -> str:
-    """By the library, at the time that the attempt says: the test's clock is not the library's."""
+    """The library's signature, at the attempt's own time: the test's clock is not the library's."""
     at = datetime.fromtimestamp(int(received.headers["webhook-timestamp"]), tz=None).astimezone()
     return Webhook(secret).sign(received.headers["webhook-id"], at, received.body.decode())
 
 
 @pytest.mark.parametrize("status", [301, 302, 307, 400, 404, 500])
-def test_all_but_2xx_is_a_failure_and_a_redirect_is_not_followed(bench: Bench, status: int) -> None:
+def test_any_status_but_2xx_is_a_failure_and_redirects_are_not_followed(bench: Bench, status: int) -> None:
     with receiving(Answering()) as elsewhere, receiving(Answering(status, Location=url_of(elsewhere))) as to:
         bench.configure(url_of(to))
         bench.record()
@@ -375,7 +375,7 @@ def test_all_but_2xx_is_a_failure_and_a_redirect_is_not_followed(bench: Bench, s
     assert (row.status, row.http_status, row.error) == ("pending", status, "bad_status")
 
 
-def test_a_later_success_ends_it_and_forgives(bench: Bench) -> None:
+def test_a_later_success_ends_the_delivery_and_clears_the_failure(bench: Bench) -> None:
     answering = Answering(500)
     with receiving(answering) as receiver:
         bench.configure(url_of(receiver))
@@ -391,7 +391,7 @@ def test_a_later_success_ends_it_and_forgives(bench: Bench) -> None:
     assert (bench.endpoint().failing_since, bench.endpoint().failed_events) == (None, 0)
 
 
-def test_who_does_not_answer_in_time_gets_a_minute(bench: Bench) -> None:
+def test_a_timeout_is_retried_after_60_seconds(bench: Bench) -> None:
     bench.deliveries = sender(bench.store, bench.clock, total_seconds=0.3)
     with receiving(Gate()) as receiver:
         bench.configure(url_of(receiver))
@@ -404,7 +404,7 @@ def test_who_does_not_answer_in_time_gets_a_minute(bench: Bench) -> None:
     assert row.next_attempt_at == bench.clock() + timedelta(seconds=60)
 
 
-def test_those_that_failed_together_do_not_come_again_together(bench: Bench) -> None:
+def test_the_retry_delay_has_jitter(bench: Bench) -> None:
     with receiving(Answering(500)) as receiver:
         bench.configure(url_of(receiver))
         bench.record()
@@ -413,7 +413,7 @@ def test_those_that_failed_together_do_not_come_again_together(bench: Bench) -> 
     assert row.next_attempt_at - bench.clock() not in RETRY_DELAYS
 
 
-def test_retry_after_is_heard(bench: Bench) -> None:
+def test_retry_after_is_honoured(bench: Bench) -> None:
     with receiving(Answering(503, Retry_After="9")) as receiver:
         bench.configure(url_of(receiver))
         bench.record()
@@ -422,7 +422,7 @@ def test_retry_after_is_heard(bench: Bench) -> None:
     assert bench.rows()[0].next_attempt_at == bench.clock() + timedelta(seconds=9)
 
 
-def test_nobody_there_is_a_failure_of_connection(bench: Bench) -> None:
+def test_a_closed_port_is_connection_failed(bench: Bench) -> None:
     with receiving(Answering()) as receiver:
         pass
     bench.configure(url_of(receiver))
@@ -434,7 +434,7 @@ def test_nobody_there_is_a_failure_of_connection(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("status", [600, 999])
-def test_a_status_that_http_does_not_have_is_a_failure(bench: Bench, status: int) -> None:
+def test_a_status_above_599_is_connection_broken(bench: Bench, status: int) -> None:
     with receiving(Answering(status)) as receiver:
         bench.configure(url_of(receiver))
         bench.record()
@@ -444,7 +444,7 @@ def test_a_status_that_http_does_not_have_is_a_failure(bench: Bench, status: int
     assert (row.status, row.http_status, row.error) == ("pending", None, "connection_broken")
 
 
-# Who fails ---------------------------------------------------------------------------------------
+# Failing endpoints -------------------------------------------------------------------------------
 
 
 def test_the_first_failure_leaves_the_rest_untried(bench: Bench) -> None:
@@ -457,7 +457,7 @@ def test_the_first_failure_leaves_the_rest_untried(bench: Bench) -> None:
     assert sorted(bench.statuses()) == [("pending", 0)] * 4 + [("pending", 1)]
 
 
-def test_a_failing_endpoint_waits_in_another_queue_until_it_succeeds(bench: Bench) -> None:
+def test_a_failing_endpoint_stays_in_the_slow_queue_until_it_succeeds(bench: Bench) -> None:
     answering = Answering(500)
     with receiving(answering) as receiver:
         bench.configure(url_of(receiver))
@@ -466,7 +466,7 @@ def test_a_failing_endpoint_waits_in_another_queue_until_it_succeeds(bench: Benc
         assert bench.deliver() == []
         bench.clock.now += PAUSE
         assert bench.deliver() == ["slow_webhooks"]
-        # A new event does not bring it back.
+        # A new event does not move it back.
         bench.record()
         assert bench.deliver() == ["slow_webhooks"]
         answering.status = 200
@@ -477,7 +477,7 @@ def test_a_failing_endpoint_waits_in_another_queue_until_it_succeeds(bench: Benc
         assert bench.deliver() == ["webhooks"]
 
 
-def test_one_that_answers_slowly_waits_among_its_like_and_gets_one_at_a_time(
+def test_a_slow_endpoint_moves_to_the_slow_queue_and_gets_one_event_at_a_time(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "SLOW_MS", -1)  # Every answer takes longer.
@@ -492,27 +492,27 @@ def test_one_that_answers_slowly_waits_among_its_like_and_gets_one_at_a_time(
     assert bench.statuses() == [("delivered", 1)] * 3
 
 
-def test_a_success_after_a_failure_of_the_same_batch_forgives_it(bench: Bench) -> None:
+def test_a_success_after_a_failure_in_the_same_batch_clears_it(bench: Bench) -> None:
     gate = Gate()
     with receiving(gate) as receiver:
         bench.configure(url_of(receiver))
         bench.record(3)
-        with beside(bench.deliver):
+        with in_thread(bench.deliver):
             eventually(lambda: gate.inside == 1)
-            gate.let_go()
+            gate.release()
             eventually(lambda: gate.inside == 2)
             gate.status = 500
-            gate.let_go()
+            gate.release()
             eventually(lambda: bench.endpoint().failing_since is not None)
             gate.status = 200
-            gate.let_go()
+            gate.release()
 
     assert sorted(bench.statuses()) == [("delivered", 1), ("delivered", 1), ("pending", 1)]
     assert (bench.endpoint().failing_since, bench.endpoint().failed_events) == (None, 0)
     assert [queue for queue, _ in bench.waiting()] == ["webhooks"]
 
 
-def test_410_disables_at_once_and_the_news_is_sent_once(bench: Bench) -> None:
+def test_410_disables_the_endpoint_and_webhook_disabled_is_sent_once(bench: Bench) -> None:
     with receiving(Answering(410)) as receiver:
         bench.configure(url_of(receiver))
         bench.record(3)
@@ -526,7 +526,7 @@ def test_410_disables_at_once_and_the_news_is_sent_once(bench: Bench) -> None:
             "disabled_reason": "gone",
             "failing_since": None,
         }
-        # And then there is silence: what is pending is kept, what happens now is not for it.
+        # After that nothing is sent: pending deliveries are kept, new events have none.
         assert sorted(bench.statuses()) == [("failed", 1), ("failed", 1), ("pending", 0), ("pending", 0)]
         bench.record()
         bench.clock.turn(days=30)
@@ -542,13 +542,13 @@ def test_410_while_others_are_in_flight_disables_once(bench: Bench) -> None:
     with receiving(gate) as receiver:
         bench.configure(url_of(receiver))
         bench.record(8)
-        with beside(bench.deliver):
+        with in_thread(bench.deliver):
             eventually(lambda: gate.inside == 1)
-            gate.let_go()
+            gate.release()
             eventually(lambda: gate.inside == 2)
             gate.status = 410
-            gate.let_go(2)
-        gate.let_go(BATCH)
+            gate.release(2)
+        gate.release(BATCH)
         bench.deliver_all()
 
     assert types_of(receiver) == [TEST] * 3 + [DISABLED]
@@ -563,7 +563,7 @@ def test_410_while_others_are_in_flight_disables_once(bench: Bench) -> None:
         (TOO_MANY - 1, TOO_LONG, None),
     ],
 )
-def test_failing_for_five_days_and_ten_events_disables(
+def test_failing_for_five_days_and_ten_events_disables_the_endpoint(
     bench: Bench, number: int, age: timedelta, reason: str | None
 ) -> None:
     answering = Answering(500)
@@ -595,7 +595,7 @@ def test_failing_for_five_days_and_ten_events_disables(
         assert [status for status, _ in bench.statuses()[:-1]] == ["pending"] * number
 
 
-def test_the_news_comes_to_one_who_did_not_ask_for_it_and_is_tried_once(bench: Bench) -> None:
+def test_webhook_disabled_bypasses_the_filter_and_is_tried_once(bench: Bench) -> None:
     answering = Answering(410)
     with receiving(answering) as receiver:
         bench.configure(url_of(receiver), [TEST])
@@ -610,13 +610,13 @@ def test_the_news_comes_to_one_who_did_not_ask_for_it_and_is_tried_once(bench: B
     assert bench.statuses() == [("failed", 1), ("failed", 1)]
 
 
-def test_configured_again_it_gets_what_was_pending_and_what_is_new(bench: Bench) -> None:
+def test_reconfiguring_a_disabled_endpoint_sends_pending_and_new_events(bench: Bench) -> None:
     answering = Answering(410)
     with receiving(answering) as receiver:
         bench.configure(url_of(receiver))
         bench.record(3)
         bench.deliver_all()
-        bench.record(type=REVOKED)  # Nobody listens.
+        bench.record(type=REVOKED)  # Has no delivery.
         answering.status = 200
         bench.configure(url_of(receiver))
         assert bench.endpoint() == Endpoint(url_of(receiver))
@@ -627,10 +627,10 @@ def test_configured_again_it_gets_what_was_pending_and_what_is_new(bench: Bench)
     assert sorted(bench.statuses()) == [("delivered", 1)] * 3 + [("failed", 1)] * 2
 
 
-# What is changed meanwhile -----------------------------------------------------------------------
+# Changes during delivery -------------------------------------------------------------------------
 
 
-def test_the_filter_is_the_one_at_the_time_of_sending(bench: Bench) -> None:
+def test_the_event_filter_is_applied_when_sending(bench: Bench) -> None:
     with receiving(Answering()) as receiver:
         bench.configure(url_of(receiver))
         bench.record(type=REVOKED)
@@ -648,9 +648,7 @@ def test_the_filter_is_the_one_at_the_time_of_sending(bench: Bench) -> None:
     assert bench.sequences() == [1, 2, 3, 4, 5]
 
 
-def test_what_is_not_asked_for_is_not_sent_however_much_of_it_there_is(
-    bench: Bench, superuser: Engine
-) -> None:
+def test_unsubscribed_events_are_not_sent_however_many_are_due(bench: Bench, superuser: Engine) -> None:
     with receiving(Answering()) as receiver:
         bench.configure(url_of(receiver))
         bench.record()
@@ -666,7 +664,7 @@ def test_what_is_not_asked_for_is_not_sent_however_much_of_it_there_is(
     assert bench.statuses() == [("delivered", 1)]
 
 
-def test_who_configures_while_a_batch_is_begun_says_where_it_goes(bench: Bench, superuser: Engine) -> None:
+def test_a_batch_goes_to_the_url_configured_while_it_begins(bench: Bench, superuser: Engine) -> None:
     with receiving(Answering()) as old, receiving(Answering()) as new, ThreadPoolExecutor(1) as pool:
         bench.configure(url_of(old))
         bench.record()
@@ -680,7 +678,7 @@ def test_who_configures_while_a_batch_is_begun_says_where_it_goes(bench: Bench, 
     assert (len(old.received), len(new.received)) == (0, 1)
 
 
-def test_who_configures_the_same_while_it_is_given_up_brings_it_back(bench: Bench, superuser: Engine) -> None:
+def test_configuring_the_same_url_while_it_is_disabled_re_enables_it(bench: Bench, superuser: Engine) -> None:
     url = "https://hooks.acme.example/"
     bench.configure(url)
     with ThreadPoolExecutor(1) as pool:
@@ -692,7 +690,7 @@ def test_who_configures_the_same_while_it_is_given_up_brings_it_back(bench: Benc
     assert bench.endpoint() == Endpoint(url)
 
 
-def test_what_is_removed_while_it_is_due_is_not_sent(bench: Bench) -> None:
+def test_removing_the_endpoint_cancels_due_deliveries(bench: Bench) -> None:
     with receiving(Answering()) as receiver:
         bench.configure(url_of(receiver))
         bench.record(2)
@@ -705,15 +703,15 @@ def test_what_is_removed_while_it_is_due_is_not_sent(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("status", [200, 500])
-def test_what_is_removed_while_it_is_in_flight_stays_cancelled(bench: Bench, status: int) -> None:
+def test_deliveries_in_flight_when_the_endpoint_is_removed_stay_cancelled(bench: Bench, status: int) -> None:
     gate = Gate(status)
     with receiving(gate) as receiver:
         bench.configure(url_of(receiver))
         bench.record(3)
-        with beside(bench.deliver):
+        with in_thread(bench.deliver):
             eventually(lambda: gate.inside == 1)
             bench.remove()
-            gate.let_go(3)
+            gate.release(3)
 
     assert [(row.status, row.error) for row in bench.rows()] == [("failed", "cancelled")] * 3
     assert bench.endpoint() == Endpoint(None)
@@ -722,15 +720,15 @@ def test_what_is_removed_while_it_is_in_flight_stays_cancelled(bench: Bench, sta
 
 
 @pytest.mark.parametrize("status", [500, 410])
-def test_what_fails_at_the_old_url_is_not_the_new_ones_blame(bench: Bench, status: int) -> None:
+def test_a_failure_at_the_old_url_does_not_count_against_the_new_one(bench: Bench, status: int) -> None:
     gate = Gate(status)
     with receiving(gate) as old, receiving(Answering()) as new:
         bench.configure(url_of(old))
         bench.record(2)
-        with beside(bench.deliver):
+        with in_thread(bench.deliver):
             eventually(lambda: gate.inside == 1)
             bench.configure(url_of(new))
-            gate.let_go()
+            gate.release()
         assert bench.endpoint() == Endpoint(url_of(new))
         bench.clock.turn(seconds=7)
         bench.deliver_all()
@@ -740,7 +738,7 @@ def test_what_fails_at_the_old_url_is_not_the_new_ones_blame(bench: Bench, statu
     assert DISABLED not in types_of(new)
 
 
-def test_until_the_grace_is_over_both_secrets_sign_the_new_one_first(bench: Bench) -> None:
+def test_both_secrets_sign_during_the_grace_period_the_new_one_first(bench: Bench) -> None:
     with receiving(Answering()) as receiver:
         new = bench.configure(url_of(receiver), regenerate_secret=True, grace=timedelta(hours=1))
         bench.record()
@@ -756,7 +754,7 @@ def test_until_the_grace_is_over_both_secrets_sign_the_new_one_first(bench: Benc
         assert receiver.last.headers["webhook-signature"] == signature(new, receiver.last)
 
 
-def test_without_a_grace_the_old_secret_signs_no_more(bench: Bench) -> None:
+def test_without_a_grace_period_the_old_secret_stops_signing(bench: Bench) -> None:
     with receiving(Answering()) as receiver:
         new = bench.configure(url_of(receiver), regenerate_secret=True, grace=timedelta())
         bench.record()
@@ -768,19 +766,19 @@ def test_without_a_grace_the_old_secret_signs_no_more(bench: Bench) -> None:
         Webhook(bench.secret).verify(receiver.last.body, headers)
 
 
-# One worker an endpoint --------------------------------------------------------------------------
+# One worker per endpoint -------------------------------------------------------------------------
 
 
-def test_while_one_worker_has_an_endpoint_no_other_gets_it(bench: Bench) -> None:
+def test_only_one_worker_at_a_time_delivers_to_an_endpoint(bench: Bench) -> None:
     gate = Gate()
     with receiving(gate) as receiver:
         bench.configure(url_of(receiver))
         bench.record()
-        with beside(bench.deliver):
+        with in_thread(bench.deliver):
             eventually(lambda: gate.inside == 1)
             bench.record()
             assert bench.deliver() == []
-            gate.let_go(2)
+            gate.release(2)
         bench.deliver_all()
 
     assert len(set(ids_of(receiver))) == len(receiver.received) == 2
@@ -791,18 +789,16 @@ def test_an_event_recorded_while_a_batch_is_in_flight_is_sent_next(bench: Bench)
     with receiving(gate) as receiver:
         bench.configure(url_of(receiver))
         bench.record()
-        with beside(bench.deliver):
+        with in_thread(bench.deliver):
             eventually(lambda: gate.inside == 1)
             bench.record(type=REVOKED)
-            gate.let_go(2)
+            gate.release(2)
         assert bench.deliver() == ["webhooks"]
 
     assert types_of(receiver) == [TEST, REVOKED]
 
 
-def test_an_event_that_is_committed_while_the_task_is_finished_is_sent_next(
-    bench: Bench, superuser: Engine
-) -> None:
+def test_an_event_committed_while_the_task_finishes_is_sent_next(bench: Bench, superuser: Engine) -> None:
     with receiving(Answering()) as receiver:
         bench.configure(url_of(receiver))
         bench.record()
@@ -810,7 +806,7 @@ def test_an_event_that_is_committed_while_the_task_is_finished_is_sent_next(
         with ThreadPoolExecutor(1) as pool:
             with bench.tx() as tx:
                 tx.events.record(REVOKED, {}, now=bench.clock())
-                tx.webhooks.find()  # Whatever is asked next sends what was written: the task's row is locked.
+                tx.webhooks.find()  # Any query flushes what was written: the task's row is locked.
                 delivering = pool.submit(bench.deliveries.deliver, task)
                 eventually(lambda: waits_for_a_lock(superuser))
             delivering.result(PATIENCE_SECONDS)
@@ -820,12 +816,12 @@ def test_an_event_that_is_committed_while_the_task_is_finished_is_sent_next(
     assert bench.waiting() == []
 
 
-def test_what_a_worker_died_of_comes_again_when_its_lease_ends(bench: Bench) -> None:
+def test_a_dead_workers_deliveries_are_retried_when_its_lease_expires(bench: Bench) -> None:
     with receiving(Answering()) as receiver:
         bench.configure(url_of(receiver))
         bench.record()
         [task] = bench.take()
-        bench.deliveries._begin(task.tenant_id)  # And never heard of again.
+        bench.deliveries._begin(task.tenant_id)  # The worker dies here.
         assert bench.deliver() == []
         bench.clock.now += LEASE
         assert bench.deliver() == ["webhooks"]
@@ -834,7 +830,7 @@ def test_what_a_worker_died_of_comes_again_when_its_lease_ends(bench: Bench) -> 
     assert len(receiver.received) == 1
 
 
-def test_what_ended_last_is_kept_in_the_transaction_that_lets_go(bench: Bench) -> None:
+def test_the_last_result_is_stored_in_the_transaction_that_releases_the_task(bench: Bench) -> None:
     with receiving(Answering(500)) as receiver:
         bench.configure(url_of(receiver))
         bench.record()
@@ -843,7 +839,7 @@ def test_what_ended_last_is_kept_in_the_transaction_that_lets_go(bench: Bench) -
     assert len({bench.writer_of(table) for table in (deliveries, webhook_endpoints, tasks)}) == 1
 
 
-def test_whoever_cannot_let_go_has_kept_all_but_what_ended_last(bench: Bench, superuser: Engine) -> None:
+def test_failing_to_release_the_task_loses_only_the_last_result(bench: Bench, superuser: Engine) -> None:
     with receiving(Answering()) as receiver:
         bench.configure(url_of(receiver))
         bench.record(2)
@@ -862,71 +858,71 @@ def test_whoever_cannot_let_go_has_kept_all_but_what_ended_last(bench: Bench, su
 # How much at a time ------------------------------------------------------------------------------
 
 
-def test_an_unknown_endpoint_gets_one_then_twice_as_much_and_never_more_than_the_bound(bench: Bench) -> None:
+def test_a_new_endpoints_window_starts_at_one_and_doubles_up_to_the_limit(bench: Bench) -> None:
     gate = Gate()
     with receiving(gate) as receiver:
         bench.configure(url_of(receiver))
         bench.record(3 * IN_FLIGHT)
-        with beside(bench.deliver):
-            for let_go, window in enumerate((1, 2, 4, 8, IN_FLIGHT, IN_FLIGHT)):
-                begun = let_go + window
+        with in_thread(bench.deliver):
+            for released, window in enumerate((1, 2, 4, 8, IN_FLIGHT, IN_FLIGHT)):
+                begun = released + window
                 eventually(lambda begun=begun: len(receiver.received) == begun)
                 time.sleep(MOMENT_SECONDS)
                 assert (len(receiver.received), gate.inside) == (begun, window)
-                gate.let_go()
-            gate.let_go(3 * IN_FLIGHT)
+                gate.release()
+            gate.release(3 * IN_FLIGHT)
         assert gate.most_inside == IN_FLIGHT
         assert set(bench.statuses()) == {("delivered", 1)}
 
-        # One that is known to be good gets as much at once.
+        # An endpoint that has proved itself gets as many at once.
         gate.most_inside = 0
         bench.record(IN_FLIGHT + 1)
         drain(gate)
-        with beside(bench.deliver):
+        with in_thread(bench.deliver):
             eventually(lambda: gate.inside == IN_FLIGHT)
-            gate.let_go(IN_FLIGHT + 1)
+            gate.release(IN_FLIGHT + 1)
         assert gate.most_inside == IN_FLIGHT
 
 
 def drain(gate: Gate) -> None:
-    while gate._let_go.acquire(blocking=False):
+    while gate._permits.acquire(blocking=False):
         pass
 
 
-def test_one_that_failed_is_unknown_again(bench: Bench) -> None:
+def test_a_failure_resets_the_endpoints_window_to_one(bench: Bench) -> None:
     gate = Gate()
     with receiving(gate) as receiver:
         bench.configure(url_of(receiver))
         for status in (200, 500):
             gate.status = status
             bench.record()
-            gate.let_go()
+            gate.release()
             bench.deliver()
         bench.clock.turn(seconds=7)
         bench.record(3)
-        with beside(bench.deliver):
+        with in_thread(bench.deliver):
             eventually(lambda: gate.inside == 1)
             time.sleep(MOMENT_SECONDS)
             assert gate.inside == 1
             gate.status = 200
-            gate.let_go(4)
+            gate.release(4)
 
 
-def test_one_that_was_sent_nothing_is_still_unknown(bench: Bench) -> None:
+def test_an_empty_batch_leaves_the_endpoints_window_at_one(bench: Bench) -> None:
     gate = Gate()
     with receiving(gate) as receiver:
         bench.configure(url_of(receiver), [TEST])
         bench.record(type=REVOKED)
         assert bench.deliver() == ["webhooks"]
         bench.record(2)
-        with beside(bench.deliver):
+        with in_thread(bench.deliver):
             eventually(lambda: gate.inside == 1)
             time.sleep(MOMENT_SECONDS)
             assert gate.inside == 1
-            gate.let_go(2)
+            gate.release(2)
 
 
-def test_what_cannot_be_begun_within_the_lease_goes_back(
+def test_deliveries_that_cannot_begin_within_the_lease_are_released(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with receiving(Answering()) as receiver:
@@ -945,26 +941,26 @@ def test_what_cannot_be_begun_within_the_lease_goes_back(
 # Stopping ----------------------------------------------------------------------------------------
 
 
-def test_stop_settles_what_is_in_flight_and_gives_the_rest_back(bench: Bench) -> None:
+def test_stop_settles_deliveries_in_flight_and_releases_the_rest(bench: Bench) -> None:
     gate = Gate()
     with receiving(gate) as receiver:
         bench.configure(url_of(receiver))
         bench.record(5)
-        with beside(bench.deliver):
+        with in_thread(bench.deliver):
             eventually(lambda: gate.inside == 1)
             bench.deliveries.stop()
-            gate.let_go()
+            gate.release()
         assert sorted(bench.statuses()) == [("delivered", 1)] + [("pending", 0)] * 4
         assert len(receiver.received) == 1
 
         # Another worker need not wait for the lease.
         bench.deliveries = sender(bench.store, bench.clock)
-        gate.let_go(4)
+        gate.release(4)
         assert bench.deliver() == ["webhooks"]
     assert bench.statuses() == [("delivered", 1)] * 5
 
 
-def test_after_stop_nothing_is_begun(bench: Bench) -> None:
+def test_no_delivery_begins_after_stop(bench: Bench) -> None:
     with receiving(Answering()) as receiver:
         bench.configure(url_of(receiver))
         bench.record(2)
@@ -975,7 +971,7 @@ def test_after_stop_nothing_is_begun(bench: Bench) -> None:
     assert bench.statuses() == [("pending", 0)] * 2
 
 
-# What is kept of attempts ------------------------------------------------------------------------
+# Stored attempts ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -992,7 +988,7 @@ def settled(begun: Begun, now: datetime, *, attempt: int = 1) -> Settled:
     return Settled(begun.id, attempt, "delivered", None, 204, None, 5, now)
 
 
-def test_an_attempt_that_is_not_the_last_settles_nothing(bench: Bench, begun: Begun) -> None:
+def test_only_the_latest_attempt_settles_a_delivery(bench: Bench, begun: Begun) -> None:
     with bench.tx() as tx:
         [again] = tx.deliveries.begin(bench.clock(), types=None, most=BATCH)
         assert (again.id, again.attempt) == (begun.id, 2)
@@ -1002,7 +998,7 @@ def test_an_attempt_that_is_not_the_last_settles_nothing(bench: Bench, begun: Be
         assert bench.statuses() == [(expected, 2)]
 
 
-def test_what_has_ended_is_settled_no_more(bench: Bench, begun: Begun) -> None:
+def test_an_ended_delivery_is_not_settled_again(bench: Bench, begun: Begun) -> None:
     with bench.tx() as tx:
         tx.deliveries.cancel("cancelled", bench.clock())
         tx.deliveries.record_results([settled(begun, bench.clock())])
@@ -1011,14 +1007,14 @@ def test_what_has_ended_is_settled_no_more(bench: Bench, begun: Begun) -> None:
     assert (row.status, row.attempts, row.error, row.http_status) == ("failed", 1, "cancelled", None)
 
 
-def test_what_is_given_back_was_not_attempted(bench: Bench, begun: Begun) -> None:
+def test_a_released_delivery_does_not_count_as_attempted(bench: Bench, begun: Begun) -> None:
     with bench.tx() as tx:
         tx.deliveries.uncount([begun])
         assert tx.deliveries.next_due(types=None) == bench.clock()
     assert bench.statuses() == [("pending", 0)]
 
 
-def test_many_are_settled_each_in_its_own_way(bench: Bench, begun: Begun) -> None:
+def test_several_deliveries_are_settled_each_with_its_own_result(bench: Bench, begun: Begun) -> None:
     bench.record(2)
     later = bench.clock() + DAY
     with bench.tx() as tx:
@@ -1041,7 +1037,7 @@ def test_many_are_settled_each_in_its_own_way(bench: Bench, begun: Begun) -> Non
     assert [row.duration_ms for row in bench.rows()] == [5, 15000, 7]
 
 
-def test_the_first_due_are_begun_first_and_no_more_than_asked_for(bench: Bench, begun: Begun) -> None:
+def test_the_earliest_due_deliveries_begin_first_up_to_the_limit(bench: Bench, begun: Begun) -> None:
     with bench.tx() as tx:
         tx.deliveries.record_results(
             [Settled(begun.id, 1, "pending", bench.clock() + DAY, 500, "bad_status", 1, None)]
@@ -1054,7 +1050,7 @@ def test_the_first_due_are_begun_first_and_no_more_than_asked_for(bench: Bench, 
         assert tx.deliveries.begin(bench.clock(), types=[DISABLED], most=2) == []
 
 
-def test_what_ended_can_begin_anew(bench: Bench, begun: Begun) -> None:
+def test_a_replay_restarts_an_ended_delivery(bench: Bench, begun: Begun) -> None:
     with bench.tx() as tx:
         tx.deliveries.record_results(
             [Settled(begun.id, 1, "failed", None, 410, "bad_status", 7, bench.clock())]
@@ -1074,7 +1070,7 @@ def test_what_ended_can_begin_anew(bench: Bench, begun: Begun) -> None:
     assert receiver.received[0].body == begun.body or receiver.last.body == begun.body
 
 
-def test_what_waits_begins_sooner_and_keeps_its_count(bench: Bench, begun: Begun) -> None:
+def test_a_replay_brings_a_pending_delivery_forward_and_keeps_its_count(bench: Bench, begun: Begun) -> None:
     waiting = Settled(begun.id, 1, "pending", bench.clock() + DAY, 500, "bad_status", 7, None)
     with bench.tx() as tx:
         tx.deliveries.record_results([waiting])
@@ -1083,10 +1079,10 @@ def test_what_waits_begins_sooner_and_keeps_its_count(bench: Bench, begun: Begun
     assert (row.status, row.attempts, row.next_attempt_at) == ("pending", 1, bench.clock())
 
 
-# With others at the same rows --------------------------------------------------------------------
+# Concurrent changes of the same rows -------------------------------------------------------------
 
 
-def test_what_happens_during_a_replay_is_not_part_of_it(bench: Bench) -> None:
+def test_events_recorded_during_a_replay_are_not_part_of_it(bench: Bench) -> None:
     bench.configure("https://hooks.acme.example/")
     bench.record(2)
     choice = replay.Choice(since=bench.clock() - DAY)
@@ -1101,7 +1097,7 @@ def test_what_happens_during_a_replay_is_not_part_of_it(bench: Bench) -> None:
 def test_removing_while_a_failure_is_settled_does_not_deadlock(
     bench: Bench, superuser: Engine, begun: Begun
 ) -> None:
-    """Whoever removes holds the endpoint and wants the deliveries: whoever settles must not hold those first."""
+    """Removing locks the endpoint, then the deliveries: settling must not lock the deliveries first."""
     batch = replace(
         bench.deliveries._begin(bench.tenant_id), url="https://hooks.acme.example/", begun=[begun]
     )
@@ -1116,7 +1112,7 @@ def test_removing_while_a_failure_is_settled_does_not_deadlock(
     assert [(row.status, row.error) for row in bench.rows()] == [("failed", "cancelled")]
 
 
-def test_configuring_brings_a_failing_endpoint_back_to_the_others(bench: Bench) -> None:
+def test_configuring_moves_a_failing_endpoint_back_to_the_usual_queue(bench: Bench) -> None:
     with receiving(Answering(500)) as old, receiving(Answering()) as new:
         bench.configure(url_of(old))
         bench.record()
