@@ -1,4 +1,4 @@
-"""Calls that leave this machine: whatever the other side does, they end in time and in little memory."""
+"""Outbound calls: whatever the other side does, they end in time and use little memory."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from tests import receivers
 from tests.receivers import MEGABYTE, Behaviour, Names, Visit, answers, receiving
 
 TOTAL_SECONDS = 0.3
-# A busy machine is no failure: without a cut what is bounded here takes a minute, or never ends.
+# For a busy machine: without a cut-off these calls would take a minute, or never end.
 LATE_SECONDS = 10
 AMPLE_SECONDS = 5
 MOST_BYTES = 64 * 1024
@@ -48,7 +48,7 @@ LITTLE_MEMORY = 4 * MEGABYTE
 
 @pytest.fixture
 def session() -> Iterator[Session]:
-    """One whose deadline is too far away to be met by chance."""
+    """A session whose deadline is too far away to be hit by chance."""
     with new_session(connect_seconds=AMPLE_SECONDS, total_seconds=AMPLE_SECONDS) as opened:
         yield opened
 
@@ -71,7 +71,7 @@ def bounds(**changes: Any) -> Bounds:
 
 @contextmanager
 def bounded(seconds: float = TOTAL_SECONDS) -> Iterator[None]:
-    """What is in the block ends in time, and takes little memory."""
+    """Require that the block ends in time and uses little memory."""
     began = time.monotonic()
     tracemalloc.start()
     try:
@@ -95,13 +95,13 @@ def test_a_request_arrives_as_it_was_made(session: Session) -> None:
 
 
 @pytest.mark.parametrize("status", [200, 204, 404, 500])
-def test_a_connection_is_kept_and_used_again(session: Session, status: int) -> None:
+def test_a_connection_is_reused(session: Session, status: int) -> None:
     with receiving(answers(status, b"" if status == 204 else b"ok")) as receiver:
         assert [session.get(receiver.url).status_code for _ in range(5)] == [status] * 5
     assert receiver.connections == 1
 
 
-def test_a_kept_connection_that_the_other_side_closed_is_opened_anew(session: Session) -> None:
+def test_a_kept_connection_closed_by_the_receiver_is_reopened(session: Session) -> None:
     with receiving(receivers.says(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")) as receiver:
         for _ in range(3):
             assert session.get(receiver.url).content == b"ok"
@@ -109,7 +109,7 @@ def test_a_kept_connection_that_the_other_side_closed_is_opened_anew(session: Se
     assert receiver.connections == 3
 
 
-def test_a_body_may_be_as_long_as_the_limit() -> None:
+def test_a_body_may_be_as_long_as_max_bytes() -> None:
     with receiving(answers(200, b"x" * 1000)) as receiver:
         with new_session(max_bytes=1000) as session:
             assert len(session.get(receiver.url).content) == 1000
@@ -125,12 +125,14 @@ def test_a_chunked_body_is_read() -> None:
         assert session.get(receiver.url).content == b"abcde"
 
 
-def test_a_streamed_body_has_been_read(session: Session) -> None:
+def test_a_streamed_body_is_read_at_once(session: Session) -> None:
     with receiving(answers()) as receiver:
         assert session.get(receiver.url, stream=True).raw.read() == b"ok"
 
 
-def test_the_environment_is_not_looked_at(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proxies_and_ca_bundles_of_the_environment_are_ignored(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     with receiving(answers()) as receiver:
@@ -166,13 +168,13 @@ BAD: list[tuple[Behaviour, type[OutboundError]]] = [
 
 
 @pytest.mark.parametrize("behave", SLOW)
-def test_a_slow_receiver_is_cut_off_in_time(hasty: Session, behave: Behaviour) -> None:
+def test_a_slow_receiver_times_out(hasty: Session, behave: Behaviour) -> None:
     with receiving(behave) as receiver, bounded(), pytest.raises(CallTimedOut):
         hasty.get(receiver.url)
 
 
 @pytest.mark.parametrize(("behave", "error"), BAD)
-def test_a_bad_receiver_is_an_error_in_little_memory(
+def test_a_bad_receiver_raises_its_error_in_little_memory(
     session: Session, behave: Behaviour, error: type[OutboundError]
 ) -> None:
     receivers.bomb()
@@ -181,7 +183,7 @@ def test_a_bad_receiver_is_an_error_in_little_memory(
     assert type(raised.value) is error
 
 
-def test_a_connection_that_is_reset_at_once_is_an_error(session: Session) -> None:
+def test_an_immediately_reset_connection_is_an_error(session: Session) -> None:
     with receiving(receivers.resets_at_once) as receiver, pytest.raises(OutboundError) as raised:
         session.get(receiver.url)
     assert type(raised.value) in (ConnectFailed, ConnectionBroken)
@@ -190,7 +192,7 @@ def test_a_connection_that_is_reset_at_once_is_an_error(session: Session) -> Non
 @pytest.mark.parametrize(
     "behave", [receivers.floods(), receivers.sends_bomb, receivers.floods(307, Location="/")]
 )
-def test_what_is_cut_is_never_read(behave: Behaviour) -> None:
+def test_a_cut_body_is_not_read_beyond_max_bytes(behave: Behaviour) -> None:
     receivers.bomb()
     with (
         receiving(behave) as receiver,
@@ -200,13 +202,13 @@ def test_what_is_cut_is_never_read(behave: Behaviour) -> None:
         assert len(session.get(receiver.url).content) == MOST_BYTES
 
 
-def test_a_redirect_is_an_answer(session: Session) -> None:
+def test_a_redirect_is_returned_and_not_followed(session: Session) -> None:
     with receiving(answers()) as other, receiving(answers(307, Location=other.url)) as receiver:
         assert session.get(receiver.url, allow_redirects=True).status_code == 307
     assert not other.received
 
 
-def test_who_does_not_read_what_is_sent_is_an_error_soon(hasty: Session) -> None:
+def test_a_receiver_that_does_not_read_times_out(hasty: Session) -> None:
     data = b"x" * 50 * MEGABYTE
     with receiving(receivers.hangs) as receiver, bounded(), pytest.raises(CallTimedOut):
         hasty.post(receiver.url, data=data)
@@ -219,8 +221,8 @@ def test_a_closed_port_is_an_error(session: Session) -> None:
         session.get(url)
 
 
-def test_who_takes_no_connection_is_an_error_soon(hasty: Session) -> None:
-    # A full backlog: Linux lets what comes then hang.
+def test_a_listener_that_accepts_no_connection_fails_in_time(hasty: Session) -> None:
+    # A full backlog: Linux leaves further connections hanging.
     with socket.create_server(("127.0.0.1", 0), backlog=0) as listener, bounded():
         queued = [socket.socket() for _ in range(4)]
         for one in queued:
@@ -233,7 +235,7 @@ def test_who_takes_no_connection_is_an_error_soon(hasty: Session) -> None:
 
 
 @pytest.mark.parametrize("behave", [receivers.hangs, receivers.resets])
-def test_an_error_tells_no_secret(hasty: Session, behave: Behaviour) -> None:
+def test_an_error_contains_no_secret(hasty: Session, behave: Behaviour) -> None:
     with receiving(behave) as receiver, pytest.raises(OutboundError) as raised:
         hasty.get(f"{receiver.url}?token=hunter2", headers={"Authorization": "Bearer hunter2"})
     error = raised.value
@@ -275,20 +277,20 @@ def test_every_address_must_be_permitted(names: Callable[..., Names]) -> None:
 
 
 @pytest.mark.parametrize("name", ["unknown.example", "a..example", "a" * 64 + ".example"])
-def test_an_unknown_name(session: Session, names: Callable[..., Names], name: str) -> None:
+def test_an_unknown_name_is_an_error(session: Session, names: Callable[..., Names], name: str) -> None:
     names()
     with pytest.raises((NameUnknown, requests.exceptions.InvalidURL)):
         session.get(f"http://{name}/")
 
 
-def test_a_lookup_that_hangs_is_an_error_soon(hanging_resolver: threading.Event) -> None:
+def test_a_hanging_lookup_fails_in_time(hanging_resolver: threading.Event) -> None:
     with new_session() as session, bounded(0.2), pytest.raises(NameUnknown):
         session.get("http://hangs.example/")
     with new_session(connect_seconds=60) as session, bounded(), pytest.raises(CallTimedOut):
         session.get("http://hangs.example/")
 
 
-def test_when_all_threads_hang_every_name_is_unknown_until_one_is_free(
+def test_while_all_resolver_threads_hang_every_name_is_unknown(
     hanging_resolver: threading.Event,
 ) -> None:
     resolver = Resolver(threads=1)
@@ -308,7 +310,7 @@ def test_when_all_threads_hang_every_name_is_unknown_until_one_is_free(
         assert session.get(good).status_code == 200
 
 
-def test_a_thread_looks_up_one_name_after_the_other_and_ends(
+def test_a_resolver_thread_is_reused_and_ends_when_idle(
     names: Callable[..., Names], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("billing.threads.IDLE_SECONDS", 0.2)
@@ -334,7 +336,7 @@ def test_a_thread_looks_up_one_name_after_the_other_and_ends(
 
 
 def by_path(visit: Visit) -> None:
-    """`/hang` never has an answer, `/drip` has one without end, `/slow` after 0.6 s, all else at once."""
+    """Answers `/hang` never, `/drip` without end, `/slow` after 0.6 s, all else at once."""
     while request := visit.receive():
         if request.path == "/drip":
             visit.drip(itertools.cycle(b"x"))
@@ -345,7 +347,7 @@ def by_path(visit: Visit) -> None:
         visit.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
 
 
-def test_a_deadline_is_over_with_its_request() -> None:
+def test_a_deadline_ends_with_its_request() -> None:
     with receiving(by_path) as receiver, new_session(total_seconds=1) as session:
         base = f"http://127.0.0.1:{receiver.port}"
         for _ in range(2):
@@ -354,7 +356,7 @@ def test_a_deadline_is_over_with_its_request() -> None:
     assert receiver.connections == 1
 
 
-def test_a_connection_that_is_used_again_is_cut_off_too(hasty: Session) -> None:
+def test_a_reused_connection_times_out_too(hasty: Session) -> None:
     with receiving(by_path) as receiver:
         base = f"http://127.0.0.1:{receiver.port}"
         hasty.get(base)
@@ -377,7 +379,7 @@ def test_a_connection_made_too_late_is_not_used(hasty: Session, monkeypatch: pyt
     assert not receiver.received
 
 
-def test_a_socket_is_let_go_before_another_request_can_have_it(
+def test_a_call_releases_its_socket_before_another_can_have_it(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watched: list[Any] = []
@@ -394,7 +396,7 @@ def test_a_socket_is_let_go_before_another_request_can_have_it(
     assert watched == [None]
 
 
-def test_a_deadline_hurts_no_other_thread() -> None:
+def test_a_deadline_does_not_affect_other_threads() -> None:
     with (
         receiving(by_path) as receiver,
         new_session(total_seconds=1) as session,
@@ -409,7 +411,7 @@ def test_a_deadline_hurts_no_other_thread() -> None:
         assert session.get(base).status_code == 200
 
 
-def test_two_hundred_at_once() -> None:
+def test_two_hundred_concurrent_calls_end_in_time() -> None:
     paths = ["/hang" if number % 20 == 0 else "/" for number in range(200)]
     with receiving(by_path) as receiver, new_session(total_seconds=2) as session:
         base = f"http://127.0.0.1:{receiver.port}"
@@ -426,7 +428,7 @@ def status_of(session: Session, url: str) -> int | None:
         return None
 
 
-def test_there_is_one_watchdog_and_no_descriptor_is_left(session: Session) -> None:
+def test_there_is_one_watchdog_and_no_leaked_descriptor(session: Session) -> None:
     with receiving(by_path) as receiver:
         base = f"http://127.0.0.1:{receiver.port}"
         session.get(base)
@@ -437,7 +439,7 @@ def test_there_is_one_watchdog_and_no_descriptor_is_left(session: Session) -> No
     assert [thread.name for thread in threading.enumerate()].count("watchdog") == 1
 
 
-def test_what_has_ended_wakes_the_watchdog_no_more(session: Session) -> None:
+def test_an_ended_call_does_not_wake_the_watchdog(session: Session) -> None:
     with receiving(answers()) as receiver:
         session.get(receiver.url)
     with outbound._WATCHDOG._changed:
@@ -483,19 +485,19 @@ def exit_code_of(child: int) -> int:
 
 
 @pytest.mark.parametrize("behave", [receivers.resets_at_once, *(behave for behave, _ in BAD)])
-def test_stripe_takes_each_failure_for_one_of_the_connection(session: Session, behave: Behaviour) -> None:
+def test_stripe_reports_each_failure_as_a_connection_error(session: Session, behave: Behaviour) -> None:
     with receiving(behave) as receiver, pytest.raises(stripe.APIConnectionError):
         stripe_client(session, receiver.url).v1.balance.retrieve()
 
 
 @pytest.mark.parametrize("behave", SLOW)
-def test_stripe_is_cut_off_in_time(hasty: Session, behave: Behaviour) -> None:
+def test_a_stripe_call_to_a_slow_receiver_times_out(hasty: Session, behave: Behaviour) -> None:
     with receiving(behave) as receiver, bounded(), pytest.raises(stripe.APIConnectionError) as raised:
         stripe_client(hasty, receiver.url).v1.balance.retrieve()
     assert raised.value.should_retry
 
 
-def test_stripe_works_through_it(session: Session) -> None:
+def test_stripe_calls_work_through_the_session(session: Session) -> None:
     with receiving(answers(200, b'{"object": "balance", "livemode": false}')) as receiver:
         client = stripe_client(session, receiver.url)
         for _ in range(3):

@@ -1,4 +1,4 @@
-"""POSTs to one URL: each is answered or an error, and none arrives twice where a receiver could tell."""
+"""POSTs to one URL: each is answered or an error; only one lost on a kept connection is sent once more."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from tests import receivers
 from tests.receivers import MEGABYTE, Behaviour, Names, Visit, answers, receiving
 
 TOTAL_SECONDS = 0.3
-# A busy machine is no failure.
+# A busy machine must not fail a test.
 LATE_SECONDS = 1
 AMPLE_SECONDS = 5
 
 
-def line(url: str, *, resolver: Resolver | None = None, **changes: Any) -> PostClient:
-    """One whose deadline is too far away to be met by chance."""
+def client_for(url: str, *, resolver: Resolver | None = None, **changes: Any) -> PostClient:
+    """A client whose deadline is too far away to be hit by chance."""
     ample = {"connect_seconds": AMPLE_SECONDS, "total_seconds": AMPLE_SECONDS, "max_bytes": 64 * 1024}
     return PostClient(url, Bounds(**{**ample, **changes}), resolver=resolver or Resolver(), tls=tls_context())
 
@@ -42,10 +42,10 @@ def post(opened: PostClient) -> int:
 
 
 @pytest.mark.parametrize("status", [200, 204, 301, 404, 500])
-def test_a_line_keeps_its_connection(status: int) -> None:
+def test_a_client_reuses_its_connection(status: int) -> None:
     with (
         receiving(answers(status, b"" if status == 204 else b"ok")) as receiver,
-        line(receiver.url) as opened,
+        client_for(receiver.url) as opened,
     ):
         assert [post(opened) for _ in range(5)] == [status] * 5
     assert receiver.connections == 1
@@ -72,24 +72,24 @@ def repeats(data: bytes) -> Behaviour:
         b"HTTP/1.1 101 Switching Protocols\r\n\r\n",
     ],
 )
-def test_a_connection_on_which_more_may_come_is_not_kept(data: bytes) -> None:
-    with receiving(repeats(data)) as receiver, line(receiver.url, max_bytes=3, cut=True) as opened:
+def test_a_connection_that_is_unsafe_to_reuse_is_not_kept(data: bytes) -> None:
+    with receiving(repeats(data)) as receiver, client_for(receiver.url, max_bytes=3, cut=True) as opened:
         for number in (1, 2):
             post(opened)
             assert receiver.connections == number
 
 
-def test_an_answer_that_is_announced_first_is_heard() -> None:
+def test_informational_responses_before_the_answer_are_skipped() -> None:
     announced = (
         b"HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </a>\r\nContent-Length: 9\r\n\r\n"
     )
     answer = announced + b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
-    with receiving(repeats(answer)) as receiver, line(receiver.url) as opened:
+    with receiving(repeats(answer)) as receiver, client_for(receiver.url) as opened:
         assert [opened.post(b"{}", {}).body for _ in range(3)] == [b"ok"] * 3
     assert receiver.connections == 1
 
 
-def test_what_came_unasked_on_a_kept_connection_is_no_answer() -> None:
+def test_unsolicited_data_on_a_kept_connection_is_not_an_answer() -> None:
     said = threading.Event()
 
     def behave(visit: Visit) -> None:
@@ -100,7 +100,7 @@ def test_what_came_unasked_on_a_kept_connection_is_no_answer() -> None:
         visit.receiver.ended.release()
         visit.receiver.stopped.wait()
 
-    with receiving(behave) as receiver, line(receiver.url) as opened:
+    with receiving(behave) as receiver, client_for(receiver.url) as opened:
         assert post(opened) == 200
         said.set()
         assert receiver.ended.acquire(timeout=AMPLE_SECONDS)
@@ -120,15 +120,15 @@ def answers_once_then(end: Behaviour) -> Behaviour:
 
 
 @pytest.mark.parametrize("end", [receivers.says(b""), receivers.resets])
-def test_what_a_kept_connection_ended_on_is_posted_once_more_on_a_new_one(end: Behaviour) -> None:
-    with receiving(answers_once_then(end)) as receiver, line(receiver.url) as opened:
+def test_a_request_lost_on_a_kept_connection_is_sent_once_more_on_a_new_one(end: Behaviour) -> None:
+    with receiving(answers_once_then(end)) as receiver, client_for(receiver.url) as opened:
         assert [post(opened), post(opened)] == [200, 200]
     assert (receiver.connections, len(receiver.received)) == (2, 3)
 
 
 @pytest.mark.parametrize("end", [receivers.says(b""), receivers.resets])
-def test_what_a_new_connection_ended_on_is_not_posted_again(end: Behaviour) -> None:
-    with receiving(end) as receiver, line(receiver.url) as opened, pytest.raises(ConnectionBroken):
+def test_a_request_lost_on_a_new_connection_is_not_sent_again(end: Behaviour) -> None:
+    with receiving(end) as receiver, client_for(receiver.url) as opened, pytest.raises(ConnectionBroken):
         post(opened)
     assert len(receiver.received) == 1
 
@@ -136,8 +136,11 @@ def test_what_a_new_connection_ended_on_is_not_posted_again(end: Behaviour) -> N
 @pytest.mark.parametrize(
     "data", [b"H", b"HTTP/1.1 200 OK\r\nX", b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n"]
 )
-def test_what_an_answer_has_begun_to_is_not_posted_again(data: bytes) -> None:
-    with receiving(answers_once_then(receivers.breaks_off(data))) as receiver, line(receiver.url) as opened:
+def test_a_request_whose_answer_has_begun_is_not_sent_again(data: bytes) -> None:
+    with (
+        receiving(answers_once_then(receivers.breaks_off(data))) as receiver,
+        client_for(receiver.url) as opened,
+    ):
         assert post(opened) == 200
         with pytest.raises(ConnectionBroken):
             post(opened)
@@ -145,31 +148,31 @@ def test_what_an_answer_has_begun_to_is_not_posted_again(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("is_kept", [False, True])
-def test_an_answer_to_the_head_alone_is_read(is_kept: bool) -> None:
+def test_an_early_answer_to_the_request_head_is_read(is_kept: bool) -> None:
     early = receivers.answers_head(410)
     with (
         receiving(answers_once_then(early) if is_kept else early) as receiver,
-        line(receiver.url) as opened,
+        client_for(receiver.url) as opened,
     ):
         if is_kept:
             assert post(opened) == 200
-        # More than there is room for between the two.
+        # More than the socket buffers hold.
         assert opened.post(b"x" * 50 * MEGABYTE, {}).status == 410
     assert receiver.connections == 1
 
 
 @pytest.mark.parametrize("size", [0, 1, 16 * 1024, 16 * 1024 + 1, MEGABYTE])
 def test_a_body_of_any_size_arrives_whole(size: int) -> None:
-    with receiving(answers()) as receiver, line(receiver.url) as opened:
+    with receiving(answers()) as receiver, client_for(receiver.url) as opened:
         assert [opened.post(b"x" * size, {}).status for _ in range(2)] == [200, 200]
     assert [one.body for one in receiver.received] == [b"x" * size] * 2
     assert (receiver.connections, receiver.last.headers["Content-Length"]) == (1, str(size))
 
 
-def test_what_is_cut_off_on_a_kept_connection_is_not_posted_again() -> None:
+def test_a_request_that_times_out_on_a_kept_connection_is_not_sent_again() -> None:
     with (
         receiving(answers_once_then(receivers.drips_head)) as receiver,
-        line(receiver.url, total_seconds=TOTAL_SECONDS) as opened,
+        client_for(receiver.url, total_seconds=TOTAL_SECONDS) as opened,
     ):
         post(opened)
         began = time.monotonic()
@@ -179,7 +182,7 @@ def test_what_is_cut_off_on_a_kept_connection_is_not_posted_again() -> None:
     assert len(receiver.received) == 2
 
 
-def test_no_connection_outlives_its_line() -> None:
+def test_no_connection_outlives_its_client() -> None:
     inside = threading.Semaphore(0)
 
     def behave(visit: Visit) -> None:
@@ -190,13 +193,13 @@ def test_no_connection_outlives_its_line() -> None:
 
     before = descriptors()
     with receiving(behave) as receiver, ThreadPoolExecutor(2) as threads:
-        with line(receiver.url) as opened:
+        with client_for(receiver.url) as opened:
             posted = [threads.submit(post, opened) for _ in range(2)]
             assert inside.acquire(timeout=AMPLE_SECONDS) and inside.acquire(timeout=AMPLE_SECONDS)
             receiver.ended.release()
             while not any(one.done() for one in posted):
                 time.sleep(0.01)
-        # One was kept when the line ended, the other is answered only now.
+        # One connection was kept when the client closed, the other is answered only now.
         receiver.ended.release()
         assert [one.result() for one in posted] == [200, 200]
     assert descriptors() <= before
@@ -212,10 +215,10 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Names:
     return stub
 
 
-def test_many_of_a_line_look_the_name_up_once(names: Names) -> None:
+def test_many_requests_of_a_client_resolve_the_name_once(names: Names) -> None:
     with (
         receiving(answers(Connection="close")) as receiver,
-        line(f"http://a.example:{receiver.port}/in?a=1") as opened,
+        client_for(f"http://a.example:{receiver.port}/in?a=1") as opened,
         ThreadPoolExecutor(16) as threads,
     ):
         assert list(threads.map(post, [opened] * 64)) == [200] * 64
@@ -223,11 +226,11 @@ def test_many_of_a_line_look_the_name_up_once(names: Names) -> None:
     assert (receiver.last.path, receiver.last.headers["Host"]) == ("/in?a=1", f"a.example:{receiver.port}")
 
 
-def test_each_connection_of_a_line_is_to_an_address_permitted_then(names: Names) -> None:
+def test_every_connection_of_a_client_checks_the_address_again(names: Names) -> None:
     verdicts = iter([True, False])
     with (
         receiving(answers(Connection="close")) as receiver,
-        line(f"http://a.example:{receiver.port}/", permitted=lambda _: next(verdicts)) as opened,
+        client_for(f"http://a.example:{receiver.port}/", permitted=lambda _: next(verdicts)) as opened,
     ):
         assert post(opened) == 200
         with pytest.raises(AddressRefused):
@@ -235,28 +238,28 @@ def test_each_connection_of_a_line_is_to_an_address_permitted_then(names: Names)
     assert receiver.connections == 1
 
 
-def test_a_name_that_hangs_holds_one_thread_however_many_ask(hanging_resolver: threading.Event) -> None:
+def test_a_hanging_lookup_holds_one_thread_for_all_its_callers(hanging_resolver: threading.Event) -> None:
     resolver = Resolver(threads=2)
     with (
         receiving(answers()) as receiver,
-        line("http://hangs.example/", resolver=resolver, connect_seconds=0.2) as hanging,
-        line(f"http://good.example:{receiver.port}/", resolver=resolver) as good,
+        client_for("http://hangs.example/", resolver=resolver, connect_seconds=0.2) as hanging,
+        client_for(f"http://good.example:{receiver.port}/", resolver=resolver) as good,
         ThreadPoolExecutor(4) as threads,
     ):
         posted = [threads.submit(post, hanging) for _ in range(3)]
-        # It still waits when those before it have given up.
+        # This one still waits when the earlier ones have given up.
         time.sleep(0.1)
         posted.append(threads.submit(post, hanging))
         assert post(good) == 200
         assert {type(one.exception()) for one in posted} == {NameUnknown}
-        with line(f"http://good.example:{receiver.port}/", resolver=resolver) as another:
+        with client_for(f"http://good.example:{receiver.port}/", resolver=resolver) as another:
             assert post(another) == 200
 
 
 @pytest.mark.parametrize("url", ["ftp://a.example/", "http://", "a.example", "http://a.example:b/", "http:a"])
-def test_a_line_needs_a_url_of_http(url: str) -> None:
+def test_a_client_requires_an_http_url(url: str) -> None:
     with pytest.raises(UrlInvalid):
-        line(url)
+        client_for(url)
 
 
 def descriptors() -> int:

@@ -1,4 +1,4 @@
-"""The worker: does what is due, whatever fails beside it, and ends when what was begun is done."""
+"""The worker: runs due tasks, whatever else fails, and stops when the running ones are done."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ THREADS = 3
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A database that comes back is noticed soon."""
+    """Makes the worker notice soon that the database is back."""
     monkeypatch.setattr(worker, "PATIENCE_SECONDS", 0.05)
 
 
@@ -56,7 +56,7 @@ def register(store: Store, settings: Settings, name: str) -> UUID:
 
 
 class Bench:
-    """A worker's store and clock, and what is left to do there."""
+    """A worker's store and clock, and the tasks left there."""
 
     def __init__(self, store: Store, clock: TurnedClock, tenant_id: UUID) -> None:
         self.store = store
@@ -74,14 +74,14 @@ class Bench:
             tx.tasks.finish(task)
 
     def left(self) -> list[str]:
-        """The subjects of what is still to be done."""
+        """The subjects of the tasks still to be done."""
         with self.store.tenant(self.tenant_id) as tx:
             ours = select(tasks.c.subject).where(tasks.c.kind.startswith("test."))
             return list(tx.tasks._connection.scalars(ours.order_by(tasks.c.subject)))
 
     @contextmanager
     def working(self, jobs: dict[str, Job], *, threads: int = THREADS, **more: Any) -> Iterator[Worker]:
-        """A worker that runs as long as the block, and has ended after it."""
+        """A worker that runs during the block, and has stopped after it."""
         worker = Worker(
             self.store, jobs, self.clock, threads=threads, **{"polled_every_seconds": 0.02, **more}
         )
@@ -110,10 +110,10 @@ def eventually(holds: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-# What is due -------------------------------------------------------------------------------------
+# Due tasks ---------------------------------------------------------------------------------------
 
 
-def test_what_is_due_is_done_once_by_the_job_of_its_kind(
+def test_each_due_task_runs_once_by_the_job_of_its_kind(
     bench: Bench, store: Store, settings: Settings
 ) -> None:
     globex = register(store, settings, "Globex")
@@ -129,7 +129,7 @@ def test_what_is_due_is_done_once_by_the_job_of_its_kind(
     bench.add("test.one", "a")
     with bench.working({"test.one": job("one"), "test.two": job("two")}):
         eventually(lambda: len(done) == 1)
-        # And what is added while it runs.
+        # Tasks added while it runs, too.
         bench.add("test.two", "b")
         bench.add("test.one", "c", tenant_id=globex)
         eventually(lambda: len(done) == 3)
@@ -142,7 +142,7 @@ def test_what_is_due_is_done_once_by_the_job_of_its_kind(
     }
 
 
-def test_nothing_is_done_before_its_time(bench: Bench) -> None:
+def test_no_task_runs_before_it_is_due(bench: Bench) -> None:
     done: list[str] = []
 
     def do(task: Task) -> None:
@@ -155,13 +155,13 @@ def test_nothing_is_done_before_its_time(bench: Bench) -> None:
     with bench.working({"test.call": do}):
         bench.add("test.call", "now")
         eventually(lambda: done == ["now"])
-        # Or the turned clock would end the lease of what is not yet finished.
+        # Otherwise turning the clock would end the lease of an unfinished task.
         eventually(lambda: bench.left() == ["later"])
         bench.clock.turn(seconds=LEASE.total_seconds())
         eventually(lambda: done == ["now", "later"])
 
 
-def test_a_worker_does_the_tasks_of_its_queue_alone(bench: Bench) -> None:
+def test_a_worker_runs_only_the_tasks_of_its_queue(bench: Bench) -> None:
     bench.add("test.call", "general")
     bench.add("test.call", "webhooks", queue="webhooks")
     with bench.working({"test.call": bench.finish}, queue="webhooks"):
@@ -169,7 +169,7 @@ def test_a_worker_does_the_tasks_of_its_queue_alone(bench: Bench) -> None:
     assert bench.left() == ["general"]
 
 
-def test_two_workers_do_each_task_once(bench: Bench) -> None:
+def test_two_workers_run_each_task_once(bench: Bench) -> None:
     done: list[str] = []
 
     def do(task: Task) -> None:
@@ -185,7 +185,7 @@ def test_two_workers_do_each_task_once(bench: Bench) -> None:
     assert sorted(done) == subjects
 
 
-# What fails --------------------------------------------------------------------------------------
+# Failures ----------------------------------------------------------------------------------------
 
 Lines = Callable[[], list[dict[str, Any]]]
 
@@ -203,7 +203,7 @@ def lines(restored: None, capsys: pytest.CaptureFixture[str]) -> Lines:
     return lines
 
 
-def test_a_task_that_fails_is_told_once_without_secrets_and_comes_again(bench: Bench, lines: Lines) -> None:
+def test_a_failed_task_is_logged_once_without_secrets_and_retried(bench: Bench, lines: Lines) -> None:
     secret = f"sk_live_{secrets.token_hex(16)}"
     attempts: list[int] = []
 
@@ -235,7 +235,9 @@ def failures(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [line for line in lines if line["event"] == "a task failed"]
 
 
-def test_a_task_of_an_unknown_kind_stops_nothing(bench: Bench, superuser: Engine, lines: Lines) -> None:
+def test_a_task_of_an_unknown_kind_does_not_stop_others(
+    bench: Bench, superuser: Engine, lines: Lines
+) -> None:
     bench.add("test.unknown", "unknown")
     bench.add("test.works", "works")
     with bench.working({"test.works": bench.finish}):
@@ -251,7 +253,7 @@ def tries(superuser: Engine) -> int | None:
         return connection.scalar(query)
 
 
-def test_a_task_that_finds_no_database_comes_again_without_a_traceback(
+def test_a_task_without_a_database_is_retried_without_a_traceback(
     bench: Bench, superuser: Engine, lines: Lines
 ) -> None:
     def fail_at_first(task: Task) -> None:
@@ -273,7 +275,7 @@ def test_a_task_that_finds_no_database_comes_again_without_a_traceback(
 
 
 class Gate:
-    """A job that does not end until it may."""
+    """A job that does not end until the gate is opened."""
 
     def __init__(self, bench: Bench) -> None:
         self.inside = 0
@@ -295,7 +297,7 @@ class Gate:
         self._open.set()
 
 
-def test_slow_tasks_do_not_stop_the_others_while_a_thread_is_left(bench: Bench) -> None:
+def test_slow_tasks_do_not_block_others_while_a_thread_is_free(bench: Bench) -> None:
     gate = Gate(bench)
     for number in range(THREADS - 1):
         bench.add("test.slow", f"slow {number}")
@@ -309,7 +311,7 @@ def test_slow_tasks_do_not_stop_the_others_while_a_thread_is_left(bench: Bench) 
         eventually(lambda: bench.left() == [])
 
 
-def test_no_more_is_taken_than_there_are_threads(bench: Bench, superuser: Engine) -> None:
+def test_a_worker_takes_no_more_tasks_than_it_has_threads(bench: Bench, superuser: Engine) -> None:
     gate = Gate(bench)
     for number in range(2 * THREADS):
         bench.add("test.slow", f"slow {number}")
@@ -325,7 +327,7 @@ def test_no_more_is_taken_than_there_are_threads(bench: Bench, superuser: Engine
     assert gate.most_inside == THREADS
 
 
-def test_what_is_due_when_a_task_ends_is_taken_at_once(bench: Bench) -> None:
+def test_a_task_due_when_another_ends_is_taken_at_once(bench: Bench) -> None:
     asked = threading.Event()
     take = bench.store.take_due
 
@@ -346,7 +348,7 @@ def test_what_is_due_when_a_task_ends_is_taken_at_once(bench: Bench) -> None:
         eventually(lambda: bench.left() == [])
 
 
-def test_stop_waits_for_what_was_begun_and_takes_nothing_more(bench: Bench) -> None:
+def test_stop_waits_for_running_tasks_and_takes_no_more(bench: Bench) -> None:
     gate = Gate(bench)
     bench.add("test.slow", "begun")
     worker = Worker(bench.store, {"test.slow": gate}, bench.clock, threads=THREADS)
@@ -365,7 +367,7 @@ def test_stop_waits_for_what_was_begun_and_takes_nothing_more(bench: Bench) -> N
     assert bench.left() == ["too late"]
 
 
-def test_what_fails_after_stop_is_told_as_well(bench: Bench, lines: Lines) -> None:
+def test_a_failure_after_stop_is_logged(bench: Bench, lines: Lines) -> None:
     begun, go_on = threading.Event(), threading.Event()
 
     def fail_late(_: Task) -> None:
@@ -377,12 +379,12 @@ def test_what_fails_after_stop_is_told_as_well(bench: Bench, lines: Lines) -> No
     with bench.working({"test.late": fail_late}) as worker:
         assert begun.wait(PATIENCE_SECONDS)
         worker.stop()
-        time.sleep(0.1)  # It looks at what has ended, a last time.
+        time.sleep(0.1)  # The worker looks for ended tasks a last time.
         go_on.set()
     assert [failure["task"] for failure in failures(lines())] == ["test.late"]
 
 
-def test_what_fails_while_the_worker_itself_fails_is_told_as_well(bench: Bench, lines: Lines) -> None:
+def test_a_tasks_failure_is_logged_while_the_worker_itself_fails(bench: Bench, lines: Lines) -> None:
     begun, has_failed = threading.Event(), threading.Event()
     take = bench.store.take_due
 
@@ -405,7 +407,7 @@ def test_what_fails_while_the_worker_itself_fails_is_told_as_well(bench: Bench, 
     assert [failure["task"] for failure in failures(lines())] == ["test.late"]
 
 
-def test_stop_before_it_runs_is_enough(bench: Bench) -> None:
+def test_a_worker_stopped_before_it_runs_takes_no_task(bench: Bench) -> None:
     bench.add("test.call", "left")
     worker = Worker(bench.store, {"test.call": bench.finish}, bench.clock, threads=THREADS)
     worker.stop()
@@ -423,7 +425,7 @@ def away(test_database: TestDatabase) -> Iterator[None]:
     engine = create_engine(test_database.superuser_url, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
         name = connection.scalar(text("SELECT current_database()"))
-        # It counts for everybody but superusers.
+        # The limit is for all but superusers.
         connection.exec_driver_sql(f'ALTER DATABASE "{name}" CONNECTION LIMIT 0')
         try:
             connection.execute(
@@ -438,7 +440,7 @@ def away(test_database: TestDatabase) -> Iterator[None]:
     engine.dispose()
 
 
-def test_a_database_that_was_away_is_waited_for(
+def test_the_worker_continues_when_the_database_is_back(
     bench: Bench, test_database: TestDatabase, lines: Lines
 ) -> None:
     done: list[str] = []
@@ -458,13 +460,15 @@ def test_a_database_that_was_away_is_waited_for(
     assert all("password" not in json.dumps(line) and "exception" not in line for line in lines())
 
 
-def test_it_ends_while_the_database_is_away(bench: Bench, test_database: TestDatabase, lines: Lines) -> None:
+def test_the_worker_stops_while_the_database_is_away(
+    bench: Bench, test_database: TestDatabase, lines: Lines
+) -> None:
     with bench.working({}) as worker, away(test_database):
         eventually(lambda: len(unavailable(lines())) > 0)
         worker.stop()
 
 
-def test_a_wrong_address_is_asked_again_until_it_is_right(
+def test_a_wrong_database_address_is_retried_until_corrected(
     bench: Bench, test_database: TestDatabase, lines: Lines
 ) -> None:
     bench.add("test.call")
