@@ -1,4 +1,4 @@
-"""Tenants that listen, workers in processes of their own, and the records by which nothing can be lost unseen."""
+"""Tenants with endpoints, workers in processes of their own, and checks that reveal any lost event."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from billing.storage.tables import deliveries, tasks, webhook_endpoints
 from billing.webhooks import endpoints
 from tests.receivers import Received, Receiver
 
-# A busy machine is no failure.
+# A busy machine must not fail a test.
 PATIENCE_SECONDS = 40
 END_SECONDS = 20
 TYPE = "webhook.test"
@@ -54,14 +54,14 @@ PRODUCTION = {"WEBHOOK_ALLOW_CIDRS": "", "WEBHOOK_ALLOW_HTTP": ""}
 
 @dataclass(frozen=True)
 class Tenant:
-    """One that listens, and the secret that signs what it hears."""
+    """A tenant, and the secret that signs its deliveries."""
 
     id: UUID
     secret: str = field(repr=False)
 
 
 class Worker:
-    """A `billing worker`, and what it says."""
+    """A `billing worker` process, and its log."""
 
     def __init__(self, environ: Mapping[str, str], log: Path) -> None:
         self._log = log
@@ -72,21 +72,21 @@ class Worker:
             )
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         return self._log.read_text()
 
     def await_running(self) -> None:
-        eventually(lambda: "is running" in self.said or self.process.poll() is not None)
-        assert self.process.poll() is None, self.said
+        eventually(lambda: "is running" in self.output or self.process.poll() is not None)
+        assert self.process.poll() is None, self.output
 
     def kill(self) -> None:
-        """kill -9: when this returns it is no more, and its sockets neither."""
+        """kill -9: on return the process and its sockets are gone."""
         self.process.kill()
         self.process.wait(END_SECONDS)
 
     @contextmanager
-    def asleep(self) -> Iterator[None]:
-        """Stopped for the block, as if it were started after it."""
+    def paused(self) -> Iterator[None]:
+        """SIGSTOP for the block, as if it were started after it."""
         self.process.send_signal(signal.SIGSTOP)
         try:
             yield
@@ -94,10 +94,10 @@ class Worker:
             self.process.send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
-        """SIGTERM; what was in flight is finished, and nothing unforeseen has happened."""
+        """SIGTERM; it must finish what is in flight, and have logged no error."""
         self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(END_SECONDS) == 0, self.said
-        assert "Traceback" not in self.said and '"level":"error"' not in self.said, self.said
+        assert self.process.wait(END_SECONDS) == 0, self.output
+        assert "Traceback" not in self.output and '"level":"error"' not in self.output, self.output
 
     def resident_bytes(self) -> int:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
@@ -106,7 +106,7 @@ class Worker:
 
 
 class Place:
-    """A database, and where its workers write what they say."""
+    """A database, and a directory for its workers' logs."""
 
     def __init__(self, settings: Settings, app_url: str, superuser_url: str, directory: Path) -> None:
         self.settings = settings
@@ -122,14 +122,14 @@ class Place:
 
     @contextmanager
     def working(self, environ: Mapping[str, str] = LOOPBACK) -> Iterator[Worker]:
-        """A worker that is running; it is killed at the end, if nobody has ended it."""
+        """A worker that is running; it is killed at the end, if it has not ended."""
         with self.starting(environ) as worker:
             worker.await_running()
             yield worker
 
     @contextmanager
     def starting(self, environ: Mapping[str, str]) -> Iterator[Worker]:
-        """The same, not waited for."""
+        """The same, without waiting until it runs."""
         log = self._directory / f"worker-{next(NUMBERS)}.log"
         worker = Worker({**self.environ, **environ}, log)
         try:
@@ -140,7 +140,7 @@ class Place:
 
 
 class Bench:
-    """The tenants of one test, and what is stored of them: others may have left theirs."""
+    """The tenants of one test, and what is stored of them: other tests may have left theirs."""
 
     def __init__(self, place: Place) -> None:
         self.store = place.store
@@ -149,7 +149,7 @@ class Bench:
         self._tenants: list[UUID] = []
 
     def tenant(self, url: str | None) -> Tenant:
-        """A tenant whose first event, that it was registered, is already recorded."""
+        """A tenant whose first event, its registration, is already recorded."""
         details = {"company_name": "Acme", "email": f"ada{next(NUMBERS)}@acme.example"}
         if url is not None:
             details["webhook_url"] = url
@@ -172,9 +172,9 @@ class Bench:
             )
 
     def end_leases(self, *, of: Collection[UUID] | None = None) -> None:
-        """End the leases, or those of some tenants' endpoints, which stands for waiting until they end.
+        """End the leases, or those of some tenants' endpoints, instead of waiting until they end.
 
-        It moves no clock, so that due times and timestamps stay what they are, and nothing of ours knows of it.
+        It moves no clock, so that due times and timestamps stay as they are, and runs no product code.
         """
         held = update(tasks).where(tasks.c.tenant_id.in_(self._tenants if of is None else of))
         with self.superuser.begin() as connection:
@@ -183,7 +183,7 @@ class Bench:
     # What is stored --------------------------------------------------------------------------------
 
     def begun(self) -> set[str]:
-        """The ids of events that somebody has begun to deliver and not settled."""
+        """The ids of events whose delivery has begun and is not settled."""
         query = select(deliveries.c.event_id).where(
             deliveries.c.tenant_id.in_(self._tenants), IS_PENDING, deliveries.c.attempts > 0
         )
@@ -202,7 +202,7 @@ class Bench:
             return connection.execute(query).one()
 
     def leases(self) -> int:
-        """How many of the tenants' endpoints are some worker's."""
+        """How many of the tenants' endpoints are leased by a worker."""
         return self._count(tasks, tasks.c.leased_until > now())
 
     def pending(self) -> int:
@@ -215,7 +215,7 @@ class Bench:
             return connection.scalar(query) or 0
 
     def await_settled(self) -> None:
-        """Until all has been delivered, or given up, and the endpoints let go."""
+        """Wait until all is delivered or given up, and the endpoints are released."""
         eventually(lambda: self.pending() == 0 and self.leases() == 0)
 
     def waiting(self) -> int:
@@ -224,7 +224,7 @@ class Bench:
             return len(connection.execute(WAITING).all())
 
     def cut_waiting(self) -> None:
-        """Cut those: what a client has sent, PostgreSQL would do even if the client is gone."""
+        """Terminate those: PostgreSQL would carry out what a client has sent even if the client is gone."""
         with self.superuser.connect() as connection:
             connection.execute(CUT_WAITING)
 
@@ -233,7 +233,7 @@ class Bench:
         """The application's connections are cut, and new ones refused."""
         with self.superuser.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             name = connection.scalar(text("SELECT current_database()"))
-            # It counts for everybody but superusers.
+            # The limit is for all but superusers.
             connection.exec_driver_sql(f'ALTER DATABASE "{name}" CONNECTION LIMIT 0')
             try:
                 connection.execute(CUT)
@@ -243,7 +243,7 @@ class Bench:
 
     @contextmanager
     def holding(self, table: str, tenant: Tenant) -> Iterator[None]:
-        """The tenant's rows locked, as if somebody else were writing them."""
+        """Lock the tenant's rows, as another writer would."""
         with self.superuser.begin() as connection:
             connection.execute(
                 text(f"SELECT FROM {table} WHERE tenant_id = :id FOR UPDATE"), {"id": tenant.id}
@@ -275,12 +275,12 @@ def duplicated(received: Iterable[Received]) -> set[str]:
 
 
 def sequences(received: Iterable[Received]) -> list[int]:
-    """Which of the tenant's events came, in their order, each once."""
+    """The distinct sequence numbers of the events that came, in order."""
     return sorted({json.loads(one.body)["sequence"] for one in received})
 
 
-def assert_told_alike(received: Iterable[Received], tenant: Tenant) -> None:
-    """Each event's bytes are the same every time, are of that event, and bear a good signature."""
+def assert_consistent(received: Iterable[Received], tenant: Tenant) -> None:
+    """Each event's bytes are the same every time, belong to that event, and have a valid signature."""
     bodies: dict[str, bytes] = {}
     for one in received:
         event_id = one.headers["webhook-id"]
@@ -291,4 +291,4 @@ def assert_told_alike(received: Iterable[Received], tenant: Tenant) -> None:
 def assert_complete(received: Collection[Received], tenant: Tenant, number: int) -> None:
     """All of that many events came."""
     assert sequences(received) == list(range(1, number + 1))
-    assert_told_alike(received, tenant)
+    assert_consistent(received, tenant)

@@ -17,7 +17,7 @@ WAITING = text(
 
 @contextmanager
 def stopped(superuser: Engine) -> Iterator[list[int]]:
-    """Every server process that waits for a statement of ours is stopped meanwhile."""
+    """Stop every server process that waits for a statement of ours, for the block."""
     with superuser.connect() as connection:
         pids = list(connection.scalars(WAITING))
     assert pids

@@ -1,6 +1,6 @@
-"""Deliveries under faults: killed workers, a lost database, and receivers that do their worst; no event is lost.
+"""Deliveries under faults: killed workers, a lost database, and hostile receivers; no event is lost.
 
-What a killed worker had taken waits until its lease ends, in 60 seconds. Nobody waits for that here:
+What a killed worker had taken waits until its lease ends, in 60 seconds. The tests do not wait for that:
 `Bench.end_leases` ends it by an UPDATE. `BILLING_FAULTS_EVENTS` is how many events the longest test records.
 """
 
@@ -62,7 +62,7 @@ def place(
     settings: Settings,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Place]:
-    """A database of this module's own: a worker takes what is due of whomever."""
+    """A database of this module's own: a worker takes the due tasks of all tenants."""
     name = f"billing_faults_{worker_id}"
     clone(cluster, name)
     app_url = database.url(cluster, database.APP, name)
@@ -73,7 +73,7 @@ def place(
 
 @pytest.fixture(scope="module")
 def survivor(place: Place) -> Iterator[Worker]:
-    """A worker for all tests: it goes on with what others leave, and ends without having complained."""
+    """A worker for all tests: it continues what others leave, and must stop without having logged an error."""
     with place.working() as worker:
         yield worker
         worker.stop()
@@ -85,7 +85,7 @@ def bench(place: Place) -> Bench:
 
 
 class Gate:
-    """A receiver that answers the first request, and keeps all others until it is opened."""
+    """A receiver that answers the first request, and holds all others until it is opened."""
 
     def __init__(self, answer: bytes = OK) -> None:
         self.open = threading.Event()
@@ -106,7 +106,7 @@ class Gate:
 
 
 def prove(bench: Bench, tenant: Tenant) -> None:
-    """Let the first event arrive: from now on many are in flight at once."""
+    """Wait until the first event is delivered: from then on many are in flight at once."""
     eventually(lambda: [row.status for row in bench.rows(tenant)] == ["delivered"])
     eventually(lambda: bench.leases() == 0)
 
@@ -114,11 +114,11 @@ def prove(bench: Bench, tenant: Tenant) -> None:
 # kill -9 -----------------------------------------------------------------------------------------
 
 
-def test_what_a_worker_took_and_had_not_sent_when_it_was_killed_is_sent_once(
+def test_events_that_a_killed_worker_had_not_sent_are_sent_once(
     bench: Bench, place: Place, survivor: Worker
 ) -> None:
     with receiving(answers()) as receiver:
-        with survivor.asleep():
+        with survivor.paused():
             tenant = bench.tenant(url_of(receiver))
             bench.record(tenant, 5)
             with bench.holding("deliveries", tenant), place.working() as worker:
@@ -132,12 +132,12 @@ def test_what_a_worker_took_and_had_not_sent_when_it_was_killed_is_sent_once(
         assert {row.attempts for row in bench.rows(tenant)} == {1}
 
 
-def test_what_was_in_flight_when_a_worker_was_killed_is_sent_again_and_nothing_else(
+def test_only_events_in_flight_when_a_worker_is_killed_are_sent_again(
     bench: Bench, place: Place, survivor: Worker
 ) -> None:
     gate = Gate()
     with receiving(gate) as receiver:
-        with survivor.asleep(), place.working() as worker:
+        with survivor.paused(), place.working() as worker:
             tenant = bench.tenant(url_of(receiver))
             prove(bench, tenant)
             bench.record(tenant, 30)
@@ -163,7 +163,7 @@ def just_after(visit: Visit, kill: Callable[[], None]) -> None:
 
 
 @pytest.mark.parametrize("moment", [just_before, just_after])
-def test_a_receiver_that_kills_the_worker_gets_that_event_twice_at_most(
+def test_a_worker_killed_during_a_delivery_repeats_at_most_that_event(
     bench: Bench, place: Place, survivor: Worker, moment: Callable[[Visit, Callable[[], None]], None]
 ) -> None:
     victims: list[Worker] = []
@@ -176,13 +176,13 @@ def test_a_receiver_that_kills_the_worker_gets_that_event_twice_at_most(
             visit.send(OK)
 
     with receiving(behave) as receiver:
-        with survivor.asleep(), place.working() as worker:
+        with survivor.paused(), place.working() as worker:
             victims.append(worker)
             tenant = bench.tenant(url_of(receiver))
             bench.record(tenant, 5)
             worker.process.wait(20)
             [last] = ids(receiver.received)
-            # Killed just after, it may have kept that this one arrived.
+            # Killed just after, the worker may have stored that this one arrived.
             in_flight = bench.begun() & {last}
             assert moment is just_after or in_flight
             bench.end_leases()
@@ -191,12 +191,12 @@ def test_a_receiver_that_kills_the_worker_gets_that_event_twice_at_most(
         assert duplicated(receiver.received) == in_flight
 
 
-def test_what_arrived_and_was_not_yet_kept_as_such_is_sent_again(
+def test_events_that_arrived_but_were_not_stored_as_such_are_sent_again(
     bench: Bench, place: Place, survivor: Worker
 ) -> None:
     gate = Gate()
     with receiving(gate) as receiver:
-        with survivor.asleep(), place.working() as worker:
+        with survivor.paused(), place.working() as worker:
             tenant = bench.tenant(url_of(receiver))
             prove(bench, tenant)
             bench.record(tenant, 3)
@@ -205,7 +205,7 @@ def test_what_arrived_and_was_not_yet_kept_as_such_is_sent_again(
                 gate.open.set()
                 eventually(lambda: bench.waiting() == 1)
                 worker.kill()
-                # Those that had ended first may be on their way to being kept, with the COMMIT.
+                # The first results may be on their way to being stored, with the COMMIT.
                 bench.cut_waiting()
                 eventually(lambda: bench.waiting() == 0)
             bench.end_leases()
@@ -215,17 +215,19 @@ def test_what_arrived_and_was_not_yet_kept_as_such_is_sent_again(
         assert [row.attempts for row in bench.rows(tenant)] == [1, 2, 2, 2]
 
 
-# What happens meanwhile --------------------------------------------------------------------------
+# Changes during delivery -------------------------------------------------------------------------
 
 
-def test_whoever_lost_the_lease_changes_nothing_that_the_next_one_did(bench: Bench, survivor: Worker) -> None:
+def test_a_worker_that_lost_its_lease_does_not_change_its_successors_results(
+    bench: Bench, survivor: Worker
+) -> None:
     gate = Gate()
     with receiving(gate) as receiver:
         tenant = bench.tenant(url_of(receiver))
         prove(bench, tenant)
         bench.record(tenant, IN_FLIGHT)
         eventually(lambda: len(gate.held) == IN_FLIGHT)
-        # Now the same worker takes the endpoint a second time: that it is no other makes no difference.
+        # Now the worker takes the endpoint a second time: that it is the same one makes no difference.
         bench.end_leases()
         eventually(lambda: len(gate.held) == 2 * IN_FLIGHT)
         gate.open.set()
@@ -235,7 +237,7 @@ def test_whoever_lost_the_lease_changes_nothing_that_the_next_one_did(bench: Ben
         assert [row.attempts for row in bench.rows(tenant)] == [1] + [2] * IN_FLIGHT
 
 
-def test_what_is_given_back_too_late_is_not_taken_from_the_one_who_has_it(bench: Bench) -> None:
+def test_a_late_release_does_not_affect_the_next_holder(bench: Bench) -> None:
     tenant = bench.tenant("https://hooks.acme.example/in")
     with bench.store.tenant(tenant.id) as tx:
         tx.tasks.drop("webhook.deliver", subject=str(tenant.id))
@@ -246,7 +248,7 @@ def test_what_is_given_back_too_late_is_not_taken_from_the_one_who_has_it(bench:
     assert [one.attempt for one in again] == [row.attempts for row in bench.rows(tenant)] == [2]
 
 
-def test_a_database_that_goes_between_the_answer_and_its_settling_costs_what_was_in_flight(
+def test_losing_the_database_before_settling_repeats_only_what_was_in_flight(
     bench: Bench, survivor: Worker
 ) -> None:
     gate = Gate()
@@ -255,10 +257,10 @@ def test_a_database_that_goes_between_the_answer_and_its_settling_costs_what_was
         prove(bench, tenant)
         bench.record(tenant, 30)
         eventually(lambda: len(gate.held) == IN_FLIGHT)
-        said = survivor.said
+        output = survivor.output
         with bench.away():
             gate.open.set()
-            eventually(lambda: "waits for the database" in survivor.said.removeprefix(said))
+            eventually(lambda: "waits for the database" in survivor.output.removeprefix(output))
         assert bench.begun() >= set(gate.held)
         # The others of the batch were never sent.
         assert len(receiver.received) == 1 + IN_FLIGHT
@@ -268,9 +270,7 @@ def test_a_database_that_goes_between_the_answer_and_its_settling_costs_what_was
         assert duplicated(receiver.received) == set(gate.held)
 
 
-def test_nothing_more_goes_to_a_url_that_was_removed_while_it_was_called(
-    bench: Bench, survivor: Worker
-) -> None:
+def test_nothing_more_is_sent_to_a_url_removed_during_delivery(bench: Bench, survivor: Worker) -> None:
     gate = Gate()
     with receiving(gate) as receiver:
         tenant = bench.tenant(url_of(receiver))
@@ -285,9 +285,7 @@ def test_nothing_more_goes_to_a_url_that_was_removed_while_it_was_called(
         assert Counter(row.error for row in bench.rows(tenant)) == {None: 1, "cancelled": 40}
 
 
-def test_what_is_left_goes_to_the_url_that_was_configured_while_another_was_called(
-    bench: Bench, survivor: Worker
-) -> None:
+def test_the_remaining_events_go_to_a_url_configured_during_delivery(bench: Bench, survivor: Worker) -> None:
     gate = Gate()
     with receiving(gate) as old, receiving(answers()) as new:
         tenant = bench.tenant(url_of(old))
@@ -303,7 +301,7 @@ def test_what_is_left_goes_to_the_url_that_was_configured_while_another_was_call
 
 
 @pytest.mark.parametrize("answer", [OK, REFUSED], ids=["delivered", "failed"])
-def test_removing_an_endpoint_and_settling_what_went_there_do_not_wait_for_each_other(
+def test_removing_an_endpoint_and_settling_its_deliveries_do_not_deadlock(
     bench: Bench, survivor: Worker, answer: bytes
 ) -> None:
     gate = Gate(answer)
@@ -312,19 +310,21 @@ def test_removing_an_endpoint_and_settling_what_went_there_do_not_wait_for_each_
         prove(bench, tenant)
         bench.record(tenant, IN_FLIGHT)
         eventually(lambda: len(gate.held) == IN_FLIGHT)
-        said = survivor.said
+        output = survivor.output
         with bench.store.tenant(tenant.id, exclusive=True) as tx:
             tx.webhooks.find(lock=True)
             gate.open.set()
             eventually(lambda: bench.waiting() == 1)
-            # It would be told that the database cannot be reached, had each of the two what the other wants.
+            # A deadlock would reach the worker as an unreachable database.
             endpoints.remove(tx, now=now())
         bench.await_settled()
-        assert "waits for the database" not in survivor.said.removeprefix(said)
+        assert "waits for the database" not in survivor.output.removeprefix(output)
 
 
 @pytest.mark.slow
-def test_an_event_recorded_while_the_endpoint_is_let_go_is_delivered(bench: Bench, survivor: Worker) -> None:
+def test_an_event_recorded_while_the_endpoint_is_released_is_delivered(
+    bench: Bench, survivor: Worker
+) -> None:
     """A few hundred small batches, each of which may end just as the next event is recorded."""
     with receiving(answers()) as receiver:
         tenant = bench.tenant(url_of(receiver))
@@ -339,7 +339,7 @@ def test_an_event_recorded_while_the_endpoint_is_let_go_is_delivered(bench: Benc
 # SIGTERM -----------------------------------------------------------------------------------------
 
 
-def test_sigterm_settles_what_is_in_flight_and_gives_the_rest_back(
+def test_sigterm_settles_deliveries_in_flight_and_releases_the_rest(
     bench: Bench, place: Place, survivor: Worker
 ) -> None:
     is_slow = threading.Event()
@@ -351,7 +351,7 @@ def test_sigterm_settles_what_is_in_flight_and_gives_the_rest_back(
         visit.send(OK)
 
     with receiving(behave) as receiver:
-        with survivor.asleep(), place.working() as worker:
+        with survivor.paused(), place.working() as worker:
             tenant = bench.tenant(url_of(receiver))
             prove(bench, tenant)
             is_slow.set()
@@ -363,28 +363,28 @@ def test_sigterm_settles_what_is_in_flight_and_gives_the_rest_back(
             rows = Counter((row.status, row.attempts) for row in bench.rows(tenant))
             assert rows == {("delivered", 1): 1 + IN_FLIGHT, ("pending", 0): 30 - IN_FLIGHT}
             is_slow.clear()
-        # Nobody has ended a lease.
+        # No lease was ended by an UPDATE.
         bench.await_settled()
         assert_complete(receiver.received, tenant, 31)
         assert duplicated(receiver.received) == set()
         assert {row.attempts for row in bench.rows(tenant)} == {1}
 
 
-def test_many_signals_end_it_as_one_does(place: Place) -> None:
+def test_repeated_signals_stop_the_worker_like_one(place: Place) -> None:
     with place.working() as worker:
         for number in [signal.SIGTERM, signal.SIGINT] * 50:
             with suppress(ProcessLookupError):
                 os.kill(worker.process.pid, number)
-        assert worker.process.wait(20) == 0, worker.said
+        assert worker.process.wait(20) == 0, worker.output
 
 
-def test_a_signal_that_another_of_its_threads_gets_ends_it_too(place: Place) -> None:
-    """As the kernel may choose after a stop. Python's handlers run in the main thread, which has to be awake."""
+def test_a_signal_to_another_thread_stops_the_worker(place: Place) -> None:
+    """As the kernel may choose after a SIGSTOP. Python's handlers run in the main thread, which must be woken."""
     with place.working() as worker:
         threads = [int(path.name) for path in Path(f"/proc/{worker.process.pid}/task").iterdir()]
-        # Linux prefers the thread that is named.
+        # Linux prefers the thread whose id is given.
         os.kill(max(threads), signal.SIGTERM)
-        assert worker.process.wait(20) == 0, worker.said
+        assert worker.process.wait(20) == 0, worker.output
 
 
 # A storm -----------------------------------------------------------------------------------------
@@ -392,7 +392,7 @@ def test_a_signal_that_another_of_its_threads_gets_ends_it_too(place: Place) -> 
 TENANTS = 20
 TOGETHER = 10
 VOLATILE = {"fsync": "off", "full_page_writes": "off"}
-# Who has taken what: the exact leases to end when one of two workers is killed.
+# Which worker has taken which endpoint: the leases to end when one of the two is killed.
 NOTE_TAKERS = """
 CREATE TABLE takers (tenant_id uuid PRIMARY KEY, name text NOT NULL);
 CREATE FUNCTION note_taker() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
@@ -407,7 +407,7 @@ CREATE TRIGGER note_taker AFTER UPDATE ON tasks FOR EACH ROW
 
 
 class Storm:
-    """A PostgreSQL of its own, and two workers who come and go, each known by its role."""
+    """A PostgreSQL of its own, and two workers that are killed and replaced, each identified by its role."""
 
     def __init__(self, place: Place, state_dir: Path) -> None:
         self.bench = Bench(place)
@@ -419,7 +419,7 @@ class Storm:
         self._workers: dict[str, Worker] = {}
 
     def admit(self, name: str) -> None:
-        """A role like the application's, by which a worker is known."""
+        """Create a role like the application's, which identifies a worker."""
         password = secrets.token_hex()
         with self.bench.superuser.begin() as connection:
             connection.exec_driver_sql(f"CREATE ROLE {name} LOGIN PASSWORD '{password}' IN ROLE billing_app")
@@ -432,14 +432,14 @@ class Storm:
             self._workers[name] = self._stack.enter_context(self._place.starting(environ))
 
     def kill(self, name: str) -> None:
-        """kill -9, and what it had taken is free; it is started again."""
+        """kill -9; its leases are ended, and it is started again."""
         self._workers[name].await_running()
         self._workers[name].kill()
         self._free(name)
         self.start(name)
 
     def restart_postgres(self) -> None:
-        """At once, as in a crash; who keeps the server starts it again."""
+        """Immediate shutdown, as in a crash; the keeper starts the server again."""
         for worker in self._workers.values():
             worker.await_running()
         postmaster = int((self._data / "postmaster.pid").read_text().split()[0])
@@ -456,11 +456,11 @@ class Storm:
         return False
 
     def replace(self, name: str) -> None:
-        """SIGTERM; what it let go of without the database is free."""
+        """SIGTERM; leases that it could not release without the database are ended."""
         worker = self._workers[name]
         worker.await_running()
         worker.process.send_signal(signal.SIGTERM)
-        assert worker.process.wait(20) == 0, worker.said
+        assert worker.process.wait(20) == 0, worker.output
         self._free(name)
         self.start(name)
 
@@ -494,7 +494,7 @@ def storm(settings: Settings, tmp_path: Path) -> Iterator[Storm]:
 
 
 def record_all(storm: Storm, tenants: list[Tenant], number: int) -> None:
-    """So many events, their tenants by turns; what may or may not have been recorded is recorded again."""
+    """That many events, the tenants in turn; what may or may not have been recorded is recorded again."""
     for turn in range(number // TOGETHER):
         while True:
             try:
@@ -505,14 +505,14 @@ def record_all(storm: Storm, tenants: list[Tenant], number: int) -> None:
 
 
 def crash(storm: Storm) -> None:
-    """PostgreSQL at once, and both workers: what they could not keep would wait for their leases."""
+    """PostgreSQL at once, and both workers: results they could not store would wait for their leases."""
     storm.restart_postgres()
     storm.replace("other")
     storm.kill("one")
 
 
 @pytest.mark.slow
-def test_no_event_is_lost_in_a_storm(storm: Storm, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_event_is_lost_in_a_storm_of_faults(storm: Storm, capsys: pytest.CaptureFixture[str]) -> None:
     """Many events of many tenants, a worker killed three times, another replaced, and PostgreSQL crashed once."""
     bench = storm.bench
     with receiving(answers()) as receiver, ThreadPoolExecutor(1) as pool:
@@ -532,7 +532,7 @@ def test_no_event_is_lost_in_a_storm(storm: Storm, capsys: pytest.CaptureFixture
         bench.await_settled()
         seconds = time.monotonic() - began
 
-    # Who was killed may have sent a part.
+    # A killed worker may have sent part of a request.
     requests = [one for one in receiver.received if len(one.body) == int(one.headers["content-length"])]
     received: dict[str, list[Received]] = defaultdict(list)
     for one in requests:
@@ -548,7 +548,7 @@ def test_no_event_is_lost_in_a_storm(storm: Storm, capsys: pytest.CaptureFixture
         recorded = len(bench.rows(tenant))
         total += recorded
         assert_complete(received[f"/{number}"], tenant, recorded)
-        # A fault costs an endpoint what was in flight to it.
+        # A fault may repeat what was in flight to an endpoint.
         assert len(duplicated(received[f"/{number}"])) <= len(storm.in_flight) * IN_FLIGHT
     assert total >= EVENTS + TENANTS
     assert twice <= set().union(*storm.in_flight)
@@ -559,7 +559,7 @@ def test_no_event_is_lost_in_a_storm(storm: Storm, capsys: pytest.CaptureFixture
 
 @dataclass(frozen=True)
 class Case:
-    """A receiver, and what is to be kept of an event that went there."""
+    """A receiver, and what must be stored of an event sent there."""
 
     behave: Behaviour
     status: str = "pending"
@@ -602,7 +602,7 @@ CASES = {
 
 @contextmanager
 def full() -> Iterator[int]:
-    """The port of a listener that takes no connection: its queue is full."""
+    """The port of a listener that accepts no connection: its queue is full."""
     with socket.socket() as listener, ExitStack() as stack:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
@@ -614,11 +614,11 @@ def full() -> Iterator[int]:
 
 
 @pytest.mark.slow
-def test_receivers_that_do_their_worst_cost_little_and_are_judged_rightly(
+def test_hostile_receivers_cost_little_memory_and_get_the_right_verdict(
     place: Place, survivor: Worker, bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
     receivers.bomb()
-    with survivor.asleep(), ExitStack() as stack:
+    with survivor.paused(), ExitStack() as stack:
         worker = stack.enter_context(place.working())
         usual = stack.enter_context(receiving(answers()))
         bench.record(bench.tenant(url_of(usual)), 64)
@@ -653,7 +653,7 @@ def test_receivers_that_do_their_worst_cost_little_and_are_judged_rightly(
                 assert least - 30 <= (row.next_attempt_at - seen).total_seconds() <= longest, name
         assert bench.rows(unreachable)[0].error == "connection_failed"
         assert bench.endpoint(tenants["is gone"]).disabled_reason == "gone"
-        # The news of it, once.
+        # The event about it, once.
         assert [row.event_type for row in bench.rows(tenants["is gone"])] == [
             "tenant.registered",
             "webhook.disabled",
@@ -664,7 +664,7 @@ def test_receivers_that_do_their_worst_cost_little_and_are_judged_rightly(
 
 
 @pytest.mark.slow
-def test_thirty_endpoints_that_never_answer_do_not_keep_another_waiting(
+def test_thirty_dead_endpoints_do_not_delay_a_healthy_one(
     place: Place, survivor: Worker, bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
     waits: list[float] = []
@@ -675,14 +675,14 @@ def test_thirty_endpoints_that_never_answer_do_not_keep_another_waiting(
             waits.append((now() - created_at).total_seconds())
             visit.send(OK)
 
-    with survivor.asleep(), ExitStack() as stack:
+    with survivor.paused(), ExitStack() as stack:
         dead = stack.enter_context(receiving(receivers.hangs))
         well = stack.enter_context(receiving(note))
         for tenant in [bench.tenant(url_of(dead)) for _ in range(30)]:
             bench.record(tenant, 4)
         stack.enter_context(place.working())
         healthy = bench.tenant(url_of(well))
-        # Longer than it takes to give up the first attempts: by then the others wait elsewhere.
+        # Longer than the first attempts' timeout: by then the dead endpoints are in the slow queue.
         until = time.monotonic() + 17
         while time.monotonic() < until:
             bench.record(healthy)
@@ -697,11 +697,11 @@ def test_thirty_endpoints_that_never_answer_do_not_keep_another_waiting(
     assert max(waits) < 5
 
 
-def test_without_leave_a_worker_connects_to_nothing_on_loopback(
+def test_a_worker_without_permission_never_connects_to_loopback(
     place: Place, survivor: Worker, bench: Bench
 ) -> None:
     """What a name resolves to, and whether that may change, is in tests/webhooks/test_egress.py."""
-    with receiving(answers()) as receiver, survivor.asleep():
+    with receiving(answers()) as receiver, survivor.paused():
         hosts = ("localhost", "127.0.0.1", "[::1]", "2130706433", "0x7f.1")
         tenants = [
             bench.tenant(f"{scheme}://{host}:{receiver.port}/in")

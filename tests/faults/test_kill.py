@@ -1,4 +1,4 @@
-"""kill -9 of the server, of the watcher, of PostgreSQL: it comes back, with all that was acknowledged."""
+"""kill -9 of the server, of the watcher, of PostgreSQL: the service returns, with all acknowledged writes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Installation:
 
 @contextmanager
 def registering(installation: Installation) -> Iterator[list[str]]:
-    """Registers tenants as fast as it gets answers; the list grows by each email that was acknowledged."""
+    """Register tenants as fast as they are answered; the list grows by each acknowledged email."""
     acknowledged: list[str] = []
     stop = threading.Event()
 
@@ -101,7 +101,7 @@ def await_more(acknowledged: list[str], than: int) -> None:
 
 
 def log_in(installation: Installation, email: str) -> int:
-    """What a login answers when the database is there: what was still served after the kill may end a little later."""
+    """A login's status, retried while it is 503: what was still served after the kill may end a little later."""
     deadline = time.monotonic() + RECOVERY_SECONDS
     while (status := installation.log_in(email)) == 503 and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -116,7 +116,7 @@ VICTIMS: dict[str, Callable[[Installation, int], int]] = {
 
 
 @pytest.mark.parametrize("victim", VICTIMS)
-def test_nothing_acknowledged_is_lost(installation: Installation, victim: str) -> None:
+def test_no_acknowledged_registration_is_lost(installation: Installation, victim: str) -> None:
     server = installation.start()
     try:
         with registering(installation) as acknowledged:
@@ -132,7 +132,7 @@ def test_nothing_acknowledged_is_lost(installation: Installation, victim: str) -
         assert server.wait(20) == 0
 
 
-def test_who_lost_the_answer_to_a_kill_gets_it_again(installation: Installation) -> None:
+def test_a_repeated_request_gets_the_answer_that_a_kill_lost(installation: Installation) -> None:
     body = {"company_name": "Acme Inc.", "email": "ada@acme.example", "password": PASSWORD}
 
     def register() -> requests.Response:

@@ -1,4 +1,4 @@
-"""PostgreSQL's processes stop under a running server: every call is answered, and it goes on beside them."""
+"""PostgreSQL's processes stop under a running server: it answers every call, and uses other connections."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from tests.live import await_ready, free_port
 TIMEOUT_SECONDS = 2
 THREADS = 2
 CALLS = 12
-# What a busy machine may add: less than what else would end a call, and less than a drain.
+# What a busy machine may add: less than any other limit of a call, and less than a drain.
 SLACK_SECONDS = 3.5
 ENDING_SECONDS = 10
 
 
 @dataclass
 class Running:
-    """A server with few threads, and a database that nobody else uses."""
+    """A server with few threads, and a database of its own."""
 
     process: subprocess.Popen[bytes]
     url: str
@@ -42,7 +42,7 @@ class Running:
     token: str = ""
 
     def keys(self) -> tuple[int, float]:
-        """What listing the keys is answered with, and when."""
+        """The status of a request for the keys, and the seconds it took."""
         started = time.perf_counter()
         headers = {"Authorization": f"Bearer {self.token}"}
         answer = requests.get(f"{self.url}{API}/api-keys/", headers=headers, timeout=60)
@@ -54,7 +54,7 @@ class Running:
             return list(pool.map(lambda _: self.keys(), range(CALLS)))
 
     def end(self) -> float:
-        """How long it takes to end."""
+        """SIGTERM; the seconds until the server has stopped."""
         started = time.perf_counter()
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(2 * DRAIN_SECONDS)
@@ -87,14 +87,14 @@ def server(cluster: embedded.Cluster, worker_id: str) -> Iterator[Running]:
         superuser.dispose()
 
 
-def test_calls_are_answered_in_time_and_threads_come_free_while_they_are_stopped(server: Running) -> None:
+def test_calls_are_answered_and_threads_recover_while_postgresql_is_stopped(server: Running) -> None:
     assert {status for status, _ in server.many()} == {200}
     with stopped(server.superuser) as pids:
         assert len(pids) > THREADS
         answers = server.many()
         assert {status for status, _ in answers} == {503}
         assert max(seconds for _, seconds in answers) < TIMEOUT_SECONDS + SLACK_SECONDS < ANSWERING_SECONDS
-        # Every thread hangs. Once the watchdog has been there the same calls succeed, over other connections.
+        # Every thread hangs. Once the watchdog has run the same calls succeed, over other connections.
         until = time.monotonic() + 3 * STATEMENT_SECONDS
         while 503 in {status for status, _ in server.many()}:
             assert time.monotonic() < until, "the threads did not come free"
@@ -102,7 +102,7 @@ def test_calls_are_answered_in_time_and_threads_come_free_while_they_are_stopped
     assert server.end() < ENDING_SECONDS
 
 
-def test_it_ends_with_a_call_in_flight_that_hangs(server: Running) -> None:
+def test_the_server_stops_while_a_call_in_flight_hangs(server: Running) -> None:
     server.many()
     with stopped(server.superuser):
         outcome: list[tuple[int, float]] = []

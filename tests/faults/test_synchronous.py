@@ -1,4 +1,4 @@
-"""COMMITs that wait for a synchronous standby: who asks is answered in time, and what was written is there once."""
+"""COMMITs that wait for a synchronous standby: clients are answered in time, and each write is there once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.storage.standby import Standby, eventually, standby_of
 
 # What a busy machine may add to what would wait for ever, or for a request's own 30 seconds.
 SLACK_SECONDS = 15
-# And to a deadline, which is sooner than what else would end a request.
+# And to a deadline, which is sooner than any other limit of a request.
 LITTLE_SLACK_SECONDS = 5
 HURRY_SECONDS = 2
 LOCK_SECONDS = 2  # lock_timeout
@@ -45,12 +45,12 @@ class Primary:
             return connection.execute(text(question), values).scalar_one()
 
     def changes_of(self, account: Account) -> int:
-        """How many there are that others can see."""
+        """How many regenerations of its keys others can see."""
         question = "SELECT count(*) FROM audit_log WHERE tenant_id = :id AND action = 'api_key.regenerated'"
         return int(self.ask(question, id=account.tenant["id"]))
 
     def await_session(self, wait: str) -> None:
-        """Until one of the server's connections waits for this."""
+        """Wait until one of the server's connections has this wait event."""
         question = (
             "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
             "AND application_name = 'billing' AND wait_event = :wait"
@@ -82,7 +82,7 @@ def primary(cluster: embedded.Cluster, settings: Settings, worker_id: str) -> It
 
 @contextmanager
 def waited_for(superuser: Engine, standby: Standby, name: str, base: str) -> Iterator[None]:
-    """Commits of this database wait for the standby, and nobody else's do."""
+    """Commits of this database wait for the standby, and those of no other."""
     with superuser.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
         # It is a setting of the whole cluster, which the tests' processes share: one at a time.
         connection.exec_driver_sql("SELECT pg_advisory_lock(2)")
@@ -100,7 +100,7 @@ def waited_for(superuser: Engine, standby: Standby, name: str, base: str) -> Ite
 
 @contextmanager
 def served(primary: Primary, clock: TurnedClock, company: str, seconds: int) -> Iterator[Account]:
-    """A tenant of a server whose requests have so many seconds."""
+    """A tenant of a server with this request timeout."""
     built = replace(primary.settings, request_timeout_seconds=seconds, rate_limits=False)
     with CheckedClient(create_app(built, clock=clock), raise_server_exceptions=False) as client:
         yield Account(client, register(client, company).json())
@@ -113,7 +113,7 @@ def regenerate(account: Account) -> httpx.Response:
 
 
 def repeated(primary: Primary, account: Account) -> httpx.Response:
-    """The answer when the database is back."""
+    """The answer to the repeated request, once the database is back."""
     answers: list[httpx.Response] = []
 
     def is_answered() -> bool:
@@ -124,8 +124,8 @@ def repeated(primary: Primary, account: Account) -> httpx.Response:
     return answers[-1]
 
 
-# Who asks hears by the deadline, or when the connection is cut; then the claim is tried to be let go, for as long as
-# one waits for a lock.
+# The client is answered by the deadline; or, when the connection is cut, after an attempt to release the claim, which
+# takes as long as one waits for a lock.
 @pytest.mark.parametrize(
     ("company", "seconds", "code", "within"),
     [
@@ -133,7 +133,7 @@ def repeated(primary: Primary, account: Account) -> httpx.Response:
         ("Patient Ltd.", 30, "database-unavailable", STATEMENT_SECONDS + LOCK_SECONDS + SLACK_SECONDS),
     ],
 )
-def test_a_change_whose_commit_waits_is_there_once_when_the_standby_is_back(
+def test_a_change_whose_commit_waits_is_made_once_when_the_standby_returns(
     primary: Primary, clock: TurnedClock, company: str, seconds: int, code: str, within: float
 ) -> None:
     with served(primary, clock, company, seconds) as account, ThreadPoolExecutor(1) as pool:
@@ -147,18 +147,20 @@ def test_a_change_whose_commit_waits_is_there_once_when_the_standby_is_back(
             late = asked.result()
             assert perf_counter() - began < within
             assert (late.status_code, late.json()["code"]) == (503, code)
-            # Reads go on, and see nothing of it. Who repeats it waits for the same rows.
+            # Reads continue, and do not see it. A repeated request waits for the same rows.
             assert account.get("/api-keys/").status_code == 200
             assert primary.changes_of(account) == 0
             assert regenerate(account).status_code == 503
-            # Though the connection may be cut: PostgreSQL waits on.
+            # Even if the connection is cut, PostgreSQL keeps waiting.
             primary.await_session("SyncRep")
         again = repeated(primary, account)
         assert (again.status_code, again.headers["idempotent-replayed"]) == (200, "true")
         assert primary.changes_of(account) == 1
 
 
-def test_one_whose_claim_waits_is_not_made_until_that_runs_out(primary: Primary, clock: TurnedClock) -> None:
+def test_a_change_whose_claim_waits_is_not_made_until_the_claim_expires(
+    primary: Primary, clock: TurnedClock
+) -> None:
     with served(primary, clock, "Unlucky Ltd.", 30) as account:
         with primary.standby.stopped():
             began = perf_counter()
