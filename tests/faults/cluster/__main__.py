@@ -10,21 +10,21 @@ from pathlib import Path
 
 from tests.faults.cluster import report
 from tests.faults.cluster.faults import FAULTS
-from tests.faults.cluster.scene import standing
-from tests.faults.cluster.trial import Outcome, tried
+from tests.faults.cluster.scene import running_scene
+from tests.faults.cluster.trial import Outcome, run_fault
 
 
 def main() -> int:
     """0 when every fault was survived."""
     arguments = _arguments()
-    # What was started is ended however we end.
+    # However this ends, it stops what it started.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     chosen = [fault for fault in FAULTS if not arguments.only or fault.name in arguments.only]
     outcomes: list[Outcome] = []
     began = time.monotonic()
-    with standing(keep=arguments.keep) as scene:
+    with running_scene(keep=arguments.keep) as scene:
         for fault in chosen:
-            outcomes.append(tried(fault, scene))
+            outcomes.append(run_fault(fault, scene))
             print(report.line(outcomes[-1]), flush=True)
     if arguments.into:
         report.write(outcomes, arguments.into, seconds=time.monotonic() - began)

@@ -1,4 +1,4 @@
-"""What must hold when everybody holds still: the database and the receiver tell what the clients' ledgers tell."""
+"""What must hold when all clients are idle: the database and the receiver agree with the clients' ledgers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.faults.cluster.clients import Account
 from tests.faults.cluster.postgres import Cluster
 from tests.receivers import Received
 
-# What the audit log calls that which a ledger counts, and the event that tells of it.
+# The audit log's names for what a ledger counts, and the events of it.
 ACTIONS = {
     "register": "tenant.registered",
     "change_password": "user.password_changed",
@@ -56,8 +56,8 @@ class Stored:
 
 
 @contextmanager
-def asking(cluster: Cluster) -> Iterator[Any]:
-    """A cursor of the superuser's at whoever is the primary."""
+def superuser_cursor(cluster: Cluster) -> Iterator[Any]:
+    """A superuser's cursor at the current primary."""
     url = cluster.url("postgres")
     connection = psycopg2.connect(url, target_session_attrs="read-write", connect_timeout=3)
     try:
@@ -68,7 +68,7 @@ def asking(cluster: Cluster) -> Iterator[Any]:
 
 
 def stored(cluster: Cluster) -> Stored:
-    with asking(cluster) as cursor:
+    with superuser_cursor(cluster) as cursor:
 
         def rows(query: str) -> list[tuple[Any, ...]]:
             cursor.execute(query)
@@ -96,27 +96,27 @@ def stored(cluster: Cluster) -> Stored:
 
 def pending(cluster: Cluster) -> int:
     """How many deliveries have not ended."""
-    with asking(cluster) as cursor:
+    with superuser_cursor(cluster) as cursor:
         cursor.execute(PENDING)
         return int(cursor.fetchone()[0])
 
 
-def found_wrong(accounts: Sequence[Account], found: Stored, *, keyed: bool) -> Iterator[str]:
+def storage_problems(accounts: Sequence[Account], found: Stored, *, keyed: bool) -> Iterator[str]:
     """Every acknowledged write is there exactly once.
 
-    Without Idempotency-Keys an attempt that nobody answered may have been carried out besides.
+    Without Idempotency-Keys an unanswered attempt may have been carried out besides.
     """
     yield from found.gaps
     emails = Counter(email for email, _ in found.tenants.values())
     yield from (f"{email} has {number} tenants" for email, number in emails.items() if number > 1)
-    if strangers := set(emails) - {account.email for account in accounts}:
-        yield f"nobody was told of {strangers}"
+    if unknown := set(emails) - {account.email for account in accounts}:
+        yield f"nobody was told of {unknown}"
     for account in accounts:
-        for problem in _wrong_with(account, found, keyed=keyed):
+        for problem in account_problems(account, found, keyed=keyed):
             yield f"{account.email}: {problem}"
 
 
-def _wrong_with(account: Account, found: Stored, *, keyed: bool) -> Iterator[str]:
+def account_problems(account: Account, found: Stored, *, keyed: bool) -> Iterator[str]:
     tenant = account.tenant_id or ""
     if found.tenants.get(tenant) != (account.email, account.company):
         yield f"the tenant is {found.tenants.get(tenant)}"
@@ -136,7 +136,7 @@ def _wrong_with(account: Account, found: Stored, *, keyed: bool) -> Iterator[str
         yield f"{account.url} acknowledged, {found.urls.get(tenant)} stored"
 
 
-def wrongly_received(
+def delivery_problems(
     received: Collection[Received], accounts: Sequence[Account], found: Stored
 ) -> Iterator[str]:
     """Every event came at least once, the same each time, to its own tenant."""
@@ -144,7 +144,7 @@ def wrongly_received(
     bodies: dict[str, bytes] = {}
     for one in received:
         if len(one.body) < int(one.headers["content-length"]):
-            continue  # Who was killed may have sent a part.
+            continue  # A killed worker may have sent part of a request.
         event_id = one.headers["webhook-id"]
         if bodies.setdefault(event_id, one.body) != one.body:
             yield f"event {event_id} came with another body"
@@ -159,7 +159,7 @@ def wrongly_received(
 
 
 def duplicates(received: Collection[Received]) -> int:
-    """How many deliveries were one too many."""
+    """How many deliveries were repetitions."""
     ids = Counter(one.headers["webhook-id"] for one in received)
     return sum(ids.values()) - len(ids)
 

@@ -16,7 +16,7 @@ from typing import Any
 import requests
 
 API = "/api/v1/auth/tenants"
-# Longer than REQUEST_TIMEOUT_SECONDS: whoever is asked answers before.
+# Longer than REQUEST_TIMEOUT_SECONDS: a server answers before.
 PATIENCE_SECONDS = 35
 RETRY_SECONDS = 0.2
 PAUSE_SECONDS = 0.15
@@ -28,7 +28,7 @@ READS = ("verify", "details", "me")
 
 @dataclass(frozen=True)
 class Call:
-    """One request: when it ended, how long it took, who answered, and what: a status, or how it failed."""
+    """One request: when it ended, how long it took, which server answered, and its status, or how it failed."""
 
     ended: float
     seconds: float
@@ -47,7 +47,7 @@ class Call:
 
 @dataclass
 class Account:
-    """A tenant as its client knows it: the ledger. `unsure` counts attempts of which nobody told the outcome."""
+    """A tenant as its client knows it: the ledger. `unsure` counts attempts of unknown outcome."""
 
     number: int
     company: str
@@ -65,7 +65,7 @@ class Account:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back; `unsure` when an attempt before it may have been carried out."""
+    """A response; `unsure` when an earlier attempt may have been carried out."""
 
     status: int
     body: dict[str, Any]
@@ -77,20 +77,20 @@ class Answer:
 
 
 class Unexpected(Exception):
-    """An answer that should not have been given."""
+    """A response that should not have been given."""
 
     def __init__(self, kind: str, account: Account, answer: Answer) -> None:
         super().__init__(f"{kind} of {account.email} was answered with {answer.status} {answer.code}")
 
 
 def require(answer: Answer, kind: str, account: Account, status: int) -> None:
-    """Raises `Unexpected` when it is another."""
+    """Raise `Unexpected` if the status is another."""
     if answer.status != status:
         raise Unexpected(kind, account, answer)
 
 
 class Book:
-    """What all clients wrote down."""
+    """What all clients have recorded."""
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
@@ -135,14 +135,14 @@ class Client(threading.Thread, ABC):
                     self.book.wrongs.append(str(error))
                 time.sleep(self._random.uniform(0.5, 1.5) * PAUSE_SECONDS)
         except Exception as error:
-            # A client that has ended looks like one that was told nothing wrong.
+            # Otherwise a client that has crashed would look like one that met no error.
             self.book.wrongs.append(f"{self.name} broke off while it did {self.doing}: {error!r}")
             self.idle.set()
             raise
 
     @abstractmethod
     def act(self) -> None:
-        """Do one thing, and write down what came of it."""
+        """Do one thing, and record its outcome."""
 
     # Requests ----------------------------------------------------------------------------------------
 
@@ -157,7 +157,7 @@ class Client(threading.Thread, ABC):
         key: str | None = None,
         bearer: bool = False,
     ) -> Answer:
-        """The first answer that says anything; the request is repeated until then."""
+        """The first conclusive response; the request is repeated until then."""
         self.doing = f"{kind} of {account.email}"
         unsure = False
         once = secrets.token_hex(16)
@@ -174,7 +174,7 @@ class Client(threading.Thread, ABC):
             if status == 401 and bearer:
                 self.log_in(account)
             elif status == 429 or (status == 409 and answer.get("code", "").startswith("idempotency")):
-                # Sooner, 60 repeats of one request would reach the limit of what it asks for.
+                # Repeated sooner, 60 attempts at one request would reach its rate limit.
                 time.sleep(self._retry_after)
             elif 200 <= status < 500:
                 self.require_own(kind, account, answer)
@@ -218,8 +218,8 @@ class Client(threading.Thread, ABC):
         return status, answer, replayed
 
     def require_own(self, kind: str, account: Account, body: Mapping[str, Any]) -> None:
-        """Every tenant that an answer names must be the client's own."""
-        for tenant_id, email in named(body):
+        """Require that every tenant in a response is the client's own."""
+        for tenant_id, email in tenants_in(body):
             if account.tenant_id is None:
                 account.tenant_id = tenant_id
             if tenant_id != account.tenant_id or email not in (None, account.email):
@@ -247,7 +247,7 @@ class Client(threading.Thread, ABC):
             names |= {"test_public": "api_key_test_public", "test_secret": "api_key_test_secret"}
             account.keys = {kind: tenant[name] for kind, name in names.items()}
         elif answer.code == "email-taken" and answer.unsure and not self._keyed:
-            self.log_in(account)  # An attempt without an answer had been carried out.
+            self.log_in(account)  # An unanswered attempt had been carried out.
         else:
             raise Unexpected("register", account, answer)
         account.done["register"] += 1
@@ -269,7 +269,7 @@ class Client(threading.Thread, ABC):
             return
         if not (answer.status == 401 and answer.unsure):
             raise Unexpected("refresh", account, answer)
-        # Repeated later than ten seconds after the first, of which no answer came, a token counts as stolen.
+        # Repeated more than ten seconds after a first attempt without an answer, a token counts as stolen.
         self.book.sessions_lost += 1
         self.log_in(account)
 
@@ -321,7 +321,7 @@ class Client(threading.Thread, ABC):
         account.done["configure"] += 1
 
     def check_key(self, account: Account, key: str, *, works: bool) -> None:
-        """At whichever server, as soon as the change was acknowledged."""
+        """Verify the key at either server, as soon as the change is acknowledged."""
         answer = self.ask("verify", account, "GET", "verify", key=key)
         if answer.status == 200 and not works and self.book.clocks_differ:
             self.book.worked_on += 1
@@ -358,7 +358,7 @@ class Writer(Client):
 
 
 class Reader(Client):
-    """Has one tenant, and asks of it only."""
+    """Has one tenant, and only reads."""
 
     _account: Account | None = None
 
@@ -371,7 +371,7 @@ class Reader(Client):
 
 
 class Crowd:
-    """All clients, who can be asked to hold still."""
+    """All clients, which can be paused."""
 
     def __init__(self, clients: Sequence[Client], book: Book) -> None:
         self.book = book
@@ -386,8 +386,8 @@ class Crowd:
             client.idle.clear()
             client.go.set()
 
-    def hold_still(self, *, seconds: float) -> list[str]:
-        """Each finishes what it does; returns what those do who do not come to an end."""
+    def pause(self, *, seconds: float) -> list[str]:
+        """Pause the clients after their current action; returns the actions of those that do not finish."""
         for client in self._clients:
             client.go.clear()
         deadline = time.monotonic() + seconds
@@ -400,8 +400,8 @@ class Crowd:
             client.ended.set()
 
 
-def named(body: Any) -> Iterator[tuple[str, str | None]]:
-    """The ids of tenants that an answer names, with the email if there is one."""
+def tenants_in(body: Any) -> Iterator[tuple[str, str | None]]:
+    """The tenant ids in a response, each with its email if there is one."""
     if isinstance(body, dict):
         tenant = body.get("tenant")
         if isinstance(tenant, dict) and "id" in tenant:
@@ -409,4 +409,4 @@ def named(body: Any) -> Iterator[tuple[str, str | None]]:
         elif isinstance(tenant, str):
             yield tenant, body.get("email")
         for value in body.values():
-            yield from named(value)
+            yield from tenants_in(value)

@@ -1,4 +1,4 @@
-"""The faults, in the order in which they are done. Each begins, lasts, and ends; nobody helps the service meanwhile."""
+"""The faults, in order. Each begins, lasts, and ends; the service gets no help meanwhile."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.faults.cluster.checks import asking
+from tests.faults.cluster.checks import superuser_cursor
 from tests.faults.cluster.programs import Program, eventually, family, send
 from tests.faults.cluster.scene import Scene
 
@@ -23,9 +23,9 @@ SELECT pid FROM pg_stat_activity WHERE usename = 'billing_app' ORDER BY xact_sta
 
 @dataclass(frozen=True)
 class Fault:
-    """`does` is for the report. No write may be away for longer than `most_seconds`.
+    """`does` is a description for readers. Writes may not be unavailable for longer than `most_seconds`.
 
-    While the servers' `clocks_differ` a key that was replaced works on where it is not that late yet.
+    While the servers' `clocks_differ` a replaced key still works at a server whose clock is behind its expiry.
     """
 
     name: str
@@ -60,7 +60,7 @@ def stopped(pids: list[int]) -> Iterator[None]:
 
 
 def stops_backend(scene: Scene) -> None:
-    with asking(scene.cluster) as cursor:
+    with superuser_cursor(scene.cluster) as cursor:
         cursor.execute(BUSIEST_BACKEND)
         pid = int(cursor.fetchone()[0])
     with stopped([pid]):
@@ -124,7 +124,7 @@ def stops_etcd(scene: Scene) -> None:
 
 
 def fills_disk(scene: Scene) -> None:
-    """To the last byte, for 40 seconds."""
+    """Completely, for 40 seconds."""
     node = scene.cluster.primary()
     assert os.path.ismount(node.disk), "only root can give a node a small disk"
     ballast = node.disk / "ballast"

@@ -1,4 +1,4 @@
-"""Three PostgreSQL under Patroni with synchronous replication, and etcd, which they agree by."""
+"""Three PostgreSQL under Patroni with synchronous replication, and etcd for their consensus."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ DYNAMIC = {
             "max_connections": 150,
             "shared_buffers": "32MB",
             "wal_log_hints": "on",
-            # Small, so that a full disk is felt at once.
+            # Small, so that a full disk has its effect at once.
             "min_wal_size": "4MB",
             "max_wal_size": "64MB",
             "wal_keep_size": "32MB",
@@ -51,7 +51,7 @@ PROGRAMS = ("etcd", "patroni", "patronictl")
 
 
 def postgres_bin() -> Path:
-    """Debian's latest, as root of the versions that there are."""
+    """The binaries of the latest version that Debian has installed."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[4]))
     assert found, "There is no PostgreSQL in /usr/lib/postgresql."
     return found[-1].parent
@@ -91,7 +91,7 @@ class Node:
         return [*family(self.patroni.pid), *postgres]
 
     def state(self) -> dict[str, Any]:
-        """What Patroni says of itself; raises `OSError` when it says nothing."""
+        """What Patroni reports of itself; raises `OSError` when it does not answer."""
         found: dict[str, Any] = requests.get(f"http://127.0.0.1:{self.rest_port}/patroni", timeout=2).json()
         return found
 
@@ -129,7 +129,7 @@ class Cluster:
     def _start(self) -> None:
         for path in [self._directory / "etcd", *(node.directory for node in self.nodes)]:
             path.mkdir(mode=0o700)
-            self._give(path)
+            self._chown(path)
         self.etcd.start()
         eventually(lambda: requests.get(f"http://127.0.0.1:{self._etcd_port}/health", timeout=2).ok, "etcd")
         for node in self.nodes:
@@ -150,10 +150,10 @@ class Cluster:
         if os.geteuid() == 0:
             size = f"size={DISK_MEGABYTES}m,mode=0700,uid={pwd.getpwnam(self.user).pw_uid}"
             subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", node.disk], check=True)
-        self._give(node.disk)
+        self._chown(node.disk)
         node.config.write_text(yaml.safe_dump(self._configuration(node)))
         node.config.chmod(0o600)
-        self._give(node.config)
+        self._chown(node.config)
 
     def _stop(self) -> None:
         for program in [*(node.patroni for node in self.nodes), self.etcd]:
@@ -165,12 +165,12 @@ class Cluster:
             eventually(partial(_is_down, node), f"{node.name} ends")
             subprocess.run(["umount", "-l", node.disk], check=False, capture_output=True)
 
-    def _give(self, path: Path) -> None:
+    def _chown(self, path: Path) -> None:
         if os.geteuid() == 0:
             shutil.chown(path, self.user, self.user)
 
     def _make_database(self) -> None:
-        # At the primary alone: a standby that has not heard of the database yet would be the end of it.
+        # At the primary only: a connection to a standby that does not have the database yet would fail.
         ports = [self.primary().port]
         with _connected(self.url("postgres", ports, name="postgres")) as cursor:
             cursor.execute(schema.bootstrap_sql())
@@ -183,10 +183,10 @@ class Cluster:
             cursor.execute(f"GRANT CREATE ON SCHEMA public TO {database.OWNER}")
         database.migrate(self.url(database.OWNER, ports))
 
-    # What there is --------------------------------------------------------------------------------
+    # State ------------------------------------------------------------------------------------------
 
     def primary(self) -> Node:
-        """Who takes writes now; raises `AssertionError` when nobody does."""
+        """The node that accepts writes now; raises `AssertionError` when there is none."""
         for node in self.nodes:
             with suppress(requests.RequestException):
                 if requests.get(f"http://127.0.0.1:{node.rest_port}/primary", timeout=2).ok:
@@ -248,7 +248,7 @@ class Cluster:
             "scope": SCOPE,
             "name": node.name,
             "restapi": {"listen": f"127.0.0.1:{node.rest_port}", "connect_address": f"127.0.0.1:{node.rest_port}"},
-            # Not etcd3: Patroni 3.0 overwrites the leader's key there without a look when it was paused itself.
+            # Not etcd3: there a Patroni 3.0 that was itself paused overwrites the leader's key without checking it.
             "etcd": {"host": f"127.0.0.1:{self._etcd_port}"},
             "bootstrap": {
                 "dcs": DYNAMIC,

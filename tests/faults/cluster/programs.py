@@ -1,4 +1,4 @@
-"""Programs that are started again when they end, as a service manager would, and signals to them."""
+"""Programs that are restarted when they end, as by a service manager, and signals to them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FIRST_EPHEMERAL_PORT = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_t
 
 
 class Program:
-    """One program under supervision: whenever it ends it is started again, a second later."""
+    """One supervised program: whenever it ends it is restarted, a second later."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Program:
         os.kill(self.pid, signal.SIGKILL)
 
     def keep_away(self) -> None:
-        """kill -9, and it is not started again until `bring_back`, as on a machine that is lost."""
+        """kill -9, without a restart until `bring_back`, as on a lost machine."""
         self._wanted.clear()
         self.kill()
 
@@ -71,7 +71,7 @@ class Program:
         self._wanted.set()
 
     def restart(self, environ: Mapping[str, str]) -> None:
-        """End it in order; it comes back with this environment."""
+        """SIGTERM; it is restarted with this environment."""
         self.environ = dict(environ)
         assert self._process is not None
         starts = self.starts
@@ -79,7 +79,7 @@ class Program:
         eventually(lambda: self.starts > starts, f"{self.name} comes back")
 
     def stop(self) -> None:
-        """SIGTERM, and for good."""
+        """SIGTERM, without a restart."""
         self._closed.set()
         self._wanted.set()
         if self._process is None:
@@ -119,7 +119,7 @@ class Program:
 
 
 def eventually(holds: Callable[[], object], what: str, *, seconds: float = 60) -> float:
-    """Wait until it is so; returns the seconds that took, raises `AssertionError` when it never is."""
+    """Wait until it holds; returns the seconds that took, raises `AssertionError` when it never does."""
     began = time.monotonic()
     while True:
         with suppress(OSError):
@@ -131,7 +131,7 @@ def eventually(holds: Callable[[], object], what: str, *, seconds: float = 60) -
 
 
 def free_port() -> int:
-    """One that no connection takes for its own end while the program that listens there is away."""
+    """A port that no outgoing connection is given while the program that listens there is down."""
     while True:
         port = random.randrange(10_000, FIRST_EPHEMERAL_PORT)
         with socket.socket() as probe, suppress(OSError):
@@ -140,7 +140,7 @@ def free_port() -> int:
 
 
 def family(pid: int) -> list[int]:
-    """A process and all that came of it, parents first."""
+    """A process and all its descendants, parents first."""
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except FileNotFoundError:
@@ -149,7 +149,7 @@ def family(pid: int) -> list[int]:
 
 
 def send(number: signal.Signals, pids: Sequence[int]) -> None:
-    """A signal to those that are still there."""
+    """Signal those that still exist."""
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, number)

@@ -14,11 +14,11 @@ CHUNK = 65536
 
 
 class Proxy:
-    """Passes connections on to a port of loopback, until it is told otherwise.
+    """Forwards connections to a port of loopback, until its mode is changed.
 
-    While it swallows, it accepts connections and reads what comes, and none of it arrives on either side. What
-    was connected meanwhile stays silent for ever, as after a firewall that forgot it: there is no end of file
-    to notice, and TCP itself has nothing to complain of.
+    While it swallows, it accepts connections and reads what comes, and none of it arrives on either side. Any
+    connection open meanwhile stays silent for ever, as after a firewall that forgot it: there is no end of file,
+    and no error of TCP.
     """
 
     def __init__(self, target: int) -> None:
@@ -77,7 +77,7 @@ class Proxy:
         ]
         await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
         if writer in self._silent:
-            # Whoever is behind may hang up; the program in front of us is not told.
+            # The server may hang up; the client is not informed.
             await pumps[0]
         for pump in pumps:
             pump.cancel()

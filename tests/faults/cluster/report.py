@@ -1,4 +1,4 @@
-"""What came of the faults: a line for each while they are done, a table for docs/reliability.md at the end."""
+"""The outcomes of the faults: a line for each as it ends, and a table for docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ SHOWN_PROBLEMS = 12
 
 
 def line(outcome: Outcome) -> str:
-    """One fault, for people who wait."""
+    """One fault's outcome, to be printed."""
     verdict = "FAILED" if outcome.problems else "ok"
     servers = " and ".join(f"{away:.1f}" for away in outcome.servers_away)
     said = (
         f"{verdict:<7}{outcome.fault.name}: {outcome.writes} writes; away: writes {outcome.writes_away:.1f} s, "
         f"reads {outcome.reads_away:.1f} s, servers {servers} s; slowest {outcome.slowest:.1f} s; "
-        f"errors: {told(outcome.errors)}; {outcome.replays} replayed, {outcome.sessions_lost} sessions lost, "
+        f"errors: {summary_of(outcome.errors)}; {outcome.replays} replayed, {outcome.sessions_lost} sessions lost, "
         f"{outcome.duplicates} delivered twice, all delivered after {outcome.delivered_after:.0f} s"
     )
     if outcome.worked_on:
@@ -54,14 +54,14 @@ def _row(outcome: Outcome) -> tuple[str, ...]:
         f"{outcome.reads_away:.1f} s",
         ", ".join(f"{away:.1f} s" for away in outcome.servers_away),
         f"{outcome.slowest:.1f} s",
-        told(outcome.errors),
+        summary_of(outcome.errors),
         str(outcome.replays),
         str(outcome.sessions_lost),
         str(outcome.duplicates),
     )
 
 
-def told(errors: Mapping[str, int]) -> str:
+def summary_of(errors: Mapping[str, int]) -> str:
     """`3 × 503, 2 × timeout`."""
     return ", ".join(f"{number} × {outcome}" for outcome, number in sorted(errors.items())) or "none"
 

@@ -25,7 +25,7 @@ WRITERS, READERS = 8, 2
 
 
 class Scene:
-    """Everything that runs, by its name."""
+    """All running programs."""
 
     def __init__(self, directory: Path, receiver: Receiver, cluster: Cluster, proxies: list[Proxy]) -> None:
         self.directory = directory
@@ -65,7 +65,7 @@ class Scene:
         self.crowd: Crowd
 
     def start(self) -> None:
-        (self.directory / "haproxy.cfg").write_text(balancing(self.balancer_port, self.ports))
+        (self.directory / "haproxy.cfg").write_text(haproxy_config(self.balancer_port, self.ports))
         for program in (self.redis, *self.apis, *self.workers, self.balancer):
             program.start()
         eventually(self.is_ready, "both servers are ready")
@@ -94,7 +94,7 @@ class Scene:
         state.mkdir()
         return {
             **OPEN_LOOPBACK,
-            # A restart is not to compile everything anew.
+            # A restart must not compile everything again.
             "PYTHONDONTWRITEBYTECODE": "",
             "PYTHONPYCACHEPREFIX": str(self.directory / "bytecode"),
             **new_secrets(),
@@ -121,8 +121,8 @@ class Scene:
         ]
 
 
-def balancing(port: int, servers: Sequence[int]) -> str:
-    """HAProxy's configuration: it asks for readiness every second, and says who answered."""
+def haproxy_config(port: int, servers: Sequence[int]) -> str:
+    """HAProxy's configuration: checks readiness every second, and names the server in each response."""
     lines = [f"server {name_of(n)} 127.0.0.1:{server}" for n, server in enumerate(servers)]
     return "\n".join(
         [
@@ -150,8 +150,8 @@ def name_of(server: int) -> str:
 
 
 @contextmanager
-def standing(*, keep: Path | None = None) -> Iterator[Scene]:
-    """The scene, in a temporary directory that goes with it."""
+def running_scene(*, keep: Path | None = None) -> Iterator[Scene]:
+    """The scene, in a temporary directory that is removed after it."""
     directory = Path(tempfile.mkdtemp(prefix="billing-faults-"))
     directory.chmod(0o711)
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""One fault and what came of it: figures while it lasts, checks when everybody holds still."""
+"""One fault and its outcome: measurements while it lasts, checks when all clients are idle."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WHOLE_SECONDS = 120
 
 @dataclass
 class Outcome:
-    """What a fault did to the service; `problems` are what may not be."""
+    """What a fault did to the service; any `problems` are a failure."""
 
     fault: Fault
     writes: int = 0
@@ -44,8 +44,8 @@ class Outcome:
     problems: list[str] = field(default_factory=list)
 
 
-def tried(fault: Fault, scene: Scene) -> Outcome:
-    """Do it to the scene while its clients write."""
+def run_fault(fault: Fault, scene: Scene) -> Outcome:
+    """Inject the fault into the scene while its clients write."""
     outcome = Outcome(fault)
     book, receiver = scene.book, scene.receiver
     first_call, first_wrong = len(book.calls), len(book.wrongs)
@@ -76,7 +76,7 @@ def tried(fault: Fault, scene: Scene) -> Outcome:
 
 
 def _attempt(outcome: Outcome, do: Callable[[], object]) -> None:
-    """What cannot be done is one of the problems, and the others are looked for all the same."""
+    """A failure is one of the problems, and the others are still looked for."""
     try:
         do()
     except (AssertionError, OSError, psycopg2.Error) as error:
@@ -94,7 +94,7 @@ def is_steady(calls: Sequence[Call], *, since: float, servers: Collection[str]) 
 
 
 def is_error(call: Call) -> bool:
-    """401 is the right answer to a key that was replaced, and what a client does about it is its own."""
+    """401 is the right answer to a replaced key, and 429 the limit, which a client waits for."""
     return not call.is_acknowledged and call.outcome not in ("401", "429")
 
 
@@ -120,15 +120,15 @@ def longest_gap(times: Sequence[float], began: float, ended: float) -> float:
 
 
 def _judge(outcome: Outcome, scene: Scene) -> None:
-    for busy in scene.crowd.hold_still(seconds=END_SECONDS):
+    for busy in scene.crowd.pause(seconds=END_SECONDS):
         outcome.problems.append(f"no end of {busy}")
     outcome.delivered_after = eventually(
         lambda: checks.pending(scene.cluster) == 0, "all events are delivered", seconds=DELIVERED_SECONDS
     )
     found = checks.stored(scene.cluster)
     wrong = [
-        *checks.found_wrong(scene.book.accounts, found, keyed=scene.keyed),
-        *checks.wrongly_received(scene.receiver.received, scene.book.accounts, found),
+        *checks.storage_problems(scene.book.accounts, found, keyed=scene.keyed),
+        *checks.delivery_problems(scene.receiver.received, scene.book.accounts, found),
     ]
     # What an earlier fault broke is not this one's.
     outcome.problems += [problem for problem in wrong if problem not in scene.known]
