@@ -511,7 +511,7 @@ IN_STORAGE = (
         "billing/storage/deliveries.py",
         "    AND deliveries.attempts = s.attempt AND deliveries.status = 'pending'",
         "    AND deliveries.status = 'pending'",
-        ("tests/test_deliveries.py::test_an_attempt_that_is_not_the_last_settles_nothing",),
+        ("tests/test_deliveries.py::test_only_the_latest_attempt_settles_a_delivery",),
     ),
     Wrong(
         "who is too late keeps an answer",
@@ -630,28 +630,28 @@ IN_STRIPE_AND_WEBHOOKS = (
         "billing/webhooks/egress.py",
         "return is_public(address) or any(address in network for network in self._allow_networks)",
         "return True",
-        ("tests/webhooks/test_egress.py::test_an_address_of_special_purpose_is_refused",),
+        ("tests/webhooks/test_egress.py::test_a_special_purpose_address_is_refused",),
     ),
     Wrong(
         "a redirect is success",
         "billing/webhooks/delivery.py",
         "200 <= self.http_status <= 299",
         "200 <= self.http_status <= 399",
-        ("tests/test_deliveries.py::test_all_but_2xx_is_a_failure_and_a_redirect_is_not_followed",),
+        ("tests/test_deliveries.py::test_any_status_but_2xx_is_a_failure_and_redirects_are_not_followed",),
     ),
     Wrong(
         "a replaced secret signs no more",
         "billing/deliveries.py",
         "secrets = tx.webhooks.signing_secrets(now) if begun else ()",
         "secrets = tx.webhooks.signing_secrets(now)[:1] if begun else ()",
-        ("tests/test_deliveries.py::test_until_the_grace_is_over_both_secrets_sign_the_new_one_first",),
+        ("tests/test_deliveries.py::test_both_secrets_sign_during_the_grace_period_the_new_one_first",),
     ),
     Wrong(
         "an endpoint that is gone goes on",
         "billing/deliveries.py",
         "any(verdict.gone for verdict in verdicts)",
         "False",
-        ("tests/test_deliveries.py::test_410_disables_at_once_and_the_news_is_sent_once",),
+        ("tests/test_deliveries.py::test_410_disables_the_endpoint_and_webhook_disabled_is_sent_once",),
     ),
 )
 
