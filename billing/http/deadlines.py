@@ -23,72 +23,29 @@ class Deadline:
     def __init__(self, app: ASGIApp, *, seconds: float) -> None:
         self.app = app
         self.seconds = seconds
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._is_watching = False
-        # In the order of their deadlines, as all have the same allowance: only the first need be checked.
-        self._expected: dict[PendingAnswer, float] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        answer = self._expect(send)
+        has_begun = False
+
+        async def send_in_time(message: Message) -> None:
+            # Once the answer has begun its client may read as slowly as it likes.
+            nonlocal has_begun
+            if not has_begun and not deadline.expired():
+                deadline.reschedule(None)
+            has_begun = True
+            await send(message)
+
         try:
-            await self.app(scope, receive, answer.send)
+            async with asyncio.timeout(self.seconds) as deadline:
+                await self.app(scope, receive, send_in_time)
             return
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, TimeoutError) as error:
             # Past its deadline; or cancelled by a server done draining, whose client is owed an answer too.
-            if answer.has_begun:
+            is_the_applications = isinstance(error, TimeoutError) and not deadline.expired()
+            if has_begun or is_the_applications:
                 raise
-        finally:
-            self._expected.pop(answer, None)
-        answer.settle()
         log.warning(errors.DeadlineExceeded.code())
         await send_error(send, scope, errors.DeadlineExceeded())
-
-    def _expect(self, send: Send) -> PendingAnswer:
-        loop = asyncio.get_running_loop()
-        if loop is not self._loop:
-            self._loop, self._is_watching, self._expected = loop, False, {}
-        answer = PendingAnswer(send)
-        self._expected[answer] = due = loop.time() + self.seconds
-        if not self._is_watching:
-            self._is_watching = True
-            loop.call_at(due, self._cancel_overdue, loop)
-        return answer
-
-    def _cancel_overdue(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Cancel what is overdue, and check again at the next deadline: one timer is cheaper than many."""
-        self._is_watching = False
-        for answer, due in list(self._expected.items()):
-            if due > loop.time():
-                self._is_watching = True
-                loop.call_at(due, self._cancel_overdue, loop)
-                return
-            self._expected.pop(answer)
-            answer.cancel()
-
-
-class PendingAnswer:
-    """An answer on its way, and the task that makes it."""
-
-    def __init__(self, send: Send) -> None:
-        self._send = send
-        self._task = asyncio.current_task()
-        self.has_begun = False
-        self._is_late = False
-
-    async def send(self, message: Message) -> None:
-        self.has_begun = True
-        await self._send(message)
-
-    def cancel(self) -> None:
-        """Cancel the task, unless the answer has begun: then its client may read as slowly as it likes."""
-        if self._task is not None and not self.has_begun:
-            self._is_late = True
-            self._task.cancel()
-
-    def settle(self) -> None:
-        """Clear the cancellation made by `cancel`: the task goes on, to send the error."""
-        if self._task is not None and self._is_late:
-            self._task.uncancel()
