@@ -12,12 +12,10 @@ from typing import Any
 import psycopg2
 from anyio import to_thread
 from psycopg2 import extensions
-from sqlalchemy.dialects.postgresql.psycopg2 import PGDialect_psycopg2
-from sqlalchemy.engine import make_url
 
 from billing import tracing
 from billing.errors import DatabaseUnavailable
-from billing.storage.driver import CONNECT_ARGS, first_host, translate
+from billing.storage.driver import connect_args, first_host, translate
 from billing.storage.questions import MESSAGES, QUESTIONS, Question, Row
 
 CONNECTIONS = 4
@@ -225,12 +223,11 @@ def connect(url: str) -> tuple[Any, bool]:
     Runs in a thread, as libpq resolves names synchronously. Each of several hosts has its own deadline: in
     asynchronous mode libpq ignores `connect_timeout`, and would wait for the first host for ever.
     """
-    _, arguments = PGDialect_psycopg2().create_connect_args(make_url(url))  # type: ignore[no-untyped-call]
-    return first_host(arguments, _connect_to)
+    return first_host(connect_args(url), _connect_to)
 
 
 def _connect_to(arguments: Mapping[str, Any]) -> tuple[Any, bool]:
-    connection = psycopg2.connect(**{**CONNECT_ARGS, **arguments}, async_=1)
+    connection = psycopg2.connect(**arguments, async_=1)
     deadline = monotonic() + CONNECTING_SECONDS
     try:
         wait_until_ready(connection, deadline)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol, TypeVar, cast
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import sqlalchemy
 from psycopg2 import Error, InterfaceError, OperationalError, ProgrammingError, extensions
-from sqlalchemy import Engine, event, exc
+from sqlalchemy import Engine, event, exc, make_url
+from sqlalchemy.dialects.postgresql.psycopg2 import PGDialect_psycopg2
 
 from billing.errors import DatabaseUnavailable
+from billing.storage.watchdog import Watchdog, WatchedSocket
 
 T = TypeVar("T")
 
@@ -18,20 +21,21 @@ T = TypeVar("T")
 CONNECT_ARGS = {
     "connect_timeout": 3,
     "tcp_user_timeout": 5000,
+    "keepalives": 1,
     "keepalives_idle": 5,
     "keepalives_interval": 2,
     "keepalives_count": 2,
-    "application_name": "billing",
-    "options": " ".join(
-        f"-c {setting}"
-        for setting in (
-            "timezone=UTC",
-            "statement_timeout=5000",
-            "lock_timeout=2000",
-            "idle_in_transaction_session_timeout=10000",
-        )
-    ),
 }
+APPLICATION_NAME = "billing"
+OPTIONS = " ".join(
+    f"-c {setting}"
+    for setting in (
+        "timezone=UTC",
+        "statement_timeout=5000",
+        "lock_timeout=2000",
+        "idle_in_transaction_session_timeout=10000",
+    )
+)
 
 # The SQLSTATE of a write to a primary that has become a replica.
 READ_ONLY = "25006"
@@ -41,14 +45,19 @@ class StorageError(Exception):
     """PostgreSQL refused a statement of ours."""
 
 
-class WatchedSocket(Protocol):
-    """The deadline for an answer on a connection; a `with` block is one message and its answer."""
+def connect_args(url: str, watchdog: Watchdog | None = None, **more: Any) -> dict[str, Any]:
+    """The arguments to connect with: the URL's, and ours, which win except over its `application_name`.
 
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def close(self) -> None: ...
+    With a watchdog they also make psycopg2 use our connections and cursors, which it watches.
+    """
+    given: dict[str, Any]
+    _, given = PGDialect_psycopg2().create_connect_args(make_url(url))  # type: ignore[no-untyped-call]
+    # Of a setting given twice PostgreSQL takes the last: ours.
+    options = f"{given.get('options', '')} {OPTIONS}".strip()
+    ours = CONNECT_ARGS | {"options": options} | more
+    if watchdog is not None:
+        ours |= {"connection_factory": partial(Connection, watch=watchdog.watch), "cursor_factory": Cursor}
+    return {"application_name": APPLICATION_NAME} | given | ours
 
 
 class Connection(extensions.connection):

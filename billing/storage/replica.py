@@ -9,19 +9,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from threading import Lock
-from typing import Any, TypeVar
+from typing import TypeVar
 from uuid import UUID
 
 import structlog
 from sqlalchemy import Connection, create_engine, exc
 
 from billing.storage import schema
+from billing.storage.driver import connect_args
 from billing.storage.shelf import SET_TENANT
 from billing.storage.watchdog import Watchdog
 
 T = TypeVar("T")
 
 # Short, so that the request has time left to query the primary instead.
+CONNECTING_SECONDS = 2
 STATEMENT_SECONDS = 2.0
 REST_SECONDS = 5.0
 
@@ -39,16 +41,9 @@ class NotOnReplica(Exception):
 class Replica:
     """Reads of one tenant at a time."""
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        connections: int,
-        connect_args: dict[str, Any],
-        primary: Callable[[], int],
-    ) -> None:
+    def __init__(self, url: str, *, connections: int, primary: Callable[[], int]) -> None:
         self._primary = primary
-        self._breaker = _CircuitBreaker(REST_SECONDS)
+        self._breaker = _CircuitBreaker()
         self._is_known = False
         self._watchdog = Watchdog(STATEMENT_SECONDS)
         self._engine = create_engine(
@@ -57,7 +52,7 @@ class Replica:
             max_overflow=0,
             pool_timeout=STATEMENT_SECONDS,
             hide_parameters=True,
-            connect_args=connect_args | {"connect_timeout": 2} | self._watchdog.connect_args,
+            connect_args=connect_args(url, self._watchdog, connect_timeout=CONNECTING_SECONDS),
         )
 
     def require_usable(self) -> None:
@@ -110,8 +105,7 @@ class Replica:
 class _CircuitBreaker:
     """Skips the replica for some seconds after a failure, and then for all readers but one, which tries it."""
 
-    def __init__(self, rest_seconds: float) -> None:
-        self._rest_seconds = rest_seconds
+    def __init__(self) -> None:
         self._lock = Lock()
         self._open_until: float | None = None
 
@@ -126,14 +120,14 @@ class _CircuitBreaker:
             now = time.monotonic()
             has_rested = now >= self._open_until
             if has_rested:
-                self._open_until = now + self._rest_seconds
+                self._open_until = now + REST_SECONDS
             return has_rested
 
     def open_for_a_while(self, cause: Exception) -> None:
         with self._lock:
             if self._open_until is None:
                 log.warning("the replica fails, and is left out", cause=_why(cause))
-            self._open_until = time.monotonic() + self._rest_seconds
+            self._open_until = time.monotonic() + REST_SECONDS
 
     def close_again(self) -> None:
         if self._open_until is None:

@@ -21,7 +21,7 @@ from billing.storage.audit import AuditLog
 from billing.storage.backlog import read_backlog
 from billing.storage.deliveries import Deliveries
 from billing.storage.directory import Directory
-from billing.storage.driver import CONNECT_ARGS, dial_each_host, driver_of, translated_errors
+from billing.storage.driver import connect_args, dial_each_host, driver_of, translated_errors
 from billing.storage.events import Events
 from billing.storage.idempotency import IdempotencyKeys, forget_answers
 from billing.storage.platform import Platform
@@ -103,16 +103,11 @@ class Store:
             # hanging host times out, and replacing every lost connection would cost that wait again.
             pool_use_lifo=True,
             hide_parameters=True,
-            connect_args=CONNECT_ARGS | self._watchdog.connect_args,
+            connect_args=connect_args(url, self._watchdog),
         )
         dial_each_host(self._opened)
         if replica_url is not None:
-            self._replica = Replica(
-                replica_url,
-                connections=self._connections,
-                connect_args=CONNECT_ARGS,
-                primary=self._identity,
-            )
+            self._replica = Replica(replica_url, connections=self._connections, primary=self._identity)
 
     @property
     def _engine(self) -> Engine:

@@ -11,12 +11,9 @@ import socket
 import time
 from contextlib import suppress
 from threading import Event, Lock, Thread
-from typing import Any
 from weakref import WeakSet
 
 import structlog
-
-from billing.storage.driver import Connection, Cursor
 
 # Longer than PostgreSQL's own statement_timeout and the round trip. A message may hold several statements: together
 # they have no longer.
@@ -33,24 +30,17 @@ class Watchdog:
     def __init__(self, seconds: float = STATEMENT_SECONDS) -> None:
         self._seconds = seconds
         self._lock = Lock()
-        self._watched: WeakSet[_WatchedSocket] = WeakSet()
+        self._watched: WeakSet[WatchedSocket] = WeakSet()
         self._thread: Thread | None = None
         self._closing = Event()
-
-    @property
-    def connect_args(self) -> dict[str, Any]:
-        """The arguments that make psycopg2 use our connections and cursors."""
-        return {"connection_factory": self._connect, "cursor_factory": Cursor}
 
     def close(self) -> None:
         """End the thread, as soon as no answer is waited for."""
         self._closing.set()
 
-    def _connect(self, dsn: str, **options: Any) -> Connection:
-        return Connection(dsn, self._watch, **options)
-
-    def _watch(self, descriptor: int) -> _WatchedSocket:
-        watched = _WatchedSocket(descriptor, self._seconds)
+    def watch(self, descriptor: int) -> WatchedSocket:
+        """Watch a connection; the caller tells by `with` blocks when an answer is waited for."""
+        watched = WatchedSocket(descriptor, self._seconds)
         with self._lock:
             self._watched.add(watched)
             if self._thread is None:
@@ -74,7 +64,7 @@ class Watchdog:
         return bool(busy)
 
 
-class _WatchedSocket:
+class WatchedSocket:
     """The socket under a connection, and the deadline for an answer on it. A `with` block is one message."""
 
     def __init__(self, descriptor: int, seconds: float) -> None:

@@ -105,7 +105,7 @@ def watchdogs() -> set[threading.Thread]:
 def test_a_socket_closed_meanwhile_is_not_cut() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        watched = watchdog._WatchedSocket(ours.fileno(), STATEMENT_SECONDS)
+        watched = watchdog.WatchedSocket(ours.fileno(), STATEMENT_SECONDS)
         watched.close()
         watched.cut()
         theirs.sendall(b"still there")
@@ -115,7 +115,7 @@ def test_a_socket_closed_meanwhile_is_not_cut() -> None:
 def test_a_socket_answered_meanwhile_is_not_cut() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        watched = watchdog._WatchedSocket(ours.fileno(), STATEMENT_SECONDS)
+        watched = watchdog.WatchedSocket(ours.fileno(), STATEMENT_SECONDS)
         with watched:
             pass
         watched.cut()
