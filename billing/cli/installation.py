@@ -78,7 +78,8 @@ def status(as_json: bool) -> None:
     with opened_store() as (settings, store):
         for tenant in tenants:
             with store.tenant(tenant.id) as tx:
-                needed.update({(ring, kid): rows for ring, kid, rows in tx.secrets.counts(utc_now())})
+                counts = tx.keyring_uses.counts(utc_now())
+            needed.update({(ring, kid): rows for ring, kid, rows in counts})
     show(ring_rows(settings, needed), ("ring", "key", "needed_by", "is"), as_json=as_json)
 
 

@@ -24,10 +24,10 @@ from billing.storage.directory import Directory
 from billing.storage.driver import connect_args, dial_each_host, driver_of, translated_errors
 from billing.storage.events import Events
 from billing.storage.idempotency import IdempotencyKeys, forget_answers
+from billing.storage.keyring_uses import KeyringUses
 from billing.storage.platform import Platform
 from billing.storage.pool import Pool
 from billing.storage.replica import IDENTITY, NotOnReplica, Replica
-from billing.storage.secrets import Secrets
 from billing.storage.sessions import Sessions
 from billing.storage.shelf import SET_TENANT
 from billing.storage.stripe_connect import StripeConnect
@@ -67,7 +67,7 @@ class TenantTx:
         self.tasks = Tasks(connection, tenant_id)
         self.directory = Directory(connection, tenant_id)
         self.idempotency = IdempotencyKeys(connection, tenant_id, vault)
-        self.secrets = Secrets(connection, tenant_id)
+        self.keyring_uses = KeyringUses(connection, tenant_id)
         self.audit = AuditLog(connection, tenant_id, actor)
 
 

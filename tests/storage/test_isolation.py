@@ -234,7 +234,7 @@ ATTEMPTS: dict[str, Attempt] = {
     "audit.after": lambda tx, h: foreign_rows(tx, tx.audit.after(None, most=100)),
     "audit.beyond_head": lambda tx, h: tx.audit.beyond_head(),
     "audit.recent": lambda tx, h: foreign_rows(tx, tx.audit.recent(AuditChoice(), most=100)),
-    "secrets.counts": lambda tx, h: [count for count in tx.secrets.counts(NOW) if count[2] > 4],
+    "keyring_uses.counts": lambda tx, h: [c for c in tx.keyring_uses.counts(NOW) if c[2] > 4],
     "users.add": lambda tx, h: tx.users.add(replace(h.acme.owner, id=new_id()), password_hash="-"),
 }
 

@@ -13,7 +13,7 @@ from billing.storage.tables import api_keys, users, webhook_secrets
 Count = tuple[str, str, int]
 
 
-class Secrets(Shelf):
+class KeyringUses(Shelf):
     """How many rows of one tenant can be read with which key."""
 
     def counts(self, now: datetime) -> list[Count]:
