@@ -18,6 +18,7 @@ from billing.cli import main
 from billing.encryption import Vault
 from billing.housekeeping import Housekeeping
 from billing.keyrings import Keyring, new_keyring
+from billing.keys import TYPES
 from billing.settings import Settings
 from billing.storage.store import Store
 from billing.tenants import HOUSEKEEPING, TIDIED_EVERY
@@ -138,6 +139,23 @@ def test_an_api_key_needs_its_pepper_as_long_as_it_lives(
             headers = bearer(made["tokens"]["access"])
             assert new.post(f"{API}/api-keys/{act}/", json=body, headers=headers).status_code == 200
     assert status_of(ring, STEPS[2], test_database) == {"new": (4, "first"), "old": (0, "kept")}
+
+
+def test_keys_and_secrets_count_as_long_as_they_work(
+    settings: Settings, clock: TurnedClock, store: Store
+) -> None:
+    with serving(clock, settings) as (server,):
+        made = register(server).json()
+    now, end = clock(), clock() + timedelta(minutes=1)
+    with store.tenant(made["tenant"]["id"]) as tx:
+        tx.api_keys.expire(replace(tx.api_keys.living(now, TYPES)[0], expires_at=end))
+        tx.webhooks.retire_secrets(now, expires_at=end)
+        tx.webhooks.add_secret("another", now)
+        for at, keys, secrets in ((end - timedelta(microseconds=1), 4, 2), (end, 3, 1)):
+            counted = {ring: rows for ring, _, rows in tx.keyring_uses.counts(at)}
+            assert counted == {"PASSWORD_PEPPERS": 1, "KEY_PEPPERS": keys, "ENCRYPTION_KEYS": secrets}
+            assert len(tx.api_keys.living(at, TYPES)) == keys
+            assert len(tx.webhooks.secrets(at)) == secrets
 
 
 def test_housekeeping_reseals_secrets_within_a_day(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from sqlalchemy import and_, func, or_, select
+from sqlalchemy import func, select
 
+from billing.storage.api_keys import IS_LIVING
 from billing.storage.shelf import Shelf, of_tenant
 from billing.storage.tables import api_keys, users, webhook_secrets
+from billing.storage.webhooks import IS_VALID
 
 # The ring, the name of a key in it, and how many rows need that key.
 Count = tuple[str, str, int]
@@ -18,21 +20,17 @@ class KeyringUses(Shelf):
 
     def counts(self, now: datetime) -> list[Count]:
         """Count passwords, and the API keys and webhook secrets that have not expired and were not revoked."""
-        living_keys = and_(
-            api_keys.c.revoked_at.is_(None), or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > now)
-        )
-        living_secrets = or_(webhook_secrets.c.expires_at.is_(None), webhook_secrets.c.expires_at > now)
         columns = (
             ("PASSWORD_PEPPERS", func.split_part(users.c.password_hash, "$", 2), of_tenant(users)),
-            ("KEY_PEPPERS", func.split_part(api_keys.c.digest, ":", 1), of_tenant(api_keys) & living_keys),
+            ("KEY_PEPPERS", func.split_part(api_keys.c.digest, ":", 1), of_tenant(api_keys) & IS_LIVING),
             (
                 "ENCRYPTION_KEYS",
                 func.split_part(webhook_secrets.c.sealed, ":", 1),
-                of_tenant(webhook_secrets) & living_secrets,
+                of_tenant(webhook_secrets) & IS_VALID,
             ),
         )
         return [
             (ring, kid, rows)
             for ring, kid_of, condition in columns
-            for kid, rows in self.run(select(kid_of, func.count()).where(condition).group_by(kid_of))
+            for kid, rows in self.run(select(kid_of, func.count()).where(condition).group_by(kid_of), now=now)
         ]

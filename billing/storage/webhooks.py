@@ -20,12 +20,10 @@ SECRET_COLUMNS = columns_of(Secret, webhook_secrets)
 FIND = select(*COLUMNS).where(of_tenant(webhook_endpoints))
 FIND_AND_LOCK = FIND.with_for_update()
 KEEP = update(webhook_endpoints).where(of_tenant(webhook_endpoints))
-LIVING = (
+IS_VALID = or_(webhook_secrets.c.expires_at.is_(None), webhook_secrets.c.expires_at > bindparam("now"))
+FIND_VALID = (
     select(webhook_secrets.c.sealed, *SECRET_COLUMNS)
-    .where(
-        of_tenant(webhook_secrets),
-        or_(webhook_secrets.c.expires_at.is_(None), webhook_secrets.c.expires_at > bindparam("now")),
-    )
+    .where(of_tenant(webhook_secrets), IS_VALID)
     .order_by(webhook_secrets.c.expires_at.desc().nulls_first())
 )
 END_EARLIER = (
@@ -72,25 +70,25 @@ class Webhooks(Shelf):
 
     def secrets(self, now: datetime) -> list[Secret]:
         """The secrets that are valid now, without their text: the current one first."""
-        return [Secret(row.id, row.last4, row.expires_at) for row in self._living(now)]
+        return [Secret(row.id, row.last4, row.expires_at) for row in self._valid(now)]
 
     def signing_secrets(self, now: datetime) -> list[str]:
         """The texts of the secrets that are valid now: the current one first."""
-        return [self._open(row) for row in self._living(now)]
+        return [self._open(row) for row in self._valid(now)]
 
     def tidy_secrets(self, now: datetime) -> None:
         """Delete expired secrets, and reseal those not sealed with the first encryption key."""
         ended = webhook_secrets.c.expires_at <= now
         self.run(delete(webhook_secrets).where(of_tenant(webhook_secrets), ended))
-        for row in self._living(now):
+        for row in self._valid(now):
             if not self._vault.is_current(row.sealed):
                 same = update(webhook_secrets).where(
                     of_tenant(webhook_secrets), webhook_secrets.c.id == row.id
                 )
                 self.run(same, sealed=self._seal(row.id, self._open(row)))
 
-    def _living(self, now: datetime) -> list[Row[Any]]:
-        return list(self.run(LIVING, now=now))
+    def _valid(self, now: datetime) -> list[Row[Any]]:
+        return list(self.run(FIND_VALID, now=now))
 
     def _seal(self, id: UUID, text: str) -> str:
         return self._vault.seal(text, place=self._place(id))
