@@ -37,7 +37,7 @@ from billing.http.limits import Limits
 from billing.http.pages import pages
 from billing.key_uses import KeyUses
 from billing.keys import KeyDigests
-from billing.limits import UNLIMITED, Counters, Meter, Policies
+from billing.limits import STANDARD, UNLIMITED, Counters, Meter, Policies
 from billing.passwords import Passwords
 from billing.security import Authenticator
 from billing.settings import Settings
@@ -56,14 +56,13 @@ NOTES_FLUSHED_EVERY_SECONDS = 1
 SHARED_CONNECTIONS = 4
 # For each step of the shutdown, and for the threads that still run after it.
 SHUTDOWN_SECONDS = 3
-POLICIES = Policies()
 
 
 def create_app(
     settings: Settings,
     *,
     clock: Clock = utc_now,
-    policies: Policies = POLICIES,
+    policies: Policies = STANDARD,
     counters: Counters | None = None,
 ) -> ASGIApp:
     """Build the application for these settings. Its lifespan opens the database."""

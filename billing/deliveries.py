@@ -329,7 +329,7 @@ class Tester:
         self._store = store
         self._egress = egress
         self._clock = clock
-        # Or one tenant's slow receiver could hold all threads. `limits.Policies` limits how many a minute.
+        # Or one tenant's slow receiver could hold all threads. `limits.STANDARD` limits how many a minute.
         self._one_at_a_time = one_at_a_time
         # The tenants with a test in flight.
         self._busy: set[UUID] = set()

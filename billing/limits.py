@@ -36,57 +36,54 @@ class Brake:
 
 @dataclass(frozen=True)
 class Policies:
-    """What is limited, grouped by the subject counted. docs/limits.md has the same in tables."""
+    """What is limited, grouped by the subject counted."""
 
     # Public operations, by address.
-    by_address: Mapping[str, Policy] = field(
-        default_factory=lambda: {
-            "register_tenant": Policy("register", 20, HOUR),
-            "log_in": Policy("login", 10, MINUTE),
-            "refresh_tokens": Policy("refresh", 60, MINUTE),
-            "complete_stripe_connect": Policy("callback", 60, MINUTE),
-        }
-    )
+    by_address: Mapping[str, Policy] = field(default_factory=dict)
     # Requests whose credentials are missing or bad, by address.
-    bad_credentials: Policy | None = Policy("credentials", 60, MINUTE)
+    bad_credentials: Policy | None = None
     # All other requests, by tenant: what each tier may do.
-    by_tenant: Mapping[str, Policy] = field(
-        default_factory=lambda: {
-            "free": Policy("default", 600, MINUTE),
-            "pro": Policy("default", 3_000, MINUTE),
-            "enterprise": Policy("default", 12_000, MINUTE),
-        }
-    )
+    by_tenant: Mapping[str, Policy] = field(default_factory=dict)
     # Operations that cost others something, by tenant: in addition to the tier's limit.
-    costly: Mapping[str, Policy] = field(
-        default_factory=lambda: {
-            "send_test_webhook": Policy("test-deliveries", 10, MINUTE),
-            # Right passwords too: each check takes one of the threads that all logins share.
-            "change_password": Policy("password-changes", 60, 5 * MINUTE),
-            # Keys are kept for good. Revoking makes none, and must be possible whatever anybody else did.
-            "regenerate_api_keys": Policy("key-changes", 300, HOUR),
-            # Stripe limits the requests of the platform's account, which all tenants share.
-            "get_stripe_status": Policy("stripe-status", 60, MINUTE),
-            "start_stripe_connect": Policy("stripe-connect", 60, HOUR),
-        }
-    )
+    costly: Mapping[str, Policy] = field(default_factory=dict)
     # Wrong passwords: at log-in by account and address, at a change of password by session.
-    wrong_passwords: Mapping[str, Policy] = field(
-        default_factory=lambda: {
-            "log_in": Policy("login-failures", 5, 5 * MINUTE),
-            "change_password": Policy("password-failures", 5, 5 * MINUTE),
-        }
-    )
+    wrong_passwords: Mapping[str, Policy] = field(default_factory=dict)
     # Wrong passwords of one account from many addresses. One address alone makes too few to trigger a brake.
-    brakes: Mapping[str, Brake] = field(
-        default_factory=lambda: {
-            "log_in": Brake(Policy("account-failures", 100, HOUR), Policy("braked-failures", 3, HOUR))
-        }
-    )
+    brakes: Mapping[str, Brake] = field(default_factory=dict)
 
 
+# docs/limits.md has the same in tables.
+STANDARD = Policies(
+    by_address={
+        "register_tenant": Policy("register", 20, HOUR),
+        "log_in": Policy("login", 10, MINUTE),
+        "refresh_tokens": Policy("refresh", 60, MINUTE),
+        "complete_stripe_connect": Policy("callback", 60, MINUTE),
+    },
+    bad_credentials=Policy("credentials", 60, MINUTE),
+    by_tenant={
+        "free": Policy("default", 600, MINUTE),
+        "pro": Policy("default", 3_000, MINUTE),
+        "enterprise": Policy("default", 12_000, MINUTE),
+    },
+    costly={
+        "send_test_webhook": Policy("test-deliveries", 10, MINUTE),
+        # Right passwords too: each check takes one of the threads that all logins share.
+        "change_password": Policy("password-changes", 60, 5 * MINUTE),
+        # Keys are kept for good. Revoking makes none, and must be possible whatever anybody else did.
+        "regenerate_api_keys": Policy("key-changes", 300, HOUR),
+        # Stripe limits the requests of the platform's account, which all tenants share.
+        "get_stripe_status": Policy("stripe-status", 60, MINUTE),
+        "start_stripe_connect": Policy("stripe-connect", 60, HOUR),
+    },
+    wrong_passwords={
+        "log_in": Policy("login-failures", 5, 5 * MINUTE),
+        "change_password": Policy("password-failures", 5, 5 * MINUTE),
+    },
+    brakes={"log_in": Brake(Policy("account-failures", 100, HOUR), Policy("braked-failures", 3, HOUR))},
+)
 # RATE_LIMITS=off.
-UNLIMITED = Policies({}, None, {}, {}, {}, {})
+UNLIMITED = Policies()
 
 
 @dataclass(frozen=True)

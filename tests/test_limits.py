@@ -11,7 +11,7 @@ import pytest
 
 from billing.counters import InProcess
 from billing.http.document import load, operations
-from billing.limits import UNLIMITED, Meter, Policies, Policy, Usage
+from billing.limits import STANDARD, UNLIMITED, Meter, Policy, Usage
 from billing.tenants import Tier
 from tests.clock import TurnedClock
 
@@ -136,19 +136,19 @@ def test_beyond_capacity_the_subjects_idle_longest_are_dropped() -> None:
 
 def test_every_operation_has_a_limit() -> None:
     public = {o.operation_id for o in operations(load()) if not o.schemes}
-    assert Policies().by_address.keys() == public
-    assert Policies().by_tenant.keys() == set(Tier.__args__)  # type: ignore[attr-defined]
+    assert STANDARD.by_address.keys() == public
+    assert STANDARD.by_tenant.keys() == set(Tier.__args__)  # type: ignore[attr-defined]
 
 
 def test_costly_and_password_limits_name_existing_operations() -> None:
     known = {o.operation_id for o in operations(load())}
-    assert Policies().costly.keys() | Policies().wrong_passwords.keys() <= known
-    assert Policies().brakes.keys() <= Policies().wrong_passwords.keys()
+    assert STANDARD.costly.keys() | STANDARD.wrong_passwords.keys() <= known
+    assert STANDARD.brakes.keys() <= STANDARD.wrong_passwords.keys()
 
 
 def test_one_address_cannot_trigger_a_brake_and_a_brake_blocks_no_address_completely() -> None:
-    for operation, brake in Policies().brakes.items():
-        usual = Policies().wrong_passwords[operation]
+    for operation, brake in STANDARD.brakes.items():
+        usual = STANDARD.wrong_passwords[operation]
         windows = brake.over.seconds // usual.seconds + 1
         assert windows * usual.quota < brake.over.quota
         assert 0 < brake.then.quota / brake.then.seconds < usual.quota / usual.seconds
@@ -169,7 +169,7 @@ def test_the_tables_of_the_docs_match_the_policies() -> None:
         for line in DOCS.read_text().splitlines()
         if line.startswith("| `")
     ]
-    policies = Policies()
+    policies = STANDARD
     assert policies.bad_credentials is not None
     assert rows == [
         *((*table_cells(policy), f"`{operation}`") for operation, policy in policies.by_address.items()),

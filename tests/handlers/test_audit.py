@@ -23,7 +23,7 @@ from billing.actors import SYSTEM, Actor
 from billing.counters import InProcess
 from billing.errors import DatabaseUnavailable
 from billing.failed_logins import FailedLogins
-from billing.limits import Policies
+from billing.limits import STANDARD
 from billing.settings import Settings
 from billing.storage.store import Store
 from billing.tenants import Account as Known
@@ -202,7 +202,7 @@ def test_a_flush_with_nothing_queued_does_nothing(store: Store, clock: TurnedClo
 @pytest.fixture
 def throttling_client(settings: Settings, clock: TurnedClock, clean: None) -> Iterator[CheckedClient]:
     """A client of a server that limits only wrong passwords."""
-    policies = replace(Policies(), by_address={})
+    policies = replace(STANDARD, by_address={})
     with CheckedClient(create_app(settings, clock=clock, policies=policies)) as client:
         yield client
 

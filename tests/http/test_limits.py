@@ -18,7 +18,7 @@ from billing.counters import InProcess
 from billing.http.addresses import network_of
 from billing.http.document import Operation, load, operations
 from billing.idempotency import LEASE
-from billing.limits import HOUR, MINUTE, Brake, Policies, Policy
+from billing.limits import HOUR, MINUTE, STANDARD, Brake, Policies, Policy
 from billing.settings import Settings
 from tests.clock import TurnedClock
 from tests.conftest import API, PASSWORD, Account, CheckedClient, bearer, log_in, register
@@ -31,7 +31,7 @@ VERIFY = f"{API}/verify/"
 
 def small_policies() -> Policies:
     """Policies that allow two requests of each kind."""
-    usual = Policies()
+    usual = STANDARD
     return Policies(
         by_address={name: Policy(policy.name, 2, MINUTE) for name, policy in usual.by_address.items()},
         bad_credentials=Policy("credentials", 2, MINUTE),
@@ -95,7 +95,7 @@ def assert_limited(answer: httpx.Response, limit: str) -> None:
 def test_a_public_operation_is_counted_by_address(
     tight: TestClient, clock: TurnedClock, operation_id: str
 ) -> None:
-    operation, name = OPERATIONS[operation_id], Policies().by_address[operation_id].name
+    operation, name = OPERATIONS[operation_id], STANDARD.by_address[operation_id].name
     passed = [ask(tight, operation) for _ in range(2)]
     assert [answer.status_code for answer in passed] == [400, 400]
     assert [limits_of(answer)[name][:3] for answer in passed] == [(2, 60, 1), (2, 60, 0)]
@@ -337,7 +337,7 @@ class BrakedServer:
 @pytest.fixture
 def braked(settings: Settings, clock: TurnedClock, clean: None) -> Iterator[BrakedServer]:
     brake = Brake(Policy("account-failures", 4, HOUR), Policy("braked-failures", 2, HOUR))
-    app = create_app(settings, clock=clock, policies=replace(Policies(), brakes={"log_in": brake}))
+    app = create_app(settings, clock=clock, policies=replace(STANDARD, brakes={"log_in": brake}))
     with CheckedClient(app) as first:
         register(first)
         yield BrakedServer(app, first)

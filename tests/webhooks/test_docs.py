@@ -24,7 +24,7 @@ import requests
 from billing.housekeeping import KEPT
 from billing.ids import new_id
 from billing.keys import TOLD_BEFORE
-from billing.limits import Policies
+from billing.limits import STANDARD
 from billing.webhooks.delivery import LONGEST_STRETCH, RETRY_DELAYS, Failure
 from billing.webhooks.egress import Egress
 from billing.webhooks.events import EventType, envelope
@@ -101,7 +101,7 @@ def test_the_stated_limits_match_the_code() -> None:
     assert f"no whole answer within {limits['total_seconds']}." in said
     assert f"{limits['read_bytes'] // 1024} KiB are read" in said
     assert f"answer 2xx within {limits['total_seconds']} seconds" in PAGE
-    tests = Policies().costly["send_test_webhook"]
+    tests = STANDARD.costly["send_test_webhook"]
     assert f"may send {tests.quota} tests a minute" in " ".join(section("Events").split())
 
 
