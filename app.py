@@ -1,4 +1,4 @@
-"""The composition root, the only module that knows all others: settings → store, clock, services → `app`."""
+"""The server: its parts from `billing/assembly.py`, put together as `app`, from start to shutdown."""
 
 from __future__ import annotations
 
@@ -7,20 +7,27 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 import anyio
 import structlog
 from anyio import to_thread
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from billing import crashes, logs, metrics, tracing
-from billing.cli import main
-from billing.cli.watchers import begin_telemetry
+from billing.assembly import (
+    begin_telemetry,
+    counters_for,
+    metrics_for,
+    new_store,
+    passwords_for,
+    policy_for,
+    stripe_connections_for,
+    tester_for,
+)
 from billing.clock import Clock, utc_now
-from billing.counters import InProcess
-from billing.deliveries import policy_for, tester_for
-from billing.encryption import Vault
 from billing.errors import DatabaseUnavailable
 from billing.failed_logins import FailedLogins
 from billing.http import application, document, exposition, problems
@@ -38,7 +45,6 @@ from billing.http.pages import pages
 from billing.key_uses import KeyUses
 from billing.keys import KeyDigests
 from billing.limits import STANDARD, UNLIMITED, Counters, Meter, Policies
-from billing.passwords import Passwords
 from billing.security import Authenticator
 from billing.settings import Settings
 from billing.storage.database import open_database
@@ -46,7 +52,6 @@ from billing.storage.driver import StorageError
 from billing.storage.lookups import Lookups
 from billing.storage.schema import SchemaError
 from billing.storage.store import Store
-from billing.stripe_connections import stripe_connections_for
 from billing.threads import end_with_main_thread
 from billing.tokens import Tokens
 
@@ -68,7 +73,7 @@ def create_app(
     """Build the application for these settings. Its lifespan opens the database."""
     problems.configure(settings.public_base_url)
     contract = document.load()
-    store = Store(Vault(settings.encryption_keys), connections=pool_size(settings))
+    store = new_store(settings, connections=pool_size(settings))
     tokens = Tokens(settings.jwt_keys, settings.public_base_url)
     digests = KeyDigests(settings.key_peppers)
     lookups, uses, failed_logins = Lookups(), KeyUses(), FailedLogins(clock)
@@ -87,7 +92,7 @@ def create_app(
             "digests": digests,
             "idempotency": Idempotency(store, clock),
             "connections": stripe_connections_for(settings, store, clock),
-            "passwords": Passwords(settings.password_peppers, settings.password_cost),
+            "passwords": passwords_for(settings),
             "url_policy": policy_for(settings),
             "tester": tester_for(settings, store, clock),
             "base_url": settings.public_base_url,
@@ -96,7 +101,7 @@ def create_app(
         authenticator=Authenticator(lookups, tokens, digests, uses, clock),
         routes=[
             *pages(served=served, ready=readiness(store)),
-            *exposition.routes(settings, metrics_dir, store, clock),
+            *metrics_routes(settings, metrics_dir, store, clock),
         ],
         lifespan=lambda _: running(
             settings, store, lookups, (uses, failed_logins), counters, lanes, (edge.sample, lanes.sample)
@@ -132,15 +137,11 @@ def pool_size(settings: Settings) -> int:
     return sum(count for lane, count in threads.items() if lane not in waiting) + SHARED_CONNECTIONS + 2
 
 
-def counters_for(settings: Settings) -> Counters:
-    """The rate limits' counters: each process's own, or those in Redis if the settings name it."""
-    url = settings.rate_limit_storage_url
-    if url is None:
-        return InProcess()
-    # Imported here, as importing the client of Redis takes longer than all the rest of the server.
-    from billing.shared_counters import InRedis
-
-    return InRedis(url, local=InProcess())
+def metrics_routes(settings: Settings, directory: Path | None, store: Store, clock: Clock) -> list[Route]:
+    """The metrics' route, for clients with the token; none without a token, or with a port of their own."""
+    if directory is None or settings.metrics_token is None or settings.metrics_port is not None:
+        return []
+    return [exposition.route(metrics_for(settings, directory, store, clock), settings.metrics_token)]
 
 
 @asynccontextmanager
@@ -236,6 +237,8 @@ def readiness(store: Store) -> Callable[[], Awaitable[None]]:
 
 logs.configure(tty=sys.stderr.isatty())
 if __name__ == "__main__":
+    from billing.cli import main
+
     main(["serve", *sys.argv[1:]], prog_name="billing")  # Which imports this file again, by its name.
 elif __name__ != "__mp_main__":  # A spawned process imports its parent's main module under this.
     app = create_app(Settings.load())

@@ -22,13 +22,12 @@ from billing.actors import Actor
 from billing.clock import Clock
 from billing.errors import RateLimited
 from billing.ids import new_id
-from billing.settings import Settings
 from billing.storage.store import Store, TenantTx
 from billing.tasks import Queue, Task
 from billing.webhooks import endpoints
 from billing.webhooks.delivery import Attempt, Begun, Delivery, Settled, Verdict, judge
 from billing.webhooks.egress import Egress, Post
-from billing.webhooks.endpoints import DISABLED, Endpoint, UrlPolicy
+from billing.webhooks.endpoints import DISABLED, Endpoint
 from billing.webhooks.events import Event
 from billing.webhooks.signing import signed_headers
 
@@ -388,26 +387,3 @@ def _tested(begun: Begun, event: Event, attempt: Attempt, now: datetime) -> Deli
         created_at=event.created_at,
         settled_at=now,
     )
-
-
-def policy_for(settings: Settings) -> UrlPolicy:
-    """Which URLs this installation calls."""
-    return UrlPolicy(
-        allow_http=settings.webhook_allow_http, allow_localhost=bool(settings.webhook_allow_cidrs)
-    )
-
-
-def egress_for(settings: Settings, *, lookups: int = 16) -> Egress:
-    """Egress as this installation's settings allow it, with so many names looked up at once."""
-    return Egress(policy_for(settings), settings.webhook_allow_cidrs, lookups=lookups)
-
-
-def dispatcher_for(settings: Settings, store: Store, clock: Clock, *, threads: int) -> Dispatcher:
-    """A dispatcher as this installation's settings allow, with so many attempts at once."""
-    # A lookup that hangs outlasts the attempt that gave up on it; names that do not hang must still find a thread.
-    return Dispatcher(store, egress_for(settings, lookups=3 * threads), clock, threads=threads)
-
-
-def tester_for(settings: Settings, store: Store, clock: Clock) -> Tester:
-    """A tester as this installation's settings allow."""
-    return Tester(store, egress_for(settings), clock, one_at_a_time=settings.rate_limits)

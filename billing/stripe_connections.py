@@ -22,7 +22,6 @@ from billing.errors import (
 )
 from billing.gateway import Gateway
 from billing.security import Caller
-from billing.settings import Settings
 from billing.storage.store import Store, TenantTx
 from billing.stripe_connect import Account, Connected, Connection, Flow, State
 from billing.tasks import Task
@@ -218,20 +217,3 @@ class StripeConnections:
             tx.tasks.postpone(
                 task, task.retry_at(now) if known.checked_at is None else chapter.next_check(now)
             )
-
-
-def stripe_connections_for(settings: Settings, store: Store, clock: Clock) -> StripeConnections:
-    """The connections of this installation, by its own keys at Stripe."""
-    gateway = Gateway(
-        secret_key=settings.stripe_secret_key,
-        client_id=settings.stripe_connect_client_id,
-        api_base=settings.stripe_api_base,
-        connect_base=settings.stripe_connect_base,
-    )
-    return StripeConnections(
-        store,
-        gateway,
-        clock,
-        base_url=settings.public_base_url,
-        return_origins=settings.cors_allowed_origins,
-    )

@@ -12,8 +12,9 @@ import pytest
 import redis
 import structlog
 
-from app import counters_for, create_app
+from app import create_app
 from billing import shared_counters
+from billing.assembly import counters_for
 from billing.counters import InProcess
 from billing.limits import Counters
 from billing.settings import Settings

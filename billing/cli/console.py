@@ -14,8 +14,8 @@ import click
 import orjson
 
 from billing.actors import OPERATOR
+from billing.assembly import new_store
 from billing.clock import utc_now
-from billing.encryption import Vault
 from billing.errors import BillingError, DatabaseUnavailable, NotFound
 from billing.logs import redact
 from billing.settings import Settings, SettingsError
@@ -104,11 +104,6 @@ def _store_on(
         store.require_ready()
         store.require_safe()
         yield store
-
-
-def new_store(settings: Settings, *, connections: int = 1) -> Store:
-    """A store that is yet to be opened, with that many connections."""
-    return Store(Vault(settings.encryption_keys), connections=connections)
 
 
 @contextmanager

@@ -12,14 +12,14 @@ import click
 
 from billing import users as chapter
 from billing.actors import OPERATOR
+from billing.assembly import passwords_for
 from billing.cli.console import as_json, done, opened_store, show, tenant_called, transaction_of
 from billing.clock import utc_now
 from billing.errors import InvalidRequest, MalformedBody
 from billing.handlers import shapes
 from billing.http import document
 from billing.http.validation import Rules, as_json_schema
-from billing.passwords import Passwords, require_strength
-from billing.settings import Settings
+from billing.passwords import require_strength
 from billing.tenants import Tenant, words_of
 from billing.users import Role
 
@@ -88,10 +88,6 @@ def require_valid(tenant: Tenant, details: dict[str, str]) -> None:
         ) from None
 
 
-def hashed(password: str, settings: Settings) -> str:
-    return Passwords(settings.password_peppers, settings.password_cost).hash(password)
-
-
 # Commands ------------------------------------------------------------------------------------------
 
 
@@ -135,7 +131,7 @@ def add(
         user = chapter.new_user(tenant.id, details, role=role, now=utc_now())
         require_strength(password, words_of(user, tenant))
         require_valid(tenant, {**details, "password": password})
-        password_hash = hashed(password, settings)
+        password_hash = passwords_for(settings).hash(password)
         with store.tenant(tenant.id, OPERATOR) as tx:
             chapter.add(tx, user, password_hash=password_hash, now=utc_now())
     done(f"{user.email} is a user of {slug}, in the role {role}.")
@@ -161,7 +157,7 @@ def reset_password(slug: str, email: str, stdin: bool, generate: bool) -> None:
         password = new_password(stdin=stdin, generate=generate)
         require_strength(password, words_of(user, tenant))
         require_valid(tenant, {"email": user.email, "password": password})
-        password_hash = hashed(password, settings)
+        password_hash = passwords_for(settings).hash(password)
         with store.tenant(tenant.id, OPERATOR) as tx:
             chapter.reset_password(tx, user, password_hash, now=utc_now())
     done(f"{user.email} has a new password, and every session has ended.")

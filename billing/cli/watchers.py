@@ -1,4 +1,4 @@
-"""How a server is observed: where its metrics are kept and read, and where its traces and errors are sent."""
+"""How a server is observed: where its metrics are kept, and where they are read."""
 
 from __future__ import annotations
 
@@ -9,23 +9,16 @@ from pathlib import Path
 
 import click
 
-from billing import crashes, metrics, tracing
-from billing.cli.console import done, new_store
+from billing import metrics
+from billing.assembly import metrics_for, new_store
+from billing.cli.console import done
 from billing.clock import utc_now
-from billing.http.exposition import PATH, Exporter, Read, reader
+from billing.http.exposition import PATH, Exporter, Read
 from billing.settings import Settings
 from billing.storage.database import Database
 from billing.storage.store import Store
 
 LOOPBACK = "127.0.0.1"
-
-
-def begin_telemetry(settings: Settings, service: str) -> None:
-    """Begin tracing and error reporting, if the settings say where to."""
-    if settings.otel_exporter_otlp_endpoint is not None:
-        tracing.begin(settings.otel_exporter_otlp_endpoint, service)
-    if settings.sentry_dsn is not None:
-        crashes.begin(settings.sentry_dsn, settings.environment)
 
 
 def kept_metrics(settings: Settings) -> AbstractContextManager[object]:
@@ -62,7 +55,7 @@ def exposed(settings: Settings, directory: Path | None, store: Store) -> Abstrac
     if settings.metrics_port is None or directory is None:
         return nullcontext()
     host = settings.host if settings.metrics_token else LOOPBACK
-    read = reader(directory, store, utc_now, is_embedded=settings.database_url is None)
+    read = metrics_for(settings, directory, store, utc_now)
     server = listening(read, host, settings.metrics_port, settings.metrics_token)
     done(f"Metrics at http://{host}:{server.server_address[1]}{PATH}")
     return server

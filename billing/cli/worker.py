@@ -11,14 +11,13 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 import click
 
 from billing import crashes, keys, logs, stripe_connect, tenants, tracing
+from billing.assembly import begin_telemetry, dispatcher_for, stripe_connections_for
 from billing.cli.console import allow_descriptors, done, opened_store
-from billing.cli.watchers import begin_telemetry, worker_metrics
+from billing.cli.watchers import worker_metrics
 from billing.clock import utc_now
-from billing.deliveries import dispatcher_for
 from billing.housekeeping import Housekeeping
 from billing.settings import Settings
 from billing.storage.store import Store
-from billing.stripe_connections import stripe_connections_for
 from billing.webhooks.delivery import DELIVER
 from billing.worker import Job, Worker
 

@@ -22,7 +22,6 @@ from billing import metrics
 from billing.clock import Clock
 from billing.errors import CredentialsMissing, DatabaseUnavailable, TokenInvalid
 from billing.http.lanes import BoundedThreads
-from billing.settings import Settings
 from billing.storage.driver import StorageError
 from billing.storage.store import Store
 from billing.tasks import Backlog
@@ -75,14 +74,6 @@ def depths(backlog: Backlog) -> metrics.Answers:
 
 
 # On the API's port ---------------------------------------------------------------------------------
-
-
-def routes(settings: Settings, directory: Path | None, store: Store, clock: Clock) -> list[Route]:
-    """The page's route, for clients with the token; none without a token, or with a port of its own."""
-    if directory is None or settings.metrics_token is None or settings.metrics_port is not None:
-        return []
-    read = reader(directory, store, clock, is_embedded=settings.database_url is None)
-    return [route(read, settings.metrics_token)]
 
 
 def route(read: Read, token: str) -> Route:

@@ -23,6 +23,7 @@ from starlette.testclient import TestClient
 
 from app import create_app
 from billing import gateway, users
+from billing.assembly import stripe_connections_for
 from billing.counters import InProcess
 from billing.errors import StripeAlreadyConnected
 from billing.http.lanes import STRIPE_THREADS
@@ -33,7 +34,7 @@ from billing.stripe_connect import CHECK, DEAUTHORIZE, Grant, forget_states, has
 from billing.stripe_connect import Account as StripeAccount
 from billing.stripe_connect import connect as connect_account
 from billing.stripe_connect import disconnect as end_connection
-from billing.stripe_connections import StripeConnections, stripe_connections_for
+from billing.stripe_connections import StripeConnections
 from billing.tasks import Task
 from billing.worker import Worker
 from sandbox.accounts import Status
