@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from uuid import UUID
 
-from billing import stripe_connect as chapter
+from billing import stripe_connect
 from billing.actors import Actor
 from billing.clock import Clock
 from billing.errors import (
@@ -79,8 +79,8 @@ class StripeConnections:
         Raises `ReturnUrlRefused` and `StripeAlreadyConnected`.
         """
         self._gateway.require_configured(for_oauth=flow == "oauth")
-        chapter.require_return_url(return_url, self._return_origins)
-        user, text = caller.signed_in_user(), chapter.new_state()
+        stripe_connect.require_return_url(return_url, self._return_origins)
+        user, text = caller.signed_in_user(), stripe_connect.new_state()
         if flow == "account_link":
             url = self._account_link(caller, actor, text)
         else:
@@ -88,7 +88,7 @@ class StripeConnections:
                 state=text, redirect_uri=self._redirect_uri, tenant=caller.tenant, user=user
             )
         with caller.changing(self._store, actor) as tx:
-            state = chapter.start(
+            state = stripe_connect.start(
                 tx, user, text, flow=flow, return_url=return_url, browser=browser, now=self._clock()
             )
             yield tx, ConnectStart(url, self._redirect_uri, state, text)
@@ -102,7 +102,7 @@ class StripeConnections:
         tenant = caller.tenant
         with self._store.tenant(tenant.id, actor) as tx:
             last = tx.stripe.find()
-        chapter.require_startable(last, "account_link")
+        stripe_connect.require_startable(last, "account_link")
         if last is not None and last.is_living:
             return last.account
         # Two calls at once, or a repeat, get the same account. A new key each hour: Stripe keeps failures
@@ -111,7 +111,7 @@ class StripeConnections:
         made = self._gateway.create_account(tenant, idempotency_key=key)
         with caller.changing(self._store, actor) as tx:
             now = self._clock()
-            return chapter.adopt(tx, made, livemode=self._gateway.livemode, now=now).account
+            return stripe_connect.adopt(tx, made, livemode=self._gateway.livemode, now=now).account
 
     # Finishing -----------------------------------------------------------------------------------
 
@@ -122,12 +122,12 @@ class StripeConnections:
         if not state:
             return CallbackResult(AccessDenied() if error else StateMissing())
         with self._store.platform() as platform:
-            found = platform.find_connect_state(chapter.hashed(state).hex())
+            found = platform.find_connect_state(stripe_connect.hashed(state).hex())
         if found is None:
             return CallbackResult(StateUnknown())
         tenant_id, state_id = found
         with self._store.tenant(tenant_id, actor) as tx:
-            used, refusal = chapter.consume(tx, state_id, browser=browser, now=self._clock())
+            used, refusal = stripe_connect.consume(tx, state_id, browser=browser, now=self._clock())
         outcome = refusal or self._finish(tenant_id, used, code, error, actor)
         return CallbackResult(outcome, used.return_url)
 
@@ -144,12 +144,12 @@ class StripeConnections:
             grant = self._gateway.complete(code)
         except BillingError as refusal:
             with self._store.tenant(tenant_id, actor) as tx:
-                return chapter.refuse(tx, refusal, self._clock())
+                return stripe_connect.refuse(tx, refusal, self._clock())
         account = self._ask(grant.account_id)
         with self._store.tenant(tenant_id, actor, exclusive=True) as tx:
-            withdrawn = chapter.withdrawal(tx, state)
+            withdrawn = stripe_connect.withdrawal(tx, state)
             livemode, now = self._gateway.livemode, self._clock()
-            return chapter.connect(tx, grant, account, livemode=livemode, now=now, withdrawn=withdrawn)
+            return stripe_connect.connect(tx, grant, account, livemode=livemode, now=now, withdrawn=withdrawn)
 
     def _ask(self, account_id: str) -> Account | None:
         """The account, None if Stripe does not answer: the worker checks it again."""
@@ -188,7 +188,7 @@ class StripeConnections:
         asked_at = self._clock()
         account = self._gateway.account(known.account.id)
         with self._store.tenant(tenant_id, exclusive=True) as tx:
-            return chapter.note(tx, known, account, asked_at=asked_at, now=self._clock())
+            return stripe_connect.note(tx, known, account, asked_at=asked_at, now=self._clock())
 
     # What the worker does ------------------------------------------------------------------------
 
@@ -200,7 +200,7 @@ class StripeConnections:
         except (StripeUnavailable, StripeNotConfigured):
             is_revoked = False
         with self._store.tenant(task.tenant_id, exclusive=True) as tx:
-            chapter.note_deauthorized(tx, task, is_revoked=is_revoked, now=self._clock())
+            stripe_connect.note_deauthorized(tx, task, is_revoked=is_revoked, now=self._clock())
 
     def check(self, task: Task) -> None:
         """Update what is known of an account from Stripe, outside of any request."""
@@ -215,5 +215,5 @@ class StripeConnections:
         with self._store.tenant(task.tenant_id) as tx:
             now = self._clock()
             tx.tasks.postpone(
-                task, task.retry_at(now) if known.checked_at is None else chapter.next_check(now)
+                task, task.retry_at(now) if known.checked_at is None else stripe_connect.next_check(now)
             )

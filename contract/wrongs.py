@@ -592,7 +592,7 @@ IN_STRIPE_AND_WEBHOOKS = (
     Wrong(
         "the return URL is not looked at",
         "billing/stripe_connections.py",
-        "        chapter.require_return_url(return_url, self._return_origins)\n",
+        "        stripe_connect.require_return_url(return_url, self._return_origins)\n",
         "",
         (f"{STRIPE}::test_connect_422_for_a_return_url_of_another_origin",),
     ),

@@ -9,8 +9,8 @@ from billing.cli.check import check
 from billing.cli.console import Commands
 from billing.cli.installation import migrate, secrets
 from billing.cli.serve import serve
-from billing.cli.tenants import tenants
-from billing.cli.users import users
+from billing.cli.tenants import tenants_group
+from billing.cli.users import users_group
 from billing.cli.webhooks import webhooks
 from billing.cli.worker import worker
 
@@ -28,5 +28,5 @@ def main() -> None:
     """
 
 
-for command in (serve, worker, migrate, tenants, users, webhooks, audit, secrets, check):
+for command in (serve, worker, migrate, tenants_group, users_group, webhooks, audit, secrets, check):
     main.add_command(command)

@@ -6,7 +6,7 @@ from typing import get_args
 
 import click
 
-from billing import tenants as chapter
+from billing import tenants
 from billing.cli.console import as_json, done, opened_as_owner, show, slug_argument, transaction_of
 from billing.clock import utc_now
 from billing.tenants import TenantSummary, Tier
@@ -14,8 +14,8 @@ from billing.tenants import TenantSummary, Tier
 COLUMNS = ("slug", "company_name", "email", "subscription_tier", "is_active", "created_at")
 
 
-@click.group()
-def tenants() -> None:
+@click.group("tenants")
+def tenants_group() -> None:
     """List tenants, set their tier, switch them off and on.
 
     \b
@@ -24,7 +24,7 @@ def tenants() -> None:
     """
 
 
-@tenants.command("list")
+@tenants_group.command("list")
 @as_json
 def list_tenants(as_json: bool) -> None:
     """List every tenant, the oldest first.
@@ -54,7 +54,7 @@ def shape(tenant: TenantSummary) -> dict[str, object]:
     }
 
 
-@tenants.command("set-tier")
+@tenants_group.command("set-tier")
 @slug_argument
 @click.argument("tier", type=click.Choice(get_args(Tier)))
 def set_tier(slug: str, tier: Tier) -> None:
@@ -65,11 +65,11 @@ def set_tier(slug: str, tier: Tier) -> None:
       billing tenants set-tier acme pro
     """
     with transaction_of(slug, exclusive=True) as tx:
-        chapter.set_tier(tx, tier, now=utc_now())
+        tenants.set_tier(tx, tier, now=utc_now())
     done(f"{slug} is in the tier {tier}.")
 
 
-@tenants.command()
+@tenants_group.command()
 @slug_argument
 def disable(slug: str) -> None:
     """Switch a tenant off: its users and keys are refused from now on.
@@ -79,11 +79,11 @@ def disable(slug: str) -> None:
       billing tenants disable acme
     """
     with transaction_of(slug, exclusive=True) as tx:
-        chapter.set_active(tx, is_active=False, now=utc_now())
+        tenants.set_active(tx, is_active=False, now=utc_now())
     done(f"{slug} is disabled.")
 
 
-@tenants.command()
+@tenants_group.command()
 @slug_argument
 def enable(slug: str) -> None:
     """Switch a tenant on again: its users and keys work as before.
@@ -93,5 +93,5 @@ def enable(slug: str) -> None:
       billing tenants enable acme
     """
     with transaction_of(slug, exclusive=True) as tx:
-        chapter.set_active(tx, is_active=True, now=utc_now())
+        tenants.set_active(tx, is_active=True, now=utc_now())
     done(f"{slug} is enabled.")

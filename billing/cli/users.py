@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import click
 
-from billing import users as chapter
+from billing import users
 from billing.actors import OPERATOR
 from billing.assembly import passwords_for
 from billing.cli.console import as_json, done, opened_store, show, tenant_called, transaction_of
@@ -33,8 +33,8 @@ email_argument = click.argument("email")
 role_choice = click.Choice(get_args(Role))
 
 
-@click.group()
-def users() -> None:
+@click.group("users")
+def users_group() -> None:
     """Add and list the users of a tenant, change their role, lock them out.
 
     \b
@@ -91,7 +91,7 @@ def require_valid(tenant: Tenant, details: dict[str, str]) -> None:
 # Commands ------------------------------------------------------------------------------------------
 
 
-@users.command("list")
+@users_group.command("list")
 @tenant_option
 @as_json
 def list_users(slug: str, as_json: bool) -> None:
@@ -108,7 +108,7 @@ def list_users(slug: str, as_json: bool) -> None:
     show(rows, columns, as_json=as_json)
 
 
-@users.command()
+@users_group.command()
 @tenant_option
 @click.option("--email", required=True, help="What they log in with.")
 @click.option("--role", required=True, type=role_choice)
@@ -128,18 +128,18 @@ def add(
         tenant = tenant_called(slug, store)
         password = new_password(stdin=stdin, generate=generate)
         details = {"email": email, "first_name": first_name, "last_name": last_name}
-        user = chapter.new_user(tenant.id, details, role=role, now=utc_now())
+        user = users.new_user(tenant.id, details, role=role, now=utc_now())
         require_strength(password, words_of(user, tenant))
         require_valid(tenant, {**details, "password": password})
         password_hash = passwords_for(settings).hash(password)
         with store.tenant(tenant.id, OPERATOR) as tx:
-            chapter.add(tx, user, password_hash=password_hash, now=utc_now())
+            users.add(tx, user, password_hash=password_hash, now=utc_now())
     done(f"{user.email} is a user of {slug}, in the role {role}.")
     if generate:
         click.echo(password)
 
 
-@users.command("reset-password")
+@users_group.command("reset-password")
 @tenant_option
 @email_argument
 @with_password
@@ -153,19 +153,19 @@ def reset_password(slug: str, email: str, stdin: bool, generate: bool) -> None:
     with opened_store() as (settings, store):
         tenant = tenant_called(slug, store)
         with store.tenant(tenant.id, OPERATOR) as tx:
-            user = chapter.get(tx, email)
+            user = users.get(tx, email)
         password = new_password(stdin=stdin, generate=generate)
         require_strength(password, words_of(user, tenant))
         require_valid(tenant, {"email": user.email, "password": password})
         password_hash = passwords_for(settings).hash(password)
         with store.tenant(tenant.id, OPERATOR) as tx:
-            chapter.reset_password(tx, user, password_hash, now=utc_now())
+            users.reset_password(tx, user, password_hash, now=utc_now())
     done(f"{user.email} has a new password, and every session has ended.")
     if generate:
         click.echo(password)
 
 
-@users.command("set-role")
+@users_group.command("set-role")
 @tenant_option
 @email_argument
 @click.argument("role", type=role_choice)
@@ -177,11 +177,11 @@ def set_role(slug: str, email: str, role: Role) -> None:
       billing users set-role --tenant acme bob@acme.example admin
     """
     with transaction_of(slug, exclusive=True) as tx:
-        chapter.set_role(tx, email, role, now=utc_now())
+        users.set_role(tx, email, role, now=utc_now())
     done(f"{email} is in the role {role}.")
 
 
-@users.command()
+@users_group.command()
 @tenant_option
 @email_argument
 def disable(slug: str, email: str) -> None:
@@ -192,11 +192,11 @@ def disable(slug: str, email: str) -> None:
       billing users disable --tenant acme bob@acme.example
     """
     with transaction_of(slug, exclusive=True) as tx:
-        chapter.disable(tx, email, now=utc_now())
+        users.disable(tx, email, now=utc_now())
     done(f"{email} is disabled, and every session has ended.")
 
 
-@users.command()
+@users_group.command()
 @tenant_option
 @email_argument
 def enable(slug: str, email: str) -> None:
@@ -207,5 +207,5 @@ def enable(slug: str, email: str) -> None:
       billing users enable --tenant acme bob@acme.example
     """
     with transaction_of(slug) as tx:
-        chapter.enable(tx, email, now=utc_now())
+        users.enable(tx, email, now=utc_now())
     done(f"{email} is enabled.")

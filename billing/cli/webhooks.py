@@ -26,7 +26,7 @@ from billing.cli.console import (
 )
 from billing.clock import utc_now
 from billing.storage.store import Store
-from billing.webhooks import replay as chapter
+from billing.webhooks import replay
 from billing.webhooks.delivery import Stats, Status
 from billing.webhooks.endpoints import Endpoint
 from billing.webhooks.replay import Choice, Extent
@@ -96,7 +96,7 @@ def health(endpoint: Endpoint, stats: Stats) -> str:
 # Once more -----------------------------------------------------------------------------------------
 
 
-@webhooks.command()
+@webhooks.command("replay")
 @slug_argument
 @click.option("--event", "event_ids", type=click.UUID, multiple=True, help="This event; may be given again.")
 @click.option("--failed", is_flag=True, help="Every event whose delivery failed.")
@@ -104,7 +104,9 @@ def health(endpoint: Endpoint, stats: Stats) -> str:
     "--since", type=Moment(), help="Every event since then, such as 2026-01-15T09:30:00Z, 2h or 3d."
 )
 @click.option("--dry-run", is_flag=True, help="Only say how many.")
-def replay(slug: str, event_ids: Sequence[UUID], failed: bool, since: datetime | None, dry_run: bool) -> None:
+def replay_events(
+    slug: str, event_ids: Sequence[UUID], failed: bool, since: datetime | None, dry_run: bool
+) -> None:
     """Send events once more: those named, those that failed, or all since a time.
 
     What happened while there was no URL, or while the endpoint was disabled, is sent for the first time; what is
@@ -130,16 +132,16 @@ def replay(slug: str, event_ids: Sequence[UUID], failed: bool, since: datetime |
 def announced(store: Store, tenant_id: UUID, choice: Choice, *, dry_run: bool) -> Extent:
     """Count the events, and record the replay in the audit log before the first of them is sent."""
     with store.tenant(tenant_id, OPERATOR) as tx:
-        found = chapter.measure(tx, choice)
+        found = replay.measure(tx, choice)
         if found.events and not dry_run:
-            chapter.note(tx, choice, found.events, now=utc_now())
+            replay.note(tx, choice, found.events, now=utc_now())
     return found
 
 
 def replayed(store: Store, tenant_id: UUID, choice: Choice, found: Extent) -> int:
     """Replay chunk by chunk; returns the number of events."""
     total = 0
-    with progress("Replaying", found.events, at_once=chapter.CHUNK) as bar:
+    with progress("Replaying", found.events, at_once=replay.CHUNK) as bar:
         for size in chunks(store, tenant_id, choice, found.last):
             total += size
             bar.update(size)
@@ -151,7 +153,7 @@ def chunks(store: Store, tenant_id: UUID, choice: Choice, last: int) -> Iterator
     after = 0
     while True:
         with store.tenant(tenant_id, OPERATOR) as tx:
-            chosen = chapter.replay(tx, choice, after=after, last=last, now=utc_now())
+            chosen = replay.replay(tx, choice, after=after, last=last, now=utc_now())
         if not chosen:
             return
         yield len(chosen)
