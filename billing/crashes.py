@@ -7,7 +7,6 @@ quotes rows, ours may quote anything. No local variable, no request, no header, 
 from __future__ import annotations
 
 import atexit
-from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -24,10 +23,14 @@ KEPT = frozenset(
 TAGS = frozenset({"request_id", "operation_id", "tenant_id", "task", "task_id"})
 FRAME = frozenset({"filename", "function", "module", "lineno", "in_app"})
 
+_IS_ON = False
 
-@cache
+
 def begin(dsn: str, environment: str) -> None:
-    """From now on send what `report` is given to this DSN."""
+    """From now on send what `report` is given to this DSN; once in a process."""
+    global _IS_ON
+    if is_on():
+        return
     import sentry_sdk
 
     atexit.register(sentry_sdk.flush, timeout=SHUTDOWN_SECONDS)
@@ -49,11 +52,12 @@ def begin(dsn: str, environment: str) -> None:
         server_name="",
         before_send=scrubbed,
     )
+    _IS_ON = True
 
 
 def is_on() -> bool:
     """Whether errors are reported."""
-    return begin.cache_info().currsize > 0
+    return _IS_ON
 
 
 def report(error: BaseException, **tags: str) -> None:

@@ -17,7 +17,6 @@ import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -37,6 +36,8 @@ Kind = Literal["counter", "gauge", "histogram"]
 Merge = Literal["livesum", "max"]
 
 REGISTRY: dict[str, Metric] = {}
+# Where this process counts, if it does.
+_DIRECTORY: Path | None = None
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger("billing.metrics")
 
@@ -232,9 +233,11 @@ def directory() -> Iterator[Path]:
         yield Path(made)
 
 
-@cache
 def keep(given: Path | None) -> Path:
-    """Start counting, in this directory or in one of this process alone; returns the directory."""
+    """Start counting, in this directory or in one of this process alone; once in a process. Returns the directory."""
+    global _DIRECTORY
+    if _DIRECTORY is not None:
+        return _DIRECTORY
     directory = given or own_directory()
     # The library reads this variable when it is imported.
     os.environ.update(PROMETHEUS_MULTIPROC_DIR=str(directory))
@@ -245,12 +248,13 @@ def keep(given: Path | None) -> Path:
         files.MmapedDict = _allocated(files.MmapedDict)
     for metric in REGISTRY.values():
         metric.begin(prometheus_client)
+    _DIRECTORY = directory
     return directory
 
 
 def is_on() -> bool:
     """Whether anything is counted."""
-    return keep.cache_info().currsize > 0
+    return _DIRECTORY is not None
 
 
 def _allocated(base: Any) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -24,10 +23,11 @@ _PROVIDER: Any = None
 _TRACER: Any = None
 
 
-@cache
 def begin(endpoint: str, service: str) -> None:
-    """From now on send spans to this collector, by OTLP over HTTP, in a thread of their own."""
+    """From now on send spans to this collector, by OTLP over HTTP, in a thread of their own; once in a process."""
     global _PROVIDER, _TRACER
+    if is_on():
+        return
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider

@@ -61,6 +61,15 @@ task = Task(UUID(int=1), "webhook.deliver", UUID(int=2), "hunter2", "general", d
 report(task, RuntimeError("hunter2"))
 """
 
+BEGUN_TWICE = """
+import sys
+from billing import crashes
+
+crashes.begin(sys.argv[1], "production")
+crashes.begin(sys.argv[1], "development")
+crashes.report(RuntimeError("hunter2"))
+"""
+
 
 def reports_of(script: str) -> list[Received]:
     """What a process that runs this script reports to Sentry."""
@@ -110,3 +119,8 @@ def test_a_failed_task_is_reported_by_its_kind() -> None:
     event = items(envelope)[-1]
     assert event["tags"]["task"] == "webhook.deliver"
     assert SECRET not in json.dumps(items(envelope))
+
+
+def test_reporting_is_begun_once() -> None:
+    [envelope] = reports_of(BEGUN_TWICE)
+    assert items(envelope)[-1]["environment"] == "production"

@@ -66,6 +66,14 @@ def test_a_counter_counts_by_its_labels() -> None:
     assert value(samples, "billing_requests_total", status="500") == 1
 
 
+def test_metrics_are_begun_once() -> None:
+    samples = metrics_after(
+        "metrics.REQUESTS.count('log_in', 'POST', '200')\nassert metrics.is_on()\n"
+        "assert metrics.keep(directory / 'another') == metrics.keep(None) == directory\nmetrics.write()"
+    )
+    assert value(samples, "billing_requests_total") == 1
+
+
 def test_a_histogram_counts_each_value_in_its_bucket() -> None:
     samples = metrics_after("for s in (0.001, 0.0011, 40.0): metrics.REQUEST_SECONDS.observe(s, 'log_in')")
     counted = {bound: value(samples, "billing_request_duration_seconds_bucket", le=bound) for bound in BOUNDS}

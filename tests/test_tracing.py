@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import requests
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.resource.v1.resource_pb2 import Resource
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from billing import tracing
@@ -51,8 +52,8 @@ class Seen:
         return [span for scope in scopes for span in scope.spans if span.name == name]
 
 
-def attributes(span: Span) -> dict[str, object]:
-    return {a.key: getattr(a.value, a.value.WhichOneof("value")) for a in span.attributes}
+def attributes(of: Span | Resource) -> dict[str, object]:
+    return {a.key: getattr(a.value, a.value.WhichOneof("value")) for a in of.attributes}
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +158,7 @@ async def answer(what, *parents):
     await Edge(app)(scope | {"headers": headers}, receive, send)
 
 tracing.begin(sys.argv[1], "billing-api")
+tracing.begin(sys.argv[1], "billing-worker")
 for what in ("200", "404", "499", "500", "503", "leaves"):
     asyncio.run(answer(what))
 asyncio.run(answer("201", *sys.argv[2:]))
@@ -191,6 +193,12 @@ def test_a_request_with_two_traceparents_starts_a_trace_of_its_own(answered: See
     assert (one.trace_id.hex(), one.parent_span_id.hex()) == (TRACE, PARENT)
     assert two.parent_span_id == b""
     assert two.trace_id.hex() not in (TRACE, TRACE[::-1])
+
+
+def test_tracing_is_begun_once(answered: Seen) -> None:
+    exports = [ExportTraceServiceRequest.FromString(one.body) for one in answered.collector.received]
+    resources = [attributes(resource.resource) for one in exports for resource in one.resource_spans]
+    assert {said["service.name"] for said in resources} == {"billing-api"}
 
 
 # Shutdown ----------------------------------------------------------------------------------------
