@@ -200,7 +200,7 @@ ATTEMPTS: dict[str, Attempt] = {
         begun for begun in tx.deliveries.begin(NOW, types=None, most=100) if begun.id == h.pending.id
     ],
     "deliveries.uncount": lambda tx, h: tx.deliveries.uncount(
-        [Begun(h.pending.id, h.pending.event_id, h.pending.event_type, 0, b"")]
+        [Begun(h.pending.id, h.pending.event_id, h.pending.event_type, 0, b"", None)]
     ),
     "deliveries.record_results": lambda tx, h: tx.deliveries.record_results(
         [Settled(h.pending.id, 0, "delivered", None, 200, None, 1, NOW)]
