@@ -9,10 +9,7 @@ MOST_COUNTS = 65_536
 
 
 class InProcess:
-    """Counts of this process alone, `most` of them: beyond that the one unused for longest is dropped.
-
-    The `limits` library's storage in memory keeps any number, and scans all of them as requests come.
-    """
+    """Counts of this process alone, `most` of them: beyond that the one unused for longest is dropped."""
 
     def __init__(self, *, most: int = MOST_COUNTS) -> None:
         self.counts: OrderedDict[str, int] = OrderedDict()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
@@ -39,17 +39,17 @@ class Policies:
     """What is limited, grouped by the subject counted."""
 
     # Public operations, by address.
-    by_address: Mapping[str, Policy] = field(default_factory=dict)
+    by_address: Mapping[str, Policy]
     # Requests whose credentials are missing or bad, by address.
-    bad_credentials: Policy | None = None
+    bad_credentials: Policy | None
     # All other requests, by tenant: what each tier may do.
-    by_tenant: Mapping[str, Policy] = field(default_factory=dict)
+    by_tenant: Mapping[str, Policy]
     # Operations that cost others something, by tenant: in addition to the tier's limit.
-    costly: Mapping[str, Policy] = field(default_factory=dict)
+    costly: Mapping[str, Policy]
     # Wrong passwords: at log-in by account and address, at a change of password by session.
-    wrong_passwords: Mapping[str, Policy] = field(default_factory=dict)
+    wrong_passwords: Mapping[str, Policy]
     # Wrong passwords of one account from many addresses. One address alone makes too few to trigger a brake.
-    brakes: Mapping[str, Brake] = field(default_factory=dict)
+    brakes: Mapping[str, Brake]
 
 
 # docs/limits.md has the same in tables.
@@ -83,7 +83,9 @@ STANDARD = Policies(
     brakes={"log_in": Brake(Policy("account-failures", 100, HOUR), Policy("braked-failures", 3, HOUR))},
 )
 # RATE_LIMITS=off.
-UNLIMITED = Policies()
+UNLIMITED = Policies(
+    by_address={}, bad_credentials=None, by_tenant={}, costly={}, wrong_passwords={}, brakes={}
+)
 
 
 @dataclass(frozen=True)

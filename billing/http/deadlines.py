@@ -42,10 +42,13 @@ class Deadline:
             async with asyncio.timeout(self.seconds) as deadline:
                 await self.app(scope, receive, send_in_time)
             return
-        except (asyncio.CancelledError, TimeoutError) as error:
-            # Past its deadline; or cancelled by a server done draining, whose client is owed an answer too.
-            is_the_applications = isinstance(error, TimeoutError) and not deadline.expired()
-            if has_begun or is_the_applications:
+        except TimeoutError:
+            if not deadline.expired():  # The application's own.
+                raise
+        except asyncio.CancelledError:
+            # By a server done draining, whose client is owed an answer too.
+            if has_begun:
                 raise
         log.warning(errors.DeadlineExceeded.code())
-        await send_error(send, scope, errors.DeadlineExceeded())
+        if not has_begun:
+            await send_error(send, scope, errors.DeadlineExceeded())

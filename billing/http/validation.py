@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from itertools import islice
-from operator import getitem
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -164,9 +163,14 @@ class Schema:
             case ValidationErrorKind.AdditionalProperties():
                 # The library's message names the unknown member, which the client sent.
                 *place, _ = error.schema_path
-                known = reduce(getitem, place, self._whole).get("properties", {})
+                known = reduce(_part_of, place, self._whole).get("properties", {})
                 return Fault(pointer, _unknown("member", known))
         return Fault(pointer, f"{error.message}.")
+
+
+def _part_of(schema: Any, part: str | int) -> Any:
+    # jsonschema_rs makes a number of a name of digits.
+    return schema[int(part)] if isinstance(schema, list) else schema[str(part)]
 
 
 def _unknown(kind: str, known: Iterable[str]) -> str:

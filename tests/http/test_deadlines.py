@@ -105,6 +105,19 @@ def test_a_response_that_has_started_is_not_interrupted() -> None:
     assert (start["status"], body["body"]) == (200, b"done")
 
 
+def test_a_response_begun_at_the_cancellation_is_no_crash(events: list[Any]) -> None:
+    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            raise
+
+    [start] = messages_of(wrapped(app))
+    assert start["status"] == 200
+    assert [event["event"] for event in events] == ["deadline-exceeded", "request"]
+
+
 def test_500_for_a_timeout_error_raised_by_the_application(events: list[Any]) -> None:
     async def app(_scope: Scope, _receive: Receive, _send: Send) -> None:
         raise TimeoutError

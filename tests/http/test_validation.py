@@ -135,6 +135,7 @@ SCHEMA: dict[str, Any] = {
         "a/b~c": {"type": "string"},
         "list": {"type": "array", "maxItems": 2, "uniqueItems": True, "items": {"type": "string"}},
         "inner": {"$ref": "#/components/schemas/Inner"},
+        "0": {"type": "object", "additionalProperties": False, "properties": {"known": {}}},
         "any": {"type": "object", "additionalProperties": True},
         "either": {"oneOf": [{"type": "string", "enum": ["x"]}, {"type": "integer"}]},
     },
@@ -224,6 +225,10 @@ def test_a_valid_body_is_returned_parsed(raw: str) -> None:
         (
             '{"name": "abc", "inner": {"must": "x", "hunter2": 1}}',
             {("/inner", "It has a member that is not in the document. Known: must.")},
+        ),
+        (
+            '{"name": "abc", "0": {"hunter2": 1}}',
+            {("/0", "It has a member that is not in the document. Known: known.")},
         ),
         ('{"name": "abc", "list": ["a", 5]}', {("/list/1", 'The value is not of type "string".')}),
         (
