@@ -468,7 +468,7 @@ class DatabaseUnavailable(Unavailable):
 
 
 class DeadlineExceeded(Unavailable):
-    """The answer was not ready in time.
+    """The response was not ready in time.
 
     Whether anything was changed is unknown. Wait as many seconds as `Retry-After` says, and repeat the request, with
     the same `Idempotency-Key` where it had one.

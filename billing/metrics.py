@@ -163,7 +163,7 @@ REQUESTS = Counter(
     "requests_total", "Requests answered; 499 is a client that left.", "operation", "method", "status"
 )
 REQUEST_SECONDS = Histogram(
-    "request_duration_seconds", "Time from a request to the end of its answer.", "operation"
+    "request_duration_seconds", "Time from a request to the end of its response.", "operation"
 )
 IN_FLIGHT = Gauge("requests_in_flight", "Requests in flight.")
 PROBLEMS = Counter("problems_total", "Problems answered, by their code.", "operation", "code")
