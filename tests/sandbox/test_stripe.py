@@ -262,11 +262,17 @@ def test_other_grant_types_are_not_supported(client: StripeClient) -> None:
         client.oauth.token({"grant_type": "refresh_token", "refresh_token": "rt_1"})
 
 
-def test_token_request_without_a_key_is_an_invalid_client(
-    sandbox: Sandbox, session: requests.Session, client: StripeClient, address: str
+@pytest.mark.parametrize("credentials", [{}, {"client_secret": "sk_test_wrong"}])
+def test_token_request_without_our_key_is_an_invalid_client(
+    sandbox: Sandbox,
+    session: requests.Session,
+    client: StripeClient,
+    address: str,
+    credentials: dict[str, str],
 ) -> None:
     code = code_of(sandbox, address)
-    answer = session.post(f"{sandbox.url}/oauth/token", {"grant_type": "authorization_code", "code": code})
+    form = {"grant_type": "authorization_code", "code": code, **credentials}
+    answer = session.post(f"{sandbox.url}/oauth/token", form)
     assert (answer.status_code, answer.json()["error"]) == (401, "invalid_client")
     assert redeem(client, code)
 
