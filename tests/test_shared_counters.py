@@ -16,7 +16,7 @@ from app import create_app
 from billing import shared_counters
 from billing.assembly import counters_for
 from billing.counters import InProcess
-from billing.limits import Counters
+from billing.limits import Counters, Meter, Policy
 from billing.settings import Settings
 from billing.shared_counters import InRedis
 from tests.clock import TurnedClock
@@ -105,6 +105,27 @@ def test_keys_have_a_prefix_and_expire_with_their_window(server: RedisServer) ->
         assert 0 < client.ttl("billing:things:0:1") <= 60
 
 
+@pytest.mark.parametrize("last", ["count", "peek", "take_back"])
+def test_a_limits_count_is_kept_for_its_window_and_no_longer(
+    server: RedisServer, clock: TurnedClock, last: str
+) -> None:
+    async def scenario(counters: InRedis) -> None:
+        meter, policy = Meter(counters, b"pepper", clock), Policy("things", 3, 3600)
+        usage = await meter.count(policy, "acme")
+        match last:
+            case "count":
+                await meter.count(policy, "acme")
+            case "peek":
+                await meter.peek(policy, "acme")
+            case "take_back":
+                await meter.take_back(usage)
+
+    run_with_counters(server, scenario)
+    with redis.Redis.from_url(server.url) as client:
+        [key] = client.keys()
+        assert 3000 < client.ttl(key) <= 3600
+
+
 def test_a_count_can_be_taken_back(server: RedisServer) -> None:
     async def scenario(counters: InRedis) -> None:
         await add(counters)
@@ -114,20 +135,39 @@ def test_a_count_can_be_taken_back(server: RedisServer) -> None:
     run_with_counters(server, scenario)
 
 
+async def add_and_leave(counters: InRedis) -> None:
+    """Count a request that is cancelled while it waits for a connection, before Redis is asked."""
+    others = [
+        asyncio.create_task(counters.add(f"others:{number}:1", 1, seconds=60))
+        for number in range(shared_counters.CONNECTIONS)
+    ]
+    left = asyncio.create_task(add(counters))  # type: ignore[arg-type]
+    await asyncio.sleep(0)
+    left.cancel()
+    await asyncio.gather(*others)
+
+
 def test_a_request_cancelled_before_redis_is_asked_is_still_counted(server: RedisServer) -> None:
     async def scenario() -> int:
         async with processes(server, 2) as (counters, _):
-            others = [
-                asyncio.create_task(counters.add(f"others:{number}:1", 1, seconds=60))
-                for number in range(shared_counters.CONNECTIONS)
-            ]
-            left = asyncio.create_task(add(counters))  # type: ignore[arg-type]
-            await asyncio.sleep(0)
-            left.cancel()
-            await asyncio.gather(*others)
+            await add_and_leave(counters)
             return await add(counters)
 
     assert asyncio.run(scenario()) == 2
+
+
+def test_requests_cancelled_while_redis_is_asked_take_no_connection_for_good(server: RedisServer) -> None:
+    async def scenario() -> int:
+        async with processes(server, 2) as (counters, _):
+            for _ in range(shared_counters.CONNECTIONS):
+                left = asyncio.create_task(add(counters))  # type: ignore[arg-type]
+                await asyncio.sleep(0)
+                left.cancel()
+                count = await asyncio.wait_for(add(counters), 10)
+            return count
+
+    # Each cancelled one counts once, or twice if Redis had it.
+    assert 2 * shared_counters.CONNECTIONS <= asyncio.run(scenario()) <= 3 * shared_counters.CONNECTIONS
 
 
 # While Redis is away -----------------------------------------------------------------------------
@@ -218,6 +258,20 @@ def test_unsent_local_counts_survive_a_second_outage(server: RedisServer) -> Non
             return [*alone, await add(counters)]
 
     assert asyncio.run(scenario()) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_cancelled_request_loses_no_unsent_local_counts(server: RedisServer) -> None:
+    async def scenario() -> list[int]:
+        async with processes(server, 2) as (counters, _):
+            server.kill()
+            alone = [await add(counters) for _ in range(3)]
+            server.start()
+            await asyncio.sleep(REST_SECONDS)
+            await counters.add("others:0:1", 1, seconds=60)  # It finds Redis back.
+            await add_and_leave(counters)
+            return [*alone, await add(counters)]
+
+    assert asyncio.run(scenario()) == [1, 2, 3, 5]
 
 
 def test_no_local_count_is_lost_when_an_answer_is_lost(server: RedisServer) -> None:

@@ -71,6 +71,11 @@ async def hang(_scope: Scope, _receive: Receive, _send: Send) -> None:
     await asyncio.Event().wait()
 
 
+async def hang_after_start(_scope: Scope, _receive: Receive, send: Send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await asyncio.Event().wait()
+
+
 async def hang_midway(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await asyncio.sleep(2 * SHORT)
@@ -135,6 +140,20 @@ def test_a_request_cancelled_at_shutdown_is_answered_too() -> None:
         return await task
 
     assert is_deadline_exceeded(asyncio.run(scenario()))
+
+
+def test_a_response_that_has_started_is_cancelled_at_shutdown_and_not_logged_as_late(
+    events: list[Any],
+) -> None:
+    async def scenario() -> None:
+        task = asyncio.create_task(exchange(Deadline(hang_after_start, seconds=SOON)))
+        await asyncio.sleep(SHORT)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(scenario())
+    assert not events
 
 
 def test_each_request_has_a_deadline_of_its_own() -> None:
