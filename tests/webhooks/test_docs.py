@@ -98,7 +98,7 @@ def test_the_stated_limits_match_the_code() -> None:
     limits = {name: given.default for name, given in signature(Egress).parameters.items()}
     said = " ".join(section("Retries").split())
     assert f"no connection within {limits['connect_seconds']} seconds" in said
-    assert f"no whole answer within {limits['total_seconds']}." in said
+    assert f"no whole response within {limits['total_seconds']}." in said
     assert f"{limits['read_bytes'] // 1024} KiB are read" in said
     assert f"answer 2xx within {limits['total_seconds']} seconds" in PAGE
     tests = STANDARD.costly["send_test_webhook"]
