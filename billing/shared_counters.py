@@ -57,21 +57,25 @@ class InRedis:
         self._redis = Redis(connection_pool=self._pool)
         self._local = local
         self._unsent = InProcess()
+        # The event loop refers to tasks only weakly.
+        self._counting: set[asyncio.Task[int]] = set()
         self._deadline_seconds = deadline_seconds
         self._rest_seconds = rest_seconds
         self._is_away = False
         self._asked_again_at = 0.0
 
     async def add(self, key: str, amount: int, *, seconds: int) -> int:
+        # A task of its own: a request whose client disconnects is counted all the same, and once.
+        counting = asyncio.create_task(self._count(key, amount, seconds))
+        self._counting.add(counting)
+        counting.add_done_callback(self._counting.discard)
+        return await asyncio.shield(counting)
+
+    async def _count(self, key: str, amount: int, seconds: int) -> int:
         # What Redis missed is not added by the request that finds out whether it is back: if that one's
         # answer is lost, it would be added twice.
         total = amount if self._is_away else amount + self._unsent.take(key)
-        try:
-            count = await self._ask(lambda: self._add(key, total, seconds))
-        except asyncio.CancelledError:
-            # The client disconnected. Redis may have counted it: counting twice is stricter, forgetting not.
-            await self._unsent.add(key, total, seconds=seconds)
-            raise
+        count = await self._ask(lambda: self._add(key, total, seconds))
         if count is None:
             await self._unsent.add(key, total, seconds=seconds)
             return await self._local.add(key, amount, seconds=seconds)
