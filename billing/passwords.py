@@ -95,7 +95,7 @@ def require_strength(password: str, own_words: Iterable[str]) -> None:
     if not SHORTEST <= len(composed) <= LONGEST:
         raise PasswordTooWeak(f"The password must have {SHORTEST} to {LONGEST} characters.")
     own = [unicodedata.normalize("NFC", text).lower() for text in own_words]
-    words = {word for text in own for word in (text, *OWN_WORD.findall(text))} - {""}
+    words = {word for text in own for word in (text, *OWN_WORD.findall(text))}
     if len(_without(composed.lower(), words)) < LEAST_OF_ITS_OWN or _score(composed, words) < LEAST_SCORE:
         raise PasswordTooWeak
 
