@@ -26,7 +26,7 @@ Status = Literal["active", "expiring", "revoked", "expired"]
 TYPES: tuple[KeyType, ...] = get_args(KeyType)
 ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 RANDOM_CHARACTERS, CHECKSUM_CHARACTERS = 32, 6
-FORM = re.compile(r"(?P<kind>sk|pk)_(?P<mode>live|test)_[0-9A-Za-z]{38}", re.ASCII)
+FORM = re.compile(r"(?P<kind>sk|pk)_(?P<mode>live|test)_[0-9A-Za-z]{38}")
 # The task that announces a key's expiry, and how long before it: at most half of the grace period.
 EXPIRING = "api_key.expiring"
 TOLD_BEFORE = timedelta(hours=24)

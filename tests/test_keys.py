@@ -247,6 +247,7 @@ EXPIRING, EXPIRED, REVOKED = (
         ([], []),
         ([{}], [0]),
         ([EXPIRING, {}], [1, 0]),
+        ([{}, EXPIRING], [0, 1]),
         ([EXPIRED, EXPIRING, {}], [2, 1]),
         ([EXPIRED, REVOKED, {}], [2]),
         ([EXPIRED], [0]),
