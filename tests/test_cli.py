@@ -556,6 +556,29 @@ def test_a_worker_runs_until_a_signal(environ: dict[str, str], number: signal.Si
         assert process.stderr and process.stderr.read() == ""
 
 
+def test_server_and_worker_raise_their_descriptor_limit(environ: dict[str, str]) -> None:
+    few, most = 1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with (
+        descriptors(few),
+        serving(environ, "--no-worker") as server,
+        running_worker(environ) as worker,
+    ):
+        allowed = [resource.prlimit(each.pid, resource.RLIMIT_NOFILE) for each in (server.process, worker)]
+
+    assert allowed == [(min(4096, most), most)] * 2
+
+
+@contextmanager
+def descriptors(most: int) -> Iterator[None]:
+    """A limit on the descriptors of this process, which those started in the block inherit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_a_worker_without_a_database_is_a_one_line_error(environ: dict[str, str]) -> None:
     ended = run_process(environ, "worker", DATABASE_URL="postgresql://me:hunter2@127.0.0.1:1/x")
 
