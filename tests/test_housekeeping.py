@@ -271,6 +271,18 @@ def test_secrets_under_an_old_encryption_key_are_resealed_and_still_open(
         tx.webhooks.signing_secrets(clock())
 
 
+def test_a_new_secret_signs_although_the_previous_one_is_unreadable(
+    store: Store, superuser: Engine, clock: TurnedClock, acme: Registered
+) -> None:
+    new = "whsec_" + "AAAA" * 8
+    with superuser.begin() as connection:
+        connection.execute(text("UPDATE webhook_secrets SET sealed = 'gone:' || sealed"))
+    with store.tenant(acme.tenant.id) as tx:
+        tx.webhooks.retire_secrets(clock(), expires_at=clock() + HOUR)
+        tx.webhooks.add_secret(new, clock())
+        assert tx.webhooks.signing_secrets(clock()) == [new]
+
+
 def test_an_unreadable_secret_does_not_keep_other_old_data(
     store: Store, superuser: Engine, clock: TurnedClock, acme: Registered
 ) -> None:

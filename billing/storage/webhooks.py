@@ -9,7 +9,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection, Row, bindparam, delete, or_, select, update
 
-from billing.encryption import Vault
+from billing.encryption import Unreadable, Vault
 from billing.ids import new_id
 from billing.storage.shelf import Shelf, columns_of, of_tenant, values_of
 from billing.storage.tables import webhook_endpoints, webhook_secrets
@@ -73,8 +73,11 @@ class Webhooks(Shelf):
         return [Secret(row.id, row.last4, row.expires_at) for row in self._valid(now)]
 
     def signing_secrets(self, now: datetime) -> list[str]:
-        """The texts of the secrets that are valid now: the current one first."""
-        return [self._open(row) for row in self._valid(now)]
+        """The texts of the secrets that are valid now: the current one first; raises `Unreadable` if that is.
+
+        A previous one that is unreadable is left out, or a new one would not help until that one has expired.
+        """
+        return [text for row in self._valid(now) if (text := self._open_if_needed(row)) is not None]
 
     def tidy_secrets(self, now: datetime) -> None:
         """Delete expired secrets, and reseal those not sealed with the first encryption key."""
@@ -92,6 +95,14 @@ class Webhooks(Shelf):
 
     def _seal(self, id: UUID, text: str) -> str:
         return self._vault.seal(text, place=self._place(id))
+
+    def _open_if_needed(self, row: Row[Any]) -> str | None:
+        try:
+            return self._open(row)
+        except Unreadable:
+            if row.expires_at is None:
+                raise
+            return None
 
     def _open(self, row: Row[Any]) -> str:
         return self._vault.open(row.sealed, place=self._place(row.id))
