@@ -409,8 +409,10 @@ def note(
 def disconnect(tx: Storage, *, now: datetime) -> None:
     """End the tenant's connection, if any, and have it revoked at Stripe. The caller holds the tenant's lock.
 
-    An account that we made is unlinked here only: at Stripe it has no other platform.
+    What was started and not finished ends too. An account that we made is unlinked here only: at Stripe it has no
+    other platform.
     """
+    tx.stripe.end_unused_states()
     current = tx.stripe.find()
     if current is None or not current.is_living:
         return

@@ -555,6 +555,13 @@ def test_a_new_start_ends_the_tenants_earlier_state(acme: Account, globex: Accou
     assert call_back(acme.client, theirs).status_code == 200
 
 
+def test_a_disconnection_ends_what_was_started(acme: Account, globex: Account, stripe: Sandbox) -> None:
+    ours, theirs = agree(acme, stripe), agree(globex, stripe)
+    assert disconnect(acme).status_code == 200
+    assert refusal(call_back(acme.client, ours)) == (400, "state-expired")
+    assert call_back(acme.client, theirs).status_code == 200
+
+
 def test_a_state_is_deleted_after_a_day(
     acme: Account, stripe: Sandbox, store: Store, clock: TurnedClock
 ) -> None:
