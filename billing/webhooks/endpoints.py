@@ -63,7 +63,8 @@ class UrlPolicy:
             return "must begin with https://"
         if "@" in parts.netloc or "#" in url:
             return "must not have a user name, a password or a fragment"
-        if not local and (_is_address(host) or not _is_public_name(host)):
+        # `hostname` has no brackets: [v1.acme.example] (RFC 3986, IPvFuture) would look like a name.
+        if not local and ("[" in parts.netloc or _is_address(host) or not _is_public_name(host)):
             return "must name a public host"
         if not self.allow_localhost and port not in PORTS:
             return "must use port 443 or 8443"

@@ -131,6 +131,7 @@ ODD_NAMES = [
     "https://a,b.example/",
     "https://$(id).example/",
     "https://a*.example/",
+    "https://[v1.a.example]/",
     "https://" + "a" * 64 + ".example/",
     "https://" + "a." * 126 + "ab/",
 ]
