@@ -204,6 +204,25 @@ def test_a_wrong_answer_fails_its_operation_alone(
     assert not SECRET.search(done.output)
 
 
+@pytest.mark.parametrize(("retry_after", "passes"), [("1", True), ("61", False), ("soon", False)])
+def test_a_rate_limited_call_is_repeated_if_that_is_soon(
+    server_url: str, retry_after: str, passes: bool
+) -> None:
+    limited: list[str] = []
+
+    def limit_once(answer: Answer) -> Answer:
+        if limited:
+            return answer
+        limited.append(retry_after)
+        body = json.dumps(json.loads(answer.body) | {"code": "rate-limited", "status": 429}).encode()
+        return Answer(429, {**answer.headers, "Retry-After": retry_after}, body)
+
+    with serving(tampering(server_url, "GET /stripe/status/", limit_once, only=401)) as url:
+        done = check(url)
+    assert limited and (done.exit_code == 0) is passes
+    assert ("get_stripe_status is rate limited: goes on in 1 s." in done.stderr) is passes
+
+
 def test_wrong_refusal_codes_of_verify_are_detected(server_url: str) -> None:
     def with_another_code(answer: Answer) -> Answer:
         return answer.with_member("code", "key-unknown")

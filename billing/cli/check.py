@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import secrets
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from http import HTTPStatus
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -14,7 +18,7 @@ import requests
 from jsonschema_rs import Draft4Validator, ReferencingError
 from requests.structures import CaseInsensitiveDict
 
-from billing.cli.console import as_json, cell, say_json, table
+from billing.cli.console import as_json, cell, done, say_json, table
 from billing.http.validation import as_json_schema
 
 PROBLEM = "application/problem+json"
@@ -25,6 +29,8 @@ WEBHOOK_URL = f"https://hooks.{EMAIL_DOMAIN}/billing"
 MOST_REFERENCES = 32
 # A test delivery may take 15 seconds, and each call to Stripe 8.
 CALL_SECONDS = 40
+# Most limits have a window of a minute.
+MOST_WAIT_SECONDS = 60
 
 # What is raised on reading a document that is of another shape than ours, or an answer that such a document allows.
 STRANGE = (LookupError, TypeError, ValueError, AttributeError, ReferencingError)
@@ -197,7 +203,8 @@ class Deployment:
     ) -> tuple[requests.Response, Answer]:
         """Call an operation; raises `Wrong` for an answer that the document does not allow."""
         operation = self.operation(operation_id)
-        response = self._session.request(
+        asked = partial(
+            self._session.request,
             operation.method,
             self._base_url + operation.path,
             headers={"Accept": "application/json", **(headers or {})},
@@ -205,6 +212,12 @@ class Deployment:
             timeout=CALL_SECONDS,
             **sent,
         )
+        response = asked()
+        # A check begun soon after others, or beside them, shares their limits by address.
+        if wait := _seconds_to_wait(response):
+            done(f"{operation_id} is rate limited: goes on in {wait} s.")
+            time.sleep(wait)
+            response = asked()
         ms = round(response.elapsed.total_seconds() * 1000)
         return response, Answer(response.status_code, ms, self._read(operation, response))
 
@@ -242,6 +255,14 @@ class Deployment:
                 found = found[part]
             node = found
         raise Wrong("the document's references lead nowhere")
+
+
+def _seconds_to_wait(response: requests.Response) -> int:
+    """How long until a call refused by a limit may be repeated; 0 if it was not, or that takes too long."""
+    seconds = response.headers.get("Retry-After", "")
+    if response.status_code != HTTPStatus.TOO_MANY_REQUESTS or not re.fullmatch("[0-9]{1,9}", seconds):
+        return 0
+    return int(seconds) if int(seconds) <= MOST_WAIT_SECONDS else 0
 
 
 def _require_headers(headers: CaseInsensitiveDict[str], spec: Mapping[str, Json]) -> None:
