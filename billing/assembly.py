@@ -13,7 +13,7 @@ from billing.gateway import Gateway
 from billing.http.exposition import Read, reader
 from billing.limits import Counters
 from billing.passwords import Passwords
-from billing.settings import Settings
+from billing.settings import Settings, SettingsError
 from billing.storage.store import Store
 from billing.stripe_connections import StripeConnections
 from billing.webhooks.egress import Egress
@@ -31,14 +31,22 @@ def passwords_for(settings: Settings) -> Passwords:
 
 
 def counters_for(settings: Settings) -> Counters:
-    """The rate limits' counters: each process's own, or those in Redis if the settings name it."""
+    """The rate limits' counters: each process's own, or those in Redis if the settings name it.
+
+    Raises `SettingsError` if its URL has parameters that are no use.
+    """
     url = settings.rate_limit_storage_url
     if url is None:
         return InProcess()
     # Imported here, as importing the client of Redis takes longer than all the rest of the server.
     from billing.shared_counters import InRedis
 
-    return InRedis(url, local=InProcess())
+    try:
+        return InRedis(url, local=InProcess())
+    except ValueError:
+        raise SettingsError(
+            "RATE_LIMIT_STORAGE_URL must have only parameters that redis-py knows, and can use."
+        ) from None
 
 
 # Stripe and webhooks -------------------------------------------------------------------------------

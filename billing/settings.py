@@ -110,8 +110,8 @@ def new_secrets() -> dict[str, str]:
 
 def _given(environ: Mapping[str, str] | None, dotenv: Path | None) -> dict[str, str]:
     """The variables of the environment, else of `dotenv`; an empty one counts as missing."""
-    given = {**_dotenv(dotenv), **(os.environ if environ is None else environ)}
-    return {name: value for name, value in given.items() if value}
+    sources = _dotenv(dotenv), os.environ if environ is None else environ
+    return {name: value for source in sources for name, value in source.items() if value}
 
 
 def _dotenv(path: Path | None) -> dict[str, str]:
@@ -313,7 +313,8 @@ def _is_redis(text: str) -> bool:
         port = parts.port
     except ValueError:
         return False
-    return parts.scheme in ("redis", "rediss") and bool(parts.hostname) and port != 0
+    is_database = re.fullmatch(r"/?[0-9]{0,9}", parts.path) is not None
+    return parts.scheme in ("redis", "rediss") and bool(parts.hostname) and port != 0 and is_database
 
 
 def _keyring(name: str, text: str) -> Keyring:

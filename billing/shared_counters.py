@@ -45,6 +45,7 @@ class InRedis:
         deadline_seconds: float = DEADLINE_SECONDS,
         rest_seconds: float = REST_SECONDS,
     ) -> None:
+        """Raises `ValueError` for a parameter of the URL that the client does not know, or cannot use."""
         # Few: one for each request in flight would be opened at once after a start, and most of them too late.
         self._free = asyncio.Semaphore(CONNECTIONS)
         self._pool = ConnectionPool.from_url(
@@ -54,6 +55,10 @@ class InRedis:
             socket_timeout=deadline_seconds,
             retry=Retry(NoBackoff(), 1),  # A connection may have been closed since it was last used.
         )
+        try:
+            self._pool.make_connection()  # type: ignore[no-untyped-call]
+        except (TypeError, RedisError) as error:
+            raise ValueError from error
         self._redis = Redis(connection_pool=self._pool)
         self._local = local
         self._unsent = InProcess()

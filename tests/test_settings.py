@@ -127,6 +127,7 @@ def test_every_setting_but_secrets_and_the_state_directory_has_a_tested_default(
         ("RATE_LIMIT_STORAGE_URL", "memory", None),
         ("RATE_LIMIT_STORAGE_URL", "redis://cache.example", "redis://cache.example"),
         ("RATE_LIMIT_STORAGE_URL", "rediss://:hunter2@[::1]:6380/1", "rediss://:hunter2@[::1]:6380/1"),
+        ("RATE_LIMIT_STORAGE_URL", "redis://cache.example/?protocol=3", "redis://cache.example/?protocol=3"),
         ("STRIPE_SECRET_KEY", "sk_test_hunter2", "sk_test_hunter2"),
         ("STRIPE_SECRET_KEY", "rk_live_hunter2", "rk_live_hunter2"),
         ("STRIPE_CONNECT_CLIENT_ID", "ca_acme", "ca_acme"),
@@ -157,6 +158,7 @@ BAD = {
         "redis://",
         "http://cache.example",
         "redis://cache.example:http",
+        "redis://cache.example/hunter2",
     ],
     "PUBLIC_BASE_URL": [
         "billing.example",
@@ -394,6 +396,13 @@ def test_dotenv_is_read_and_the_environment_overrides_it(tmp_path: Path) -> None
     environ = {"BILLING_STATE_DIR": str(tmp_path), "HOST": "from-environment", **SECRETS}
     loaded = Settings.load(environ, dotenv=file)
     assert (loaded.host, loaded.port, loaded.worker_threads) == ("from-environment", 1234, 3)
+
+
+def test_an_empty_variable_does_not_hide_dotenvs_value(tmp_path: Path) -> None:
+    file = tmp_path / ".env"
+    file.write_text("ENVIRONMENT=production\n")
+    with pytest.raises(SettingsError, match="^JWT_KEYS, .* missing"):
+        Settings.load({"ENVIRONMENT": "", "BILLING_STATE_DIR": str(tmp_path)}, dotenv=file)
 
 
 def test_dotenv_values_are_not_interpolated(tmp_path: Path) -> None:

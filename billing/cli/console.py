@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import resource
 import sys
@@ -31,6 +32,12 @@ from billing.tenants import Tenant
 class Commands(click.Group):
     """A group whose commands report expected errors in one sentence, with exit code 1."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        # Python reads bytes that are not UTF-8 as lone surrogates, which no database or terminal takes.
+        if not all(is_text(argument) for argument in args):
+            raise click.UsageError("Arguments must be text in UTF-8.")
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -40,6 +47,19 @@ class Commands(click.Group):
             raise click.ClickException(error.detail) from error
         except (SettingsError, EmbeddedPostgresError, SchemaError) as error:
             raise click.ClickException(str(error)) from error
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise click.ClickException(f"Cannot write: {error.strerror}.") from error
+
+
+def is_text(argument: str) -> bool:
+    """Whether it can be encoded in UTF-8."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def unreachable(error: DatabaseUnavailable) -> str:

@@ -19,6 +19,7 @@ from uvicorn.supervisors import Multiprocess
 from uvicorn.supervisors.watchfilesreload import WatchFilesReload
 
 from billing import logs
+from billing.assembly import counters_for
 from billing.cli.companion import Companion
 from billing.cli.console import allow_descriptors, opened_database
 from billing.cli.watchers import kept_metrics, server_metrics
@@ -75,6 +76,7 @@ def _serve(settings: Settings, config: uvicorn.Config, companion: Companion | No
     logs.configure(tty=sys.stderr.isatty())
     signal.signal(signal.SIGTERM, interrupt)
     allow_descriptors()
+    counters_for(settings)  # What is wrong with its URL is said here once, and not by each worker process.
     with listen(settings.host, settings.port) as listener, kept_metrics(settings):
         settings = _settings(PORT=listener.getsockname()[1])
         with opened_database(settings) as database:

@@ -8,12 +8,15 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from psycopg2 import ProgrammingError
+from psycopg2.extensions import make_dsn
 from sqlalchemy import URL, Connection, create_engine, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from billing.settings import Settings, SettingsError
 from billing.storage import embedded, schema
+from billing.storage.driver import connect_args
 
 OWNER, APP = "billing_owner", "billing_app"
 NAME = "billing"
@@ -144,9 +147,15 @@ def _with_driver(setting: str, text: str, *, session: str = "read-write") -> str
         url = _parsed(text, session)
     except (ArgumentError, ValueError):
         url = None  # The library's message could quote the password.
-    if url is None or url.drivername not in ("postgresql", "postgres", DRIVER):
+    # An @ in the host is one of the password that is not percent-encoded: what follows it would be printed.
+    if url is None or url.drivername not in ("postgresql", "postgres", DRIVER) or "@" in (url.host or ""):
         raise SettingsError(f"{setting} must be like postgresql://user:password@host:5432/billing.")
-    return url.set(drivername=DRIVER).render_as_string(hide_password=False)
+    rendered = url.set(drivername=DRIVER).render_as_string(hide_password=False)
+    try:
+        make_dsn(**connect_args(rendered))
+    except ProgrammingError:
+        raise SettingsError(f"{setting} must have only parameters that libpq knows.") from None
+    return rendered
 
 
 def _parsed(text: str, session: str) -> URL:
