@@ -57,6 +57,8 @@ def _entry(part: str) -> tuple[str, bytes]:
     return kid, key
 
 
-def new_keyring(kid: str = "k1") -> str:
-    """The text of a ring with one new random key."""
-    return f"{kid}:{base64.b64encode(secrets.token_bytes(MINIMUM_BYTES)).decode()}"
+def new_keyring(kid: str | None = None) -> str:
+    """The text of a ring with one new random key, whose name is random too: no two keys should ever share one."""
+    return (
+        f"{kid or f'k{secrets.token_hex(3)}'}:{base64.b64encode(secrets.token_bytes(MINIMUM_BYTES)).decode()}"
+    )

@@ -75,7 +75,14 @@ def test_the_representation_shows_only_names() -> None:
 
 
 def test_a_new_ring_has_one_random_key() -> None:
-    ring = Keyring.parse(new_keyring())
-    assert [(kid, len(key)) for kid, key in ring] == [("k1", MINIMUM_BYTES)]
-    assert len({new_keyring() for _ in range(100)}) == 100
+    made = [Keyring.parse(new_keyring()) for _ in range(100)]
+    assert {(len(ring.keys), len(ring.first[1])) for ring in made} == {(1, MINIMUM_BYTES)}
+    assert len({key for ((_, key),) in made}) == 100
+
+
+def test_new_keys_hardly_ever_share_a_name() -> None:
+    assert len({Keyring.parse(new_keyring()).first[0] for _ in range(100)}) > 90
+
+
+def test_a_new_key_of_a_given_name() -> None:
     assert re.fullmatch(r"k7:[A-Za-z0-9+/]{43}=", new_keyring("k7"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import dataclasses
 import os
@@ -372,7 +373,7 @@ def test_ten_processes_starting_at_once_agree_on_the_secrets(tmp_path: Path) -> 
         process.stdin.flush()
     said = [process.communicate(timeout=20)[0] for process in processes]
     assert len(set(said)) == 1
-    assert said[0].count("k1") == len(KEYRINGS)
+    assert len(ast.literal_eval(said[0])) == len(KEYRINGS)
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["secrets.env"]
 
 
